@@ -1,0 +1,1 @@
+//! cryptfold-nvmf-target
