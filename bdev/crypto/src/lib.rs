@@ -1,1 +1,3 @@
-//! cryptfold-bdev-crypto
+//! XTS engines, and the devices that encrypt and decrypt with them.
+
+pub mod engine;

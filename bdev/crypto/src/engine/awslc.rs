@@ -1,0 +1,137 @@
+//! The AWS-LC engine: AES-256-XTS through `EVP_CIPHER`. All unsafe code of this crate.
+//!
+//! One `EVP_CIPHER_CTX` per direction, keyed once; a data unit costs an `EVP_CipherInit_ex` that sets only the tweak
+//! and an `EVP_Cipher` that runs straight through, without the update call's buffering. AWS-LC cleanses what it frees,
+//! key schedules included.
+//!
+//! Invariant: the contexts are never null, hold an AES-256-XTS key for their direction, and are used by one thread at
+//! a time ([`AwsLc`] is not `Sync`).
+
+use std::ffi::{CStr, c_char};
+use std::marker::PhantomData;
+use std::ptr::{self, NonNull};
+
+#[cfg(feature = "fips")]
+use aws_lc_fips_sys as ffi;
+#[cfg(not(feature = "fips"))]
+use aws_lc_sys as ffi;
+
+use super::{EngineError, EngineKind, XtsCipher, XtsEngine, XtsKey, check_unit};
+
+struct Context {
+    ctx: NonNull<ffi::EVP_CIPHER_CTX>,
+    /// Working state behind the pointer changes under `&self`: not for two threads at once.
+    _not_sync: PhantomData<std::cell::Cell<u8>>,
+}
+
+// SAFETY: an EVP_CIPHER_CTX is plain heap memory without thread affinity; moving the only handle to it is fine.
+unsafe impl Send for Context {}
+
+fn setup_error(cipher: XtsCipher) -> EngineError {
+    let mut text = [0 as c_char; 256];
+    // SAFETY: the buffer is as long as said, and ERR_error_string_n ends what it writes with a zero; ERR_get_error
+    // only pops this thread's error queue.
+    let reason = unsafe {
+        ffi::ERR_error_string_n(ffi::ERR_get_error(), text.as_mut_ptr(), text.len());
+        CStr::from_ptr(text.as_ptr()).to_string_lossy().into_owned()
+    };
+    EngineError::Setup { engine: EngineKind::AwsLc, cipher, reason }
+}
+
+impl Context {
+    fn new(key: &XtsKey, encrypt: bool) -> Result<Context, EngineError> {
+        // SAFETY: EVP_CIPHER_CTX_new returns null or a fresh context that is ours to free.
+        let ctx =
+            NonNull::new(unsafe { ffi::EVP_CIPHER_CTX_new() }).ok_or_else(|| setup_error(key.cipher()))?;
+        let context = Context { ctx, _not_sync: PhantomData };
+        debug_assert_eq!(key.bytes().len(), 64);
+        // SAFETY: the context is live; AES-256-XTS reads 64 bytes of key, which XtsKey of that cipher has; no IV yet.
+        let ok = unsafe {
+            ffi::EVP_CipherInit_ex(
+                ctx.as_ptr(),
+                ffi::EVP_aes_256_xts(),
+                ptr::null_mut(),
+                key.bytes().as_ptr(),
+                ptr::null(),
+                i32::from(encrypt),
+            )
+        };
+        if ok == 1 { Ok(context) } else { Err(setup_error(key.cipher())) }
+    }
+
+    /// Runs one data unit of `len` bytes from `src` to `dst`, which may be the same address.
+    ///
+    /// # Safety
+    /// `src` is readable and `dst` writable for `len` bytes; they are equal or do not overlap.
+    #[inline]
+    unsafe fn run(&self, tweak: u128, src: *const u8, dst: *mut u8, len: usize) {
+        check_unit(len);
+        let iv = tweak.to_le_bytes();
+        // SAFETY: the context is live, keyed and used by this thread only (not Sync, and nothing below calls back);
+        // the IV has the 16 bytes that XTS reads; the caller vouches for src and dst. XTS writes exactly len bytes,
+        // and AWS-LC supports equal addresses.
+        let ok = unsafe {
+            let ctx = self.ctx.as_ptr();
+            ffi::EVP_CipherInit_ex(ctx, ptr::null(), ptr::null_mut(), ptr::null(), iv.as_ptr(), -1) == 1
+                && ffi::EVP_Cipher(ctx, dst, src, len) == 1
+        };
+        // With the length checked there is no way to fail; going on would store plaintext or serve garbage.
+        assert!(ok, "AWS-LC refused an XTS data unit of {len} bytes");
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: made by EVP_CIPHER_CTX_new, freed once.
+        unsafe { ffi::EVP_CIPHER_CTX_free(self.ctx.as_ptr()) }
+    }
+}
+
+/// A key set up on AWS-LC, both directions.
+pub struct AwsLc {
+    enc: Context,
+    dec: Context,
+}
+
+impl AwsLc {
+    /// Sets up an AES-256-XTS `key`.
+    ///
+    /// # Errors
+    /// When the key is for another cipher, or AWS-LC can not make a context.
+    pub fn new(key: &XtsKey) -> Result<AwsLc, EngineError> {
+        if !EngineKind::AwsLc.supports(key.cipher()) {
+            return Err(EngineError::Unsupported { engine: EngineKind::AwsLc, cipher: key.cipher() });
+        }
+        Ok(AwsLc { enc: Context::new(key, true)?, dec: Context::new(key, false)? })
+    }
+}
+
+impl XtsEngine for AwsLc {
+    #[inline]
+    fn encrypt(&self, tweak: u128, src: &[u8], dst: &mut [u8]) {
+        assert_eq!(src.len(), dst.len(), "source and destination of a data unit");
+        // SAFETY: both slices have that length, and a shared and a mutable slice can not overlap.
+        unsafe { self.enc.run(tweak, src.as_ptr(), dst.as_mut_ptr(), dst.len()) }
+    }
+
+    #[inline]
+    fn decrypt(&self, tweak: u128, src: &[u8], dst: &mut [u8]) {
+        assert_eq!(src.len(), dst.len(), "source and destination of a data unit");
+        // SAFETY: both slices have that length, and a shared and a mutable slice can not overlap.
+        unsafe { self.dec.run(tweak, src.as_ptr(), dst.as_mut_ptr(), dst.len()) }
+    }
+
+    #[inline]
+    fn encrypt_in_place(&self, tweak: u128, unit: &mut [u8]) {
+        let p = unit.as_mut_ptr();
+        // SAFETY: one slice as both source and destination, through one pointer.
+        unsafe { self.enc.run(tweak, p, p, unit.len()) }
+    }
+
+    #[inline]
+    fn decrypt_in_place(&self, tweak: u128, unit: &mut [u8]) {
+        let p = unit.as_mut_ptr();
+        // SAFETY: one slice as both source and destination, through one pointer.
+        unsafe { self.dec.run(tweak, p, p, unit.len()) }
+    }
+}
