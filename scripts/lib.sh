@@ -1,0 +1,51 @@
+# Shared by the scripts of this directory: places, messages, clean-up. Sourced, never run.
+# Nothing here changes the machine; `setup-deps` is the only script that installs.
+
+set -uo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+CACHE=$ROOT/.cache
+VENV=$CACHE/venv
+KERNEL_DIR=$CACHE/guest-kernel
+export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin:$HOME/.cargo/bin"
+
+say() { printf '%s\n' "$*"; }
+note() { printf '%s: %s\n' "$(basename "$0")" "$*" >&2; }
+die() { printf '%s: error: %s\n' "$(basename "$0")" "$*" >&2; exit 1; }
+have() { command -v "$1" >/dev/null 2>&1; }
+
+# need COMMAND HOW: ends the script with one line that says what is missing and the way out.
+need() { have "$1" || die "'$1' is missing: $2"; }
+
+# free_port: a TCP port on 127.0.0.1 that nobody listened on a moment ago.
+free_port() {
+    python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+# wait_for SECONDS COMMAND...: runs COMMAND until it succeeds; fails when the time is over.
+wait_for() {
+    local deadline=$((SECONDS + $1))
+    shift
+    until "$@" >/dev/null 2>&1; do
+        [ "$SECONDS" -lt "$deadline" ] || return 1
+        sleep 0.1
+    done
+}
+
+# stop_process PID SECONDS: SIGTERM, wait, and return the exit status of our own child.
+# A child that ignores SIGTERM is killed and reported as 137.
+stop_process() {
+    local pid=$1 seconds=$2 status=0
+    kill -TERM "$pid" 2>/dev/null
+    if ! wait_for "$seconds" process_is_gone "$pid"; then
+        note "process $pid ignored SIGTERM for $seconds s, killing it"
+        kill -KILL "$pid" 2>/dev/null
+    fi
+    wait "$pid" 2>/dev/null || status=$?
+    return "$status"
+}
+
+# A zombie (ended, not yet waited for) counts as gone.
+process_is_gone() { ! kill -0 "$1" 2>/dev/null || [ "$(ps -o stat= -p "$1" | cut -c1)" = Z ]; }
+
+# guest_kernel: path of the newest unpacked guest kernel image, or nothing.
+guest_kernel() { find "$KERNEL_DIR/boot" -name 'vmlinuz-*' 2>/dev/null | sort -V | tail -n 1; }
