@@ -252,6 +252,12 @@ impl Buf {
         matches!(block.kind, Kind::Pool | Kind::Large) && block.refs.load(Ordering::Acquire) == 1
     }
 
+    /// Whether this is the only reference to a writable block and shows all of it: keeping the view wastes no memory.
+    #[inline]
+    pub fn is_whole(&self) -> bool {
+        self.is_unique() && self.len() == self.block().capacity
+    }
+
     /// The bytes for writing, when this is the only reference to a writable block (not zeroes, not lent memory).
     #[inline]
     pub fn get_mut(&mut self) -> Option<&mut [u8]> {

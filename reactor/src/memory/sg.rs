@@ -48,6 +48,36 @@ impl SgList {
         &self.0
     }
 
+    /// The segments in order, to be changed one by one (see [`Buf::get_mut`] and [`Buf::make_mut`]).
+    #[inline]
+    pub fn segments_mut(&mut self) -> &mut [Buf] {
+        &mut self.0
+    }
+
+    /// Overwrites the bytes with those of `source`, piece by piece. False, and nothing promised about the bytes, when the
+    /// lengths differ or a segment is shared.
+    pub fn copy_from(&mut self, source: &SgList) -> bool {
+        if source.len_bytes() != self.len_bytes() {
+            return false;
+        }
+        let mut pieces = source.iter().map(Buf::as_slice);
+        let mut piece: &[u8] = &[];
+        for segment in &mut self.0 {
+            let Some(mut target) = segment.get_mut() else { return false };
+            while !target.is_empty() {
+                if piece.is_empty() {
+                    let Some(next) = pieces.next() else { return false };
+                    piece = next;
+                }
+                let n = piece.len().min(target.len());
+                let (head, rest) = target.split_at_mut(n);
+                head.copy_from_slice(&piece[..n]);
+                (target, piece) = (rest, &piece[n..]);
+            }
+        }
+        true
+    }
+
     /// A second view of a byte range.
     ///
     /// # Panics

@@ -1,0 +1,130 @@
+//! The contract of a block device: what it says about itself, and the per-core queue that takes its I/O.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use uuid::Uuid;
+
+use crate::{BdevError, Io, Op, OpSet};
+
+/// What a device is. Sizes in bytes say so in their name, everything else is in blocks.
+#[derive(Clone, Debug)]
+pub struct DeviceInfo {
+    /// Name in the registry.
+    pub name: String,
+    /// Kind of device, for people ("Malloc disk").
+    pub product_name: &'static str,
+    /// Stable identity.
+    pub uuid: Uuid,
+    /// Other names that lead here (a volume's `POOL/VOLUME`).
+    pub aliases: Vec<String>,
+    /// Bytes in a block: 512 or 4096.
+    pub block_size_bytes: u32,
+    /// Blocks at registration; [`crate::Bdev::set_blocks`] changes the live number.
+    pub blocks: u64,
+    /// What the device does itself; the core emulates write-zeroes, compare, compare-and-write and copy on top of
+    /// read and write.
+    pub ops: OpSet,
+    /// Whether completed writes may be lost until a flush.
+    pub write_cache: bool,
+    /// Largest aligned unit that is never torn, in blocks (a 4 KiB chunk; 1 where nothing is promised beyond a block).
+    pub atomic_blocks: u32,
+    /// Size and alignment at which writes are fastest, in blocks (0 = no preference).
+    pub optimal_io_blocks: u32,
+    /// Required alignment of buffer addresses, as a power of two in bytes (4096 for O_DIRECT files).
+    pub buffer_align_bytes: u32,
+    /// Reads report unmapped ranges, and unmapped or zeroed ranges read back as unmapped.
+    pub reports_unmapped: bool,
+    /// Space is allocated on first write.
+    pub thin: bool,
+    /// Writes are refused.
+    pub read_only: bool,
+}
+
+impl DeviceInfo {
+    /// A device with read, write, flush and reset, and nothing special.
+    pub fn new(
+        name: impl Into<String>,
+        product_name: &'static str,
+        block_size_bytes: u32,
+        blocks: u64,
+    ) -> Self {
+        DeviceInfo {
+            name: name.into(),
+            product_name,
+            uuid: Uuid::new_v4(),
+            aliases: Vec::new(),
+            block_size_bytes,
+            blocks,
+            ops: OpSet::of(&[Op::Read, Op::Write, Op::Flush, Op::Reset]),
+            write_cache: false,
+            atomic_blocks: 1,
+            optimal_io_blocks: 0,
+            buffer_align_bytes: 1,
+            reports_unmapped: false,
+            thin: false,
+            read_only: false,
+        }
+    }
+
+    /// What a layer on top of `base` starts from: the base's geometry and promises under a new name.
+    pub fn stacked_on(base: &DeviceInfo, name: impl Into<String>, product_name: &'static str) -> Self {
+        DeviceInfo {
+            name: name.into(),
+            product_name,
+            uuid: Uuid::new_v4(),
+            aliases: Vec::new(),
+            ..base.clone()
+        }
+    }
+}
+
+/// Lets a kind of device find its own again (to change a latency, to inject an error).
+pub trait AsAny: 'static {
+    /// The device as what it is.
+    fn as_any(&self) -> &dyn std::any::Any;
+}
+
+impl<T: 'static> AsAny for T {
+    fn as_any(&self) -> &dyn std::any::Any {
+        self
+    }
+}
+
+/// A kind of block device. Shared by all cores: everything that an I/O touches belongs in the [`Queue`].
+pub trait Device: AsAny + Send + Sync {
+    /// What it is, as registered.
+    fn info(&self) -> &DeviceInfo;
+
+    /// A queue for the current reactor's core.
+    ///
+    /// # Errors
+    /// When the core's resources (rings, queue pairs, memory) do not allow another one.
+    fn open_queue(self: Arc<Self>) -> Result<Rc<dyn Queue>, BdevError>;
+
+    /// Called once, on any thread, after the last descriptor has closed and the device left the registry. Gives back
+    /// what the device holds (descriptors of its base, files).
+    fn destruct(&self) {}
+
+    /// The `driver_specific` object of `bdev_get_bdevs`.
+    fn driver_specific(&self) -> serde_json::Value {
+        serde_json::Value::Object(serde_json::Map::new())
+    }
+
+    /// The calls that create this device again: (method, params). Keys appear as references only.
+    fn config(&self) -> Vec<(String, serde_json::Value)> {
+        Vec::new()
+    }
+}
+
+/// A device's end on one core. Lives and dies on its reactor; `Drop` gives its resources back.
+pub trait Queue {
+    /// Takes an I/O whose range, buffers and operation are within what the device's info says (the core has checked).
+    /// Ends it by [`Io::finish`] (or [`Io::up`] from a completion), on this core, exactly once, and never by a panic.
+    fn submit(self: Rc<Self>, io: Box<Io>);
+
+    /// Ends the outstanding I/O with this tag early if the device can. Best effort; true when it was found.
+    fn abort(&self, _tag: u64) -> bool {
+        false
+    }
+}

@@ -1,0 +1,277 @@
+//! One I/O on its way down a stack of devices and back up.
+//!
+//! An [`Io`] is a box that **moves**: whoever holds it owns it. A layer that wants to see it again pushes a
+//! [`Frame`] and hands the box down; the device at the bottom calls [`Io::finish`], and the frames are taken off one
+//! by one, each layer getting the box back. There is no allocation per layer, no reference count on the I/O, and no
+//! way to complete it twice.
+//!
+//! Invariants:
+//! - `Queue::submit` never completes an I/O inside the caller's stack frame: [`Io::finish`] defers to the reactor.
+//!   So a submitter never re-enters itself, and a chain of instant completions can not overflow the stack.
+//! - A layer's completion calls [`Io::up`] (still inside the reactor's turn) to pass the box on.
+//! - Data moves by ownership. A write hands its buffers down: whoever finds a buffer unique may change it in place.
+//!   A read that comes **without** buffers lets the device lend or allocate them; a read **with** buffers (of the whole
+//!   length) wants the data there.
+//! - `op`, `lba`, `blocks` and `tag` come back as they were submitted: a layer that changes them puts them back.
+//!
+//! Units: `lba` and `blocks` are in blocks of the device that the I/O is submitted to.
+
+use std::rc::Rc;
+
+use cryptfold_reactor as reactor;
+use reactor::memory::SgList;
+use smallvec::SmallVec;
+
+use crate::Status;
+
+/// What an I/O asks for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Op {
+    /// `data` is filled, lent or allocated (see the module's head).
+    Read,
+    /// `data` holds exactly `blocks` blocks.
+    Write,
+    /// All writes that completed before this was submitted become durable.
+    Flush,
+    /// The range need not keep its data; it then reads as zeros where the device reports unmapped ranges.
+    Unmap,
+    /// The range reads as zeros afterwards.
+    WriteZeroes,
+    /// Compares the range with `data`; ends with `COMPARE_FAILURE` on a difference.
+    Compare,
+    /// Atomically: compares the range with `compare`, then writes `data`.
+    CompareAndWrite,
+    /// Copies `blocks` from `src_lba` to `lba`.
+    Copy,
+    /// Brings the device back to a working state; outstanding I/O ends first.
+    Reset,
+}
+
+impl Op {
+    /// All operations, in the order of their bits in [`OpSet`].
+    pub const ALL: [Op; 9] = [
+        Op::Read,
+        Op::Write,
+        Op::Flush,
+        Op::Unmap,
+        Op::WriteZeroes,
+        Op::Compare,
+        Op::CompareAndWrite,
+        Op::Copy,
+        Op::Reset,
+    ];
+    /// Whether the operation can change what a later read returns.
+    pub const fn modifies(self) -> bool {
+        matches!(self, Op::Write | Op::Unmap | Op::WriteZeroes | Op::CompareAndWrite | Op::Copy)
+    }
+    /// The name that SPDK's `supported_io_types` gives it.
+    pub const fn spdk_name(self) -> &'static str {
+        match self {
+            Op::Read => "read",
+            Op::Write => "write",
+            Op::Flush => "flush",
+            Op::Unmap => "unmap",
+            Op::WriteZeroes => "write_zeroes",
+            Op::Compare => "compare",
+            Op::CompareAndWrite => "compare_and_write",
+            Op::Copy => "copy",
+            Op::Reset => "reset",
+        }
+    }
+}
+
+/// A set of operations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct OpSet(u16);
+
+impl OpSet {
+    /// The set of `ops`.
+    pub const fn of(ops: &[Op]) -> OpSet {
+        let mut bits = 0;
+        let mut i = 0;
+        while i < ops.len() {
+            bits |= 1 << ops[i] as u16;
+            i += 1;
+        }
+        OpSet(bits)
+    }
+    /// Whether `op` is in the set.
+    pub const fn has(self, op: Op) -> bool {
+        self.0 & (1 << op as u16) != 0
+    }
+    /// The operations in both sets.
+    pub const fn intersect(self, other: OpSet) -> OpSet {
+        OpSet(self.0 & other.0)
+    }
+    /// The set with `op` in it.
+    #[must_use]
+    pub const fn with(self, op: Op) -> OpSet {
+        OpSet(self.0 | 1 << op as u16)
+    }
+    /// The set without `op`.
+    #[must_use]
+    pub const fn without(self, op: Op) -> OpSet {
+        OpSet(self.0 & !(1 << op as u16))
+    }
+}
+
+/// Which parts of a read are unmapped, in blocks from the start of the I/O. Unmapped blocks hold zeros in `data`.
+pub type UnmappedRanges = SmallVec<[BlockRange; 2]>;
+
+/// A run of blocks inside an I/O.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BlockRange {
+    /// First block, counted from the start of the I/O.
+    pub start: u32,
+    /// Number of blocks.
+    pub blocks: u32,
+}
+
+/// A layer's note to itself, put on the I/O when it goes down and handed back when it comes up.
+#[derive(Default)]
+pub struct Frame {
+    /// For the layer's own use (often the address the I/O came with).
+    pub lba: u64,
+    /// For the layer's own use.
+    pub word: u64,
+    /// For the layer's own use (often the caller's destination buffers of a read).
+    pub data: SgList,
+}
+
+/// Gets an I/O back.
+pub trait Complete {
+    /// `io` has ended with `io.status()`; `frame` is what was pushed. Passes it on with [`Io::up`], keeps it, or
+    /// submits it again.
+    fn complete(self: Rc<Self>, io: Box<Io>, frame: Frame);
+}
+
+/// An I/O. See the module's head for who may touch what, when.
+pub struct Io {
+    /// What is asked for.
+    pub op: Op,
+    /// Force unit access: durable when it completes.
+    pub fua: bool,
+    /// Which host key the data was decrypted with; 0 = none, stored as the host sent it.
+    pub host_key: u16,
+    /// Chosen by the submitter, for [`Queue::abort`](crate::Queue::abort); unique among its outstanding I/O.
+    pub tag: u64,
+    /// First block.
+    pub lba: u64,
+    /// Number of blocks (0 for flush and reset: the whole device).
+    pub blocks: u64,
+    /// First block of the source of a copy.
+    pub src_lba: u64,
+    /// Payload.
+    pub data: SgList,
+    /// What `CompareAndWrite` expects to find.
+    pub compare: SgList,
+    /// Filled by reads of devices that know: which blocks are unmapped.
+    pub unmapped: UnmappedRanges,
+    status: Status,
+    frames: Vec<(Rc<dyn Complete>, Frame)>,
+}
+
+impl Io {
+    /// An I/O with nothing in it but the operation. Comes from this thread's store of used ones where possible.
+    pub fn new(op: Op, lba: u64, blocks: u64) -> Box<Io> {
+        let mut io = STORE.with_borrow_mut(|s| s.pop()).unwrap_or_else(|| {
+            Box::new(Io {
+                op,
+                fua: false,
+                host_key: 0,
+                tag: 0,
+                lba,
+                blocks,
+                src_lba: 0,
+                data: SgList::new(),
+                compare: SgList::new(),
+                unmapped: UnmappedRanges::new(),
+                status: Status::SUCCESS,
+                frames: Vec::with_capacity(8),
+            })
+        });
+        io.reset(op, lba, blocks);
+        io
+    }
+
+    /// Gives the box back to this thread's store.
+    pub fn recycle(mut self: Box<Self>) {
+        debug_assert!(self.frames.is_empty(), "recycled an I/O that somebody waits for");
+        self.data = SgList::new();
+        self.compare = SgList::new();
+        STORE.with_borrow_mut(|s| {
+            if s.len() < STORE_MAX {
+                s.push(self);
+            }
+        });
+    }
+
+    /// Makes the box a new I/O; buffers and flags of the last one are gone.
+    pub fn reset(&mut self, op: Op, lba: u64, blocks: u64) {
+        debug_assert!(self.frames.is_empty(), "reset an I/O that somebody waits for");
+        self.op = op;
+        self.fua = false;
+        self.host_key = 0;
+        self.tag = 0;
+        self.lba = lba;
+        self.blocks = blocks;
+        self.src_lba = 0;
+        if !self.data.is_empty() {
+            self.data = SgList::new();
+        }
+        if !self.compare.is_empty() {
+            self.compare = SgList::new();
+        }
+        self.unmapped.clear();
+        self.status = Status::SUCCESS;
+    }
+
+    /// What the I/O ended with; meaningful once it came back.
+    pub fn status(&self) -> Status {
+        self.status
+    }
+
+    /// Asks to get the I/O back, with a word to remember.
+    #[inline]
+    pub fn push(&mut self, who: Rc<dyn Complete>, lba: u64, word: u64) {
+        self.push_with(who, lba, word, SgList::new());
+    }
+
+    /// Asks to get the I/O back, with buffers to remember.
+    #[inline]
+    pub fn push_with(&mut self, who: Rc<dyn Complete>, lba: u64, word: u64, data: SgList) {
+        self.frames.push((who, Frame { lba, word, data }));
+    }
+
+    /// Ends the I/O: the layer above gets it back on this core, soon, not inside this call.
+    #[inline]
+    pub fn finish(mut self: Box<Self>, status: Status) {
+        self.status = status;
+        reactor::defer(self);
+    }
+
+    /// Passes the I/O to the layer above, at once. Only from inside [`Complete::complete`] or a task.
+    #[inline]
+    pub fn up(mut self: Box<Self>, status: Status) {
+        self.status = status;
+        match self.frames.pop() {
+            Some((who, frame)) => who.complete(self, frame),
+            None => self.recycle(),
+        }
+    }
+}
+
+impl reactor::Deferred for Io {
+    #[inline]
+    fn run(self: Box<Self>) {
+        let status = self.status;
+        self.up(status);
+    }
+}
+
+/// Boxes kept per thread for reuse; more than the deepest queues of a core need is given back to the allocator.
+const STORE_MAX: usize = 4096;
+
+thread_local! {
+    static STORE: std::cell::RefCell<Vec<Box<Io>>> = const { std::cell::RefCell::new(Vec::new()) };
+}

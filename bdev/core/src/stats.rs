@@ -1,0 +1,272 @@
+//! What a device did: counters (always) and latency histograms (on request), written by one channel each and read by
+//! control threads.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+
+use hdrhistogram::Histogram;
+
+use crate::registry::locked;
+use crate::{Op, Status};
+
+/// A counter with one writer: no read-modify-write on the data path.
+#[derive(Default, Debug)]
+pub struct Counter(AtomicU64);
+
+impl Counter {
+    /// Adds; only its one writer may call this.
+    #[inline]
+    pub fn add(&self, n: u64) {
+        self.0.store(self.0.load(Ordering::Relaxed).wrapping_add(n), Ordering::Relaxed);
+    }
+    /// Now.
+    #[inline]
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Groups of operations that are counted together.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[repr(usize)]
+pub enum Class {
+    /// Read and compare.
+    Read,
+    /// Write, write-zeroes, compare-and-write.
+    Write,
+    /// Unmap.
+    Unmap,
+    /// Copy.
+    Copy,
+    /// Flush and reset.
+    Other,
+}
+
+const CLASSES: usize = 5;
+
+impl Class {
+    /// All of them.
+    pub const ALL: [Class; CLASSES] = [Class::Read, Class::Write, Class::Unmap, Class::Copy, Class::Other];
+    /// Where an operation is counted.
+    #[inline]
+    pub const fn of(op: Op) -> Class {
+        match op {
+            Op::Read | Op::Compare => Class::Read,
+            Op::Write | Op::WriteZeroes | Op::CompareAndWrite => Class::Write,
+            Op::Unmap => Class::Unmap,
+            Op::Copy => Class::Copy,
+            Op::Flush | Op::Reset => Class::Other,
+        }
+    }
+}
+
+/// A class's totals. Latencies in nanoseconds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ClassTotals {
+    /// Completed operations.
+    pub ops: u64,
+    /// Their bytes.
+    pub bytes: u64,
+    /// Sum of latencies.
+    pub latency_ns: u64,
+    /// Longest latency.
+    pub max_latency_ns: u64,
+    /// Shortest latency (0 while nothing completed).
+    pub min_latency_ns: u64,
+}
+
+#[derive(Default)]
+struct ClassCounters {
+    ops: Counter,
+    bytes: Counter,
+    latency: Counter,
+    max: Counter,
+    min: Counter,
+}
+
+/// One channel's counters.
+#[derive(Default)]
+pub(crate) struct ChannelStats {
+    classes: [ClassCounters; CLASSES],
+    errors: Mutex<BTreeMap<(u8, u8), u64>>,
+    histograms: Mutex<Option<Box<[Histogram<u64>; CLASSES]>>>,
+}
+
+fn new_histograms() -> Option<Box<[Histogram<u64>; CLASSES]>> {
+    // 1 ns to 100 s with 1% resolution: 3 significant digits would triple the memory for nothing.
+    let h = Histogram::new_with_bounds(1, 100_000_000_000, 2).ok()?;
+    Some(Box::new([h.clone(), h.clone(), h.clone(), h.clone(), h]))
+}
+
+impl ChannelStats {
+    #[inline]
+    pub fn record(&self, op: Op, bytes: u64, latency_ns: u64, status: Status, histogram: bool) {
+        let class = Class::of(op);
+        let c = &self.classes[class as usize];
+        c.ops.add(1);
+        c.bytes.add(bytes);
+        c.latency.add(latency_ns);
+        if latency_ns > c.max.get() {
+            c.max.0.store(latency_ns, Ordering::Relaxed);
+        }
+        let min = c.min.get();
+        if latency_ns < min || min == 0 {
+            c.min.0.store(latency_ns, Ordering::Relaxed);
+        }
+        if !status.is_ok() {
+            *locked(&self.errors).entry((status.sct(), status.sc())).or_default() += 1;
+        }
+        if histogram {
+            let mut h = locked(&self.histograms);
+            if h.is_none() {
+                *h = new_histograms();
+            }
+            if let Some(h) = h.as_mut() {
+                h[class as usize].saturating_record(latency_ns);
+            }
+        }
+    }
+
+    fn totals(&self, class: Class) -> ClassTotals {
+        let c = &self.classes[class as usize];
+        ClassTotals {
+            ops: c.ops.get(),
+            bytes: c.bytes.get(),
+            latency_ns: c.latency.get(),
+            max_latency_ns: c.max.get(),
+            min_latency_ns: c.min.get(),
+        }
+    }
+}
+
+impl ClassTotals {
+    fn add(&mut self, o: &ClassTotals) {
+        self.ops += o.ops;
+        self.bytes += o.bytes;
+        self.latency_ns += o.latency_ns;
+        self.max_latency_ns = self.max_latency_ns.max(o.max_latency_ns);
+        self.min_latency_ns = match (self.min_latency_ns, o.min_latency_ns) {
+            (0, m) | (m, 0) => m,
+            (a, b) => a.min(b),
+        };
+    }
+    fn minus(&self, base: &ClassTotals) -> ClassTotals {
+        ClassTotals {
+            ops: self.ops - base.ops,
+            bytes: self.bytes - base.bytes,
+            latency_ns: self.latency_ns - base.latency_ns,
+            ..*self
+        }
+    }
+}
+
+/// A device's statistics over all its channels, past and present.
+#[derive(Default)]
+pub struct BdevStats {
+    inner: Mutex<Inner>,
+}
+
+#[derive(Default)]
+struct Inner {
+    live: Vec<Arc<ChannelStats>>,
+    closed: [ClassTotals; CLASSES],
+    errors: BTreeMap<(u8, u8), u64>,
+    histograms: Option<Box<[Histogram<u64>; CLASSES]>>,
+    /// Totals at the last reset, subtracted from what is shown.
+    base: [ClassTotals; CLASSES],
+}
+
+impl BdevStats {
+    pub(crate) fn open(&self) -> Arc<ChannelStats> {
+        let s = Arc::new(ChannelStats::default());
+        locked(&self.inner).live.push(s.clone());
+        s
+    }
+
+    pub(crate) fn close(&self, s: &Arc<ChannelStats>) {
+        let mut i = locked(&self.inner);
+        i.live.retain(|x| !Arc::ptr_eq(x, s));
+        for class in Class::ALL {
+            i.closed[class as usize].add(&s.totals(class));
+        }
+        for (k, v) in locked(&s.errors).iter() {
+            *i.errors.entry(*k).or_default() += v;
+        }
+        if let Some(h) = locked(&s.histograms).take() {
+            merge(&mut i.histograms, &h);
+        }
+    }
+
+    /// Totals of a class since the last reset.
+    pub fn totals(&self, class: Class) -> ClassTotals {
+        let i = locked(&self.inner);
+        i.sum(class).minus(&i.base[class as usize])
+    }
+
+    /// Failed operations by (status code type, status code).
+    pub fn errors(&self) -> BTreeMap<(u8, u8), u64> {
+        let i = locked(&self.inner);
+        let mut all = i.errors.clone();
+        for s in &i.live {
+            for (k, v) in locked(&s.errors).iter() {
+                *all.entry(*k).or_default() += v;
+            }
+        }
+        all
+    }
+
+    /// Counts from zero again.
+    pub fn reset(&self) {
+        let mut i = locked(&self.inner);
+        for class in Class::ALL {
+            i.base[class as usize] = i.sum(class);
+        }
+        i.errors.clear();
+        for s in &i.live {
+            locked(&s.errors).clear();
+        }
+    }
+
+    /// Latency histogram of a class in nanoseconds, over all channels; `None` if none was kept.
+    pub fn histogram(&self, class: Class) -> Option<Histogram<u64>> {
+        let i = locked(&self.inner);
+        let mut all = i.histograms.clone();
+        for s in &i.live {
+            if let Some(h) = locked(&s.histograms).as_ref() {
+                merge(&mut all, h);
+            }
+        }
+        all.map(|h| h[class as usize].clone())
+    }
+
+    pub(crate) fn clear_histograms(&self) {
+        let mut i = locked(&self.inner);
+        i.histograms = None;
+        for s in &i.live {
+            *locked(&s.histograms) = None;
+        }
+    }
+}
+
+impl Inner {
+    fn sum(&self, class: Class) -> ClassTotals {
+        let mut t = self.closed[class as usize];
+        for s in &self.live {
+            t.add(&s.totals(class));
+        }
+        t
+    }
+}
+
+fn merge(into: &mut Option<Box<[Histogram<u64>; CLASSES]>>, from: &[Histogram<u64>; CLASSES]) {
+    if into.is_none() {
+        *into = new_histograms();
+    }
+    if let Some(all) = into.as_mut() {
+        for (a, b) in all.iter_mut().zip(from) {
+            // Same bounds on both sides, so this can not fail.
+            let _ = a.add(b);
+        }
+    }
+}
