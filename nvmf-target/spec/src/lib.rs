@@ -13,15 +13,20 @@
 mod wire;
 
 pub mod cqe;
+pub mod enable;
+pub mod fabrics;
 pub mod ids;
+pub mod nqn;
 pub mod opcode;
 pub mod pdu;
+pub mod property;
 pub mod sgl;
 pub mod sqe;
 pub mod status;
 
 pub use cqe::Cqe;
 pub use ids::{Cid, Cntlid, Nsid, Qid, Ttag};
+pub use nqn::Nqn;
 pub use sgl::Sgl;
 pub use sqe::Sqe;
 pub use status::Status;
