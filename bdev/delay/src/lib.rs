@@ -146,7 +146,7 @@ struct DelayQueue {
 
 impl DelayQueue {
     fn latency(&self, io: &Io) -> Duration {
-        let rare = reactor::random_u64() % 100 == 0;
+        let rare = reactor::random_u64().is_multiple_of(100);
         let which = match (matches!(io.op, cryptfold_bdev::Op::Read), rare) {
             (true, false) => Latency::AvgRead,
             (true, true) => Latency::P99Read,

@@ -17,7 +17,6 @@ pub(crate) struct Backing {
     /// What O_DIRECT wants of addresses, offsets and lengths; 1 without O_DIRECT.
     pub align_bytes: usize,
     pub direct: bool,
-    pub block_device: bool,
 }
 
 impl Backing {
@@ -59,15 +58,7 @@ impl Backing {
         // File systems answer 512 or the page size here (statx DIOALIGN); 4096 suits all of them.
         let align_bytes =
             if direct { if block_device { logical_block_bytes as usize } else { 512 } } else { 1 };
-        Ok(Backing {
-            file,
-            path: path.into(),
-            size_bytes,
-            logical_block_bytes,
-            align_bytes,
-            direct,
-            block_device,
-        })
+        Ok(Backing { file, path: path.into(), size_bytes, logical_block_bytes, align_bytes, direct })
     }
 
     pub fn fd(&self) -> RawFd {
