@@ -49,3 +49,40 @@ process_is_gone() { ! kill -0 "$1" 2>/dev/null || [ "$(ps -o stat= -p "$1" | cut
 
 # guest_kernel: path of the newest unpacked guest kernel image, or nothing.
 guest_kernel() { find "$KERNEL_DIR/boot" -name 'vmlinuz-*' 2>/dev/null | sort -V | tail -n 1; }
+
+# target_binary: path of the release build of the target, or an end with the reason.
+target_binary() {
+    local binary=${CARGO_TARGET_DIR:-$ROOT/target}/release/cryptfold
+    [ -x "$binary" ] || die "$binary is missing: run 'cargo build --release -p cryptfold'"
+    printf '%s\n' "$binary"
+}
+
+# start_target LOG SOCKET ARG...: runs `cryptfold target -r SOCKET ARG...` in the background, sets TARGET_PID, and returns
+# when its socket answers; shows the log if it does not within 20 s.
+start_target() {
+    local log=$1 socket=$2 binary
+    shift 2
+    binary=$(target_binary) || exit 1
+    "$binary" target -r "$socket" "$@" >"$log" 2>&1 &
+    TARGET_PID=$!
+    local deadline=$((SECONDS + 20))
+    until "$binary" rpc -r "$socket" spdk_get_version >/dev/null 2>&1; do
+        if process_is_gone "$TARGET_PID" || [ "$SECONDS" -ge "$deadline" ]; then
+            note "the target did not answer on $socket; its log:"
+            cat "$log" >&2
+            return 1
+        fi
+        sleep 0.1
+    done
+}
+
+# stop_target LOG: SIGTERM must end the target with status 0 within 30 s; shows the log if not.
+stop_target() {
+    local status=0
+    stop_process "$TARGET_PID" 30 || status=$?
+    TARGET_PID=''
+    [ "$status" = 0 ] && return 0
+    note "the target ended with status $status on SIGTERM; end of its log:"
+    tail -n 40 "$1" >&2
+    return 1
+}
