@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Shared by the scripts of this directory: places, messages, clean-up. Sourced, never run.
 # Nothing here changes the machine; `setup-deps` is the only script that installs.
 
