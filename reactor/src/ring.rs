@@ -196,12 +196,7 @@ impl Ring {
     /// Submits what is queued, and lets the kernel run pending task work. No system call when there is nothing.
     pub(crate) fn flush(&self) {
         loop {
-            while let Some(entry) = self.overflow.borrow_mut().pop_front() {
-                if !self.try_push(&entry) {
-                    self.overflow.borrow_mut().push_front(entry);
-                    break;
-                }
-            }
+            self.requeue();
             let (queued, pending) = {
                 // SAFETY: the only view of the submission queue at this time.
                 let queue = unsafe { self.io.submission_shared() };
@@ -218,6 +213,17 @@ impl Ring {
                 // Completions must be reaped first, or the kernel is short of memory: the next turn tries again.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EBUSY | libc::EAGAIN)) => return,
                 Err(error) => panic!("io_uring_enter: {error}"),
+            }
+        }
+    }
+
+    /// Moves entries that once found the queue full into it, oldest first.
+    fn requeue(&self) {
+        loop {
+            let Some(entry) = self.overflow.borrow_mut().pop_front() else { return };
+            if !self.try_push(&entry) {
+                self.overflow.borrow_mut().push_front(entry);
+                return;
             }
         }
     }

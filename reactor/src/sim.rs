@@ -22,6 +22,8 @@ use std::time::Duration;
 
 /// A step takes at most this much virtual time, ns.
 const STEP_LIMIT_NS: u64 = 200;
+/// One step in so many may go to a core that has nothing but pollers.
+const POLL_ONE_IN: u64 = 8;
 /// Time that passes when only pollers without wake-up source are left, ns.
 const POLL_STEP_NS: u64 = 1_000;
 /// So many of those without any work are a stall.
@@ -195,19 +197,17 @@ impl Sim {
         true
     }
 
-    /// A random core that has something to run, and a random choice of what.
+    /// A random core that has something to run, and a random choice of what. Now and then also one that only has
+    /// pollers, so that a busy core elsewhere cannot starve them.
     fn choose(&mut self) -> Option<(usize, Work)> {
-        let runnable = self.cores.iter().filter(|core| core.has_work()).count();
-        if runnable == 0 {
+        if !self.cores.iter().any(Core::has_work) {
             return None;
         }
-        let mut nth = self.rng.below(runnable as u64);
-        let index = self.cores.iter().position(|core| {
-            core.has_work() && {
-                nth = nth.wrapping_sub(1);
-                nth == u64::MAX
-            }
-        })?;
+        let poll_too = self.rng.below(POLL_ONE_IN) == 0;
+        let eligible = |core: &Core| core.has_work() || (poll_too && core.has_pollers());
+        let count = self.cores.iter().filter(|core| eligible(core)).count() as u64;
+        let pick = self.rng.below(count) as usize;
+        let (index, _) = self.cores.iter().enumerate().filter(|(_, core)| eligible(core)).nth(pick)?;
         let core = &self.cores[index];
         let choices = [
             (core.has_deferred(), Work::Deferred),

@@ -113,3 +113,68 @@ impl Timers {
         self.place(position);
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::random::Rng;
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicU64, Ordering};
+    use std::task::Wake;
+
+    struct Mark(u64, AtomicU64);
+
+    impl Wake for Mark {
+        fn wake(self: Arc<Self>) {
+            self.1.store(1, Ordering::Relaxed);
+        }
+    }
+
+    fn fire(waker: Waker, marks: &[Arc<Mark>]) -> u64 {
+        waker.wake();
+        let mark = marks.iter().find(|mark| mark.1.swap(0, Ordering::Relaxed) == 1);
+        mark.expect("the waker marks").0
+    }
+
+    /// Against a sorted list, with removals, ties and reused slots.
+    #[test]
+    fn behaves_like_a_sorted_list() {
+        let mut rng = Rng::new(11);
+        let mut timers = Timers::default();
+        let mut marks = Vec::new();
+        let mut model: Vec<(Nanos, u64, TimerKey)> = Vec::new();
+        let mut stale = Vec::new();
+        for n in 0..5_000 {
+            match rng.below(4) {
+                0 | 1 => {
+                    let mark = Arc::new(Mark(n, AtomicU64::new(0)));
+                    let at = Nanos(rng.below(300));
+                    let key = timers.insert(at, Waker::from(mark.clone()));
+                    marks.push(mark);
+                    model.push((at, n, key));
+                    model.sort_by_key(|&(at, n, _)| (at, n));
+                }
+                2 if !model.is_empty() => {
+                    let (_, n, key) = model.remove(rng.below(model.len() as u64) as usize);
+                    assert_eq!(fire(timers.remove(key).expect("present"), &marks), n);
+                    stale.push(key);
+                }
+                _ => {
+                    let now = Nanos(rng.below(300));
+                    let due = model.first().filter(|&&(at, ..)| at <= now).map(|&(_, n, key)| (n, key));
+                    assert_eq!(timers.pop_due(now).map(|waker| fire(waker, &marks)), due.map(|(n, _)| n));
+                    if let Some((_, key)) = due {
+                        model.remove(0);
+                        stale.push(key);
+                    }
+                }
+            }
+            assert_eq!(timers.next(), model.first().map(|&(at, ..)| at));
+        }
+        assert!(stale.len() > 1_000);
+        for key in stale {
+            assert!(timers.remove(key).is_none(), "a key names its timer only once");
+        }
+        assert!(timers.slots.len() < 3_000, "slots are reused");
+    }
+}

@@ -43,7 +43,7 @@ impl Semaphore {
 
     /// `amount` permits, if they are free and nobody waits.
     pub fn try_acquire(&self, amount: usize) -> Option<Permit<'_>> {
-        self.take(amount).then_some(Permit { semaphore: self, amount })
+        self.take(amount).then(|| Permit { semaphore: self, amount })
     }
 
     /// Adds permits: more than before, or those of a [`Permit::forget`].
