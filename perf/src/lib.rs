@@ -1,1 +1,7 @@
-//! cryptfold-perf
+//! `cryptfold-perf`: what this machine could do, and what the product makes of it.
+//!
+//! A module per subcommand, each with its `Args` and `run`; [`report`] has what their reports share.
+
+pub mod load;
+pub mod primitives;
+pub mod report;

@@ -1,0 +1,38 @@
+//! The program `cryptfold-perf`.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+use cryptfold_perf::primitives;
+
+/// Measures cryptfold and what it is made of.
+#[derive(Parser)]
+#[command(name = "cryptfold-perf", version, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    Primitives(primitives::Args),
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "error".into()),
+        )
+        .with_writer(std::io::stderr)
+        .init();
+    let ended = match Cli::parse().command {
+        Command::Primitives(args) => primitives::run(&args).map_err(|e| e.to_string()),
+    };
+    match ended {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(e) => {
+            eprintln!("cryptfold-perf: {e}");
+            ExitCode::FAILURE
+        }
+    }
+}
