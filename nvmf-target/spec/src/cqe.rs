@@ -7,7 +7,7 @@ use crate::status::Status;
 use crate::wire::wire;
 
 wire! {
-    /// 16-byte completion queue entry (NVMe Base 2.0 Figure 90). On fabrics the phase tag and, without a queue
+    /// 16-byte completion queue entry (NVMe Base 2.0 section 3.3.3.2). On fabrics the phase tag and, without a queue
     /// of its own per SQ, the SQ identifier are reserved (section 3.3.3.2).
     pub struct Cqe: 16 {
         /// DW0, command specific.

@@ -16,11 +16,11 @@ use crate::wire::{bits, wire};
 pub const RECFMT: u16 = 0;
 /// Smallest SQSIZE of a queue, 0's based (2 entries): NVMe Base 2.0 section 6.3.
 pub const MIN_SQSIZE: u16 = 1;
-/// PSDT = SGL in byte 1 (NVMe Base 2.0 Figure 375).
+/// PSDT = SGL in byte 1 (NVMe Base 2.0 section 6).
 const PSDT_SGL: u8 = 0x40;
 
 wire! {
-    /// What all Fabrics commands share (NVMe Base 2.0 Figure 375).
+    /// What all Fabrics commands share (NVMe Base 2.0 section 6).
     pub struct FabricsCommand: 64 {
         /// OPC, 7Fh.
         0 => pub opcode: u8,
@@ -37,7 +37,7 @@ wire! {
 }
 
 wire! {
-    /// Connect (NVMe Base 2.0 section 6.3, Figure 379), with [`ConnectData`] as its data.
+    /// Connect (NVMe Base 2.0 section 6.3), with [`ConnectData`] as its data.
     pub struct Connect: 64 {
         /// OPC, 7Fh.
         0 => pub opcode: u8,
@@ -66,7 +66,7 @@ wire! {
 }
 
 bits! {
-    /// CATTR of Connect (NVMe Base 2.0 Figure 379).
+    /// CATTR of Connect (NVMe Base 2.0 section 6.3).
     pub struct Cattr(u8) {
         /// Priority class; weighted round robin only.
         priority, with_priority: 0, 2;
@@ -78,7 +78,7 @@ bits! {
 }
 
 wire! {
-    /// Data of Connect (NVMe Base 2.0 Figure 380).
+    /// Data of Connect (NVMe Base 2.0 section 6.3).
     pub struct ConnectData: 1024 {
         /// HOSTID, 128-bit host identifier.
         0 => pub hostid: [u8; 16],
@@ -115,7 +115,7 @@ pub mod ipo {
     pub const HOSTNQN: u16 = 512;
 }
 
-/// Why Connect fails, with what DW0 of the completion says about it (NVMe Base 2.0 Figures 381, 382).
+/// Why Connect fails, with what DW0 of the completion says about it (NVMe Base 2.0 section 6.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, thiserror::Error)]
 pub enum ConnectReject {
     /// RECFMT is not supported.
@@ -153,7 +153,7 @@ impl ConnectReject {
 }
 
 bits! {
-    /// DW0 of a successful Connect (NVMe Base 2.0 Figure 382).
+    /// DW0 of a successful Connect (NVMe Base 2.0 section 6.3).
     pub struct ConnectResult(u32) {
         /// CNTLID: the controller allocated.
         cntlid, with_cntlid: 0, 16;
@@ -240,7 +240,7 @@ impl Connect {
 }
 
 wire! {
-    /// Property Get and Property Set (NVMe Base 2.0 sections 6.4 to 6.6).
+    /// Property Get and Property Set (NVMe Base 2.0 sections 6.5 and 6.6).
     pub struct PropertyCommand: 64 {
         /// OPC, 7Fh.
         0 => pub opcode: u8,
@@ -299,7 +299,7 @@ impl PropertyCommand {
 }
 
 wire! {
-    /// Disconnect (NVMe Base 2.0 section 6.5): deletes the I/O queue it is sent on.
+    /// Disconnect (NVMe Base 2.0 section 6.4): deletes the I/O queue it is sent on.
     pub struct Disconnect: 64 {
         /// OPC, 7Fh.
         0 => pub opcode: u8,

@@ -22,16 +22,16 @@ macro_rules! id {
 
 id!(
     /// Command Identifier: unique among a submission queue's outstanding commands; FFFFh should not be used
-    /// (NVMe Base 2.0 Figure 86).
+    /// (NVMe Base 2.0 section 3.3.3.1).
     Cid(u16), "{}"
 );
 id!(
-    /// Queue Identifier: 0 is the Admin Queue, 1..=65534 are I/O queues (NVMe Base 2.0 Figure 379, Connect).
+    /// Queue Identifier: 0 is the Admin Queue, 1..=65534 are I/O queues (NVMe Base 2.0 section 6.3).
     Qid(u16), "{}"
 );
 id!(
     /// Controller Identifier: 0..=FFEFh name controllers, FFFFh asks for a dynamic one, FFFEh for any static
-    /// one (NVMe Base 2.0 Figure 380).
+    /// one (NVMe Base 2.0 section 6.3).
     Cntlid(u16), "{}"
 );
 id!(

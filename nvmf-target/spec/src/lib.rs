@@ -12,14 +12,20 @@
 
 mod wire;
 
+pub mod copy;
 pub mod cqe;
+pub mod dsm;
 pub mod enable;
 pub mod fabrics;
+pub mod features;
+pub mod identify;
 pub mod ids;
+pub mod log;
 pub mod nqn;
 pub mod opcode;
 pub mod pdu;
 pub mod property;
+pub mod reservation;
 pub mod sgl;
 pub mod sqe;
 pub mod status;

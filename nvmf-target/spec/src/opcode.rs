@@ -1,4 +1,4 @@
-//! Command opcodes. Bits 1:0 of an opcode give the data's direction (NVMe Base 2.0 Figure 87).
+//! Command opcodes. Bits 1:0 of an opcode give the data's direction (NVMe Base 2.0 section 3.3.3.1).
 
 /// Direction of a command's data, bits 1:0 of its opcode.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -14,7 +14,7 @@ pub enum Direction {
 }
 
 impl Direction {
-    /// Of an opcode, or of a Fabrics command type (NVMe Base 2.0 Figure 376).
+    /// Of an opcode, or of a Fabrics command type (NVMe Base 2.0 section 6).
     pub const fn of(code: u8) -> Self {
         match code & 3 {
             0 => Self::None,
@@ -43,11 +43,13 @@ macro_rules! opcodes {
         }
     };
 }
+pub(crate) use opcodes;
+
 /// Opcode of every Fabrics command, on any queue (NVMe Base 2.0 section 6).
 pub const FABRICS: u8 = 0x7f;
 
 opcodes! {
-    /// Admin commands (NVMe Base 2.0 Figure 138).
+    /// Admin commands (NVMe Base 2.0 section 5).
     Admin {
         /// Delete I/O Submission Queue (PCIe only).
         DeleteSq = 0x00,
@@ -115,7 +117,7 @@ opcodes! {
 }
 
 opcodes! {
-    /// I/O commands of the NVM Command Set (NVMe Base 2.0 Figure 390, NVM 1.0 Figure 5).
+    /// I/O commands of the NVM Command Set (NVMe Base 2.0 section 7, NVM 1.0 section 3).
     Io {
         /// Flush.
         Flush = 0x00,
@@ -149,7 +151,7 @@ opcodes! {
 }
 
 opcodes! {
-    /// Fabrics command types, FCTYPE (NVMe Base 2.0 Figure 376). Bits 1:0 are the data's direction.
+    /// Fabrics command types, FCTYPE (NVMe Base 2.0 section 6). Bits 1:0 are the data's direction.
     Fabrics {
         /// Property Set.
         PropertySet = 0x00,

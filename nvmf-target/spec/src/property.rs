@@ -3,7 +3,7 @@
 use crate::wire::bits;
 
 bits! {
-    /// CAP, Controller Capabilities, offset 0h (NVMe Base 2.0 Figure 36).
+    /// CAP, Controller Capabilities, offset 0h (NVMe Base 2.0 section 3.1.3).
     pub struct Cap(u64) {
         /// MQES: entries of an I/O queue at most, 0's based; 1 or more.
         mqes, with_mqes: 0, 16;
@@ -39,7 +39,7 @@ bits! {
 }
 
 bits! {
-    /// VS, Version, offset 8h (NVMe Base 2.0 Figure 37).
+    /// VS, Version, offset 8h (NVMe Base 2.0 section 3.1.3).
     pub struct Vs(u32) {
         /// TER: tertiary version.
         ter, with_ter: 0, 8;
@@ -60,7 +60,7 @@ impl Vs {
 }
 
 bits! {
-    /// CC, Controller Configuration, offset 14h (NVMe Base 2.0 Figure 46).
+    /// CC, Controller Configuration, offset 14h (NVMe Base 2.0 section 3.1.3).
     pub struct Cc(u32) {
         /// EN: enable.
         en, with_en: 0, 1;
@@ -82,7 +82,7 @@ bits! {
 }
 
 bits! {
-    /// CSTS, Controller Status, offset 1Ch (NVMe Base 2.0 Figure 47).
+    /// CSTS, Controller Status, offset 1Ch (NVMe Base 2.0 section 3.1.3).
     pub struct Csts(u32) {
         /// RDY: ready.
         rdy, with_rdy: 0, 1;
@@ -100,7 +100,7 @@ bits! {
 }
 
 bits! {
-    /// CRTO, Controller Ready Timeouts, offset 68h (NVMe Base 2.0 Figure 61).
+    /// CRTO, Controller Ready Timeouts, offset 68h (NVMe Base 2.0 section 3.1.3).
     pub struct Crto(u32) {
         /// CRWMT: ready with media, units of 500 ms.
         crwmt, with_crwmt: 0, 16;
@@ -109,10 +109,10 @@ bits! {
     }
 }
 
-/// NSSR: the value that resets the NVM subsystem, "NVMe" (NVMe Base 2.0 Figure 48).
+/// NSSR: the value that resets the NVM subsystem, "NVMe" (NVMe Base 2.0 section 3.1.3).
 pub const NSSR_RESET: u32 = 0x4e56_4d65;
 
-/// Properties that exist on fabrics (NVMe Base 2.0 Figure 35).
+/// Properties that exist on fabrics (NVMe Base 2.0 section 3.1.3).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u32)]
 pub enum Property {

@@ -20,7 +20,7 @@ pub const ID_TRANSPORT: u8 = 0x5a;
 
 wire! {
     /// SGL descriptor with a 4-byte length: Data Block, Segment, Transport Data Block
-    /// (NVMe Base 2.0 Figures 115 to 121).
+    /// (NVMe Base 2.0 section 4.1.2).
     pub struct Sgl: 16 {
         /// Address (data block), offset in the capsule's data (in-capsule), 0 (transport).
         0 => pub address: U64,

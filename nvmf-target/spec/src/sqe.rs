@@ -9,7 +9,7 @@ use crate::sgl::Sgl;
 use crate::wire::wire;
 
 wire! {
-    /// 64-byte submission queue entry, common format (NVMe Base 2.0 Figure 87). Fabrics commands reuse the bytes
+    /// 64-byte submission queue entry, common format (NVMe Base 2.0 section 3.3.3.1). Fabrics commands reuse the bytes
     /// from 4 on, see [`crate::fabrics`].
     pub struct Sqe: 64 {
         /// OPC, opcode.
@@ -179,7 +179,7 @@ impl Sqe {
 }
 
 crate::wire::bits! {
-    /// CDW12 of the NVM command set's block commands (NVM 1.0 Figures 27, 38, 49, 72, 81).
+    /// CDW12 of the NVM command set's block commands (NVM 1.0 section 3.2).
     pub struct RwControl(u32) {
         /// NLB: number of blocks, 0's based.
         nlb, with_nlb: 0, 16;
@@ -197,9 +197,9 @@ crate::wire::bits! {
 }
 
 crate::wire::bits! {
-    /// CDW10 of Identify (NVMe Base 2.0 Figure 273).
+    /// CDW10 of Identify (NVMe Base 2.0 section 5.17).
     pub struct IdentifyCdw10(u32) {
-        /// CNS: which structure; see `identify::Cns`.
+        /// CNS: which structure; see [`crate::identify::Cns`].
         cns, with_cns: 0, 8;
         /// CNTID: controller identifier, for the controller lists and the secondary controller list.
         cntid, with_cntid: 16, 16;
@@ -207,7 +207,7 @@ crate::wire::bits! {
 }
 
 crate::wire::bits! {
-    /// CDW11 of Identify (NVMe Base 2.0 Figure 274).
+    /// CDW11 of Identify (NVMe Base 2.0 section 5.17).
     pub struct IdentifyCdw11(u32) {
         /// CNSSID: NVM set, endurance group or domain identifier.
         cnssid, with_cnssid: 0, 16;
@@ -217,7 +217,7 @@ crate::wire::bits! {
 }
 
 crate::wire::bits! {
-    /// CDW10 of Abort (NVMe Base 2.0 Figure 142).
+    /// CDW10 of Abort (NVMe Base 2.0 section 5.1).
     pub struct AbortCdw10(u32) {
         /// SQID: submission queue of the command to abort.
         sqid, with_sqid: 0, 16;
@@ -242,7 +242,7 @@ crate::wire::bits! {
 }
 
 crate::wire::bits! {
-    /// CDW10 of Get Features (NVMe Base 2.0 Figure 193).
+    /// CDW10 of Get Features (NVMe Base 2.0 section 5.15).
     pub struct GetFeaturesCdw10(u32) {
         /// FID: feature identifier, see [`crate::features::Fid`].
         fid, with_fid: 0, 8;
@@ -252,7 +252,7 @@ crate::wire::bits! {
 }
 
 crate::wire::bits! {
-    /// CDW10 of Set Features (NVMe Base 2.0 Figure 314).
+    /// CDW10 of Set Features (NVMe Base 2.0 section 5.27).
     pub struct SetFeaturesCdw10(u32) {
         /// FID: feature identifier, see [`crate::features::Fid`].
         fid, with_fid: 0, 8;

@@ -136,7 +136,7 @@ impl core::fmt::Debug for Status {
     }
 }
 
-/// Generic command status (NVMe Base 2.0 Figures 93, 94).
+/// Generic command status (NVMe Base 2.0 section 3.3.3.2.1).
 impl Status {
     /// 00h: Successful Completion.
     pub const SUCCESS: Self = Self::new(Sct::Generic, 0x00);
@@ -222,7 +222,7 @@ impl Status {
     pub const FORMAT_IN_PROGRESS: Self = Self::new(Sct::Generic, 0x84);
 }
 
-/// Command specific status (NVMe Base 2.0 Figures 95, 97, 98).
+/// Command specific status (NVMe Base 2.0 section 3.3.3.2.1).
 impl Status {
     /// 00h: Completion Queue Invalid.
     pub const CQ_INVALID: Self = Self::new(Sct::CommandSpecific, 0x00);
@@ -312,19 +312,19 @@ impl Status {
     pub const IO_COMMAND_SET_INVALID: Self = Self::new(Sct::CommandSpecific, 0x2c);
     /// 2Dh: Identifier Unavailable.
     pub const ID_UNAVAILABLE: Self = Self::new(Sct::CommandSpecific, 0x2d);
-    /// 2Eh: Namespace Is Dispersed (NVMe Base 2.1 Figure 105).
+    /// 2Eh: Namespace Is Dispersed (NVMe Base 2.1 section 3.3.3.2.1).
     pub const NAMESPACE_DISPERSED: Self = Self::new(Sct::CommandSpecific, 0x2e);
-    /// 2Fh: Invalid Discovery Information (NVMe Base 2.1 Figure 105).
+    /// 2Fh: Invalid Discovery Information (NVMe Base 2.1 section 3.3.3.2.1).
     pub const DISCOVERY_INFORMATION_INVALID: Self = Self::new(Sct::CommandSpecific, 0x2f);
-    /// 30h: Zoning Data Structure Locked (NVMe Base 2.1 Figure 105).
+    /// 30h: Zoning Data Structure Locked (NVMe Base 2.1 section 3.3.3.2.1).
     pub const ZONING_DATA_LOCKED: Self = Self::new(Sct::CommandSpecific, 0x30);
-    /// 31h: Zoning Data Structure Not Found (NVMe Base 2.1 Figure 105).
+    /// 31h: Zoning Data Structure Not Found (NVMe Base 2.1 section 3.3.3.2.1).
     pub const ZONING_DATA_NOT_FOUND: Self = Self::new(Sct::CommandSpecific, 0x31);
-    /// 32h: Insufficient Discovery Resources (NVMe Base 2.1 Figure 105).
+    /// 32h: Insufficient Discovery Resources (NVMe Base 2.1 section 3.3.3.2.1).
     pub const INSUFFICIENT_DISCOVERY_RESOURCES: Self = Self::new(Sct::CommandSpecific, 0x32);
-    /// 33h: Requested Function Disabled (NVMe Base 2.1 Figure 105).
+    /// 33h: Requested Function Disabled (NVMe Base 2.1 section 3.3.3.2.1).
     pub const REQUESTED_FUNCTION_DISABLED: Self = Self::new(Sct::CommandSpecific, 0x33);
-    /// 34h: ZoneGroup Originator Invalid (NVMe Base 2.1 Figure 105).
+    /// 34h: ZoneGroup Originator Invalid (NVMe Base 2.1 section 3.3.3.2.1).
     pub const ZONEGROUP_ORIGINATOR_INVALID: Self = Self::new(Sct::CommandSpecific, 0x34);
     /// 80h: Conflicting Attributes (NVM 1.0).
     pub const CONFLICTING_ATTRIBUTES: Self = Self::new(Sct::CommandSpecific, 0x80);
@@ -352,7 +352,7 @@ impl Status {
     pub const AUTHENTICATION_REQUIRED: Self = Self::new(Sct::CommandSpecific, 0x91);
 }
 
-/// Media and data integrity errors (NVMe Base 2.0 Figures 99, 100).
+/// Media and data integrity errors (NVMe Base 2.0 section 3.3.3.2.1).
 impl Status {
     /// 80h: Write Fault.
     pub const WRITE_FAULT: Self = Self::new(Sct::Media, 0x80);
@@ -374,7 +374,7 @@ impl Status {
     pub const STORAGE_TAG_CHECK_ERROR: Self = Self::new(Sct::Media, 0x88);
 }
 
-/// Path related status (NVMe Base 2.0 Figure 101).
+/// Path related status (NVMe Base 2.0 section 3.3.3.2.1).
 impl Status {
     /// 00h: Internal Path Error.
     pub const INTERNAL_PATH_ERROR: Self = Self::new(Sct::Path, 0x00);

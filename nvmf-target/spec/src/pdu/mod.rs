@@ -97,7 +97,7 @@ pub enum Role {
     Host,
 }
 
-/// PDU types (section 3.6.1, Figure 20).
+/// PDU types (section 3.6.1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(u8)]
 pub enum PduType {
