@@ -222,6 +222,28 @@ impl BdevStats {
         for class in Class::ALL {
             i.base[class as usize] = i.sum(class);
         }
+        drop(i);
+        self.reset_extremes();
+        self.reset_errors();
+    }
+
+    /// Forgets the shortest and longest latencies. A concurrent I/O may bring the old one back.
+    pub fn reset_extremes(&self) {
+        let mut i = locked(&self.inner);
+        for class in Class::ALL {
+            let closed = &mut i.closed[class as usize];
+            (closed.max_latency_ns, closed.min_latency_ns) = (0, 0);
+            for s in &i.live {
+                let c = &s.classes[class as usize];
+                c.max.0.store(0, Ordering::Relaxed);
+                c.min.0.store(0, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Forgets the failed operations.
+    pub fn reset_errors(&self) {
+        let mut i = locked(&self.inner);
         i.errors.clear();
         for s in &i.live {
             locked(&s.errors).clear();

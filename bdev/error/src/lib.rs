@@ -27,6 +27,8 @@ pub struct ErrorOptions {
 pub enum Kind {
     /// Ends with a status; the base does not see the I/O.
     Failure,
+    /// Ends with this status; the base does not see the I/O.
+    Status(Status),
     /// Never comes back, until it is aborted or the device is reset.
     Pending,
     /// The byte at an offset is replaced (writes: before they reach the base; reads: after).
@@ -184,6 +186,7 @@ impl Queue for ErrorQueue {
         let Some(hit) = self.device.hit(io.op) else { return base.submit(io) };
         match hit.kind {
             Kind::Failure => io.finish(Status::INTERNAL_ERROR),
+            Kind::Status(status) => io.finish(status),
             Kind::NoMemory => io.finish(Status::COMMAND_INTERRUPTED),
             Kind::Pending => self.pending.borrow_mut().push(io),
             Kind::CorruptData => {

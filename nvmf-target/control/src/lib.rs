@@ -1,1 +1,24 @@
-//! cryptfold-control
+//! The control plane: JSON-RPC over a Unix socket, SPDK's methods and configuration files, keys by reference.
+//!
+//! ```text
+//!   bytes -> jsonrpc::Framer -> jsonrpc::answer -> Control::call -> table::Table -> methods::* -> registry, pools, target
+//!   file  -> config::Config ------------------------^
+//! ```
+//!
+//! Everything here runs on ordinary threads and may block; reactors are reached by message. `jsonrpc`, `params`,
+//! `table` and the parser of `config` do no I/O.
+
+pub mod client;
+pub mod config;
+mod control;
+pub mod jsonrpc;
+pub mod keys;
+pub mod logging;
+mod methods;
+mod options;
+pub mod params;
+pub mod server;
+pub mod table;
+mod watch;
+
+pub use control::{Control, ControlConfig, Signal};

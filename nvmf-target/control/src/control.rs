@@ -1,0 +1,230 @@
+//! What the methods act on: the registry of devices, the runtime, the target, the pools, the keys and the options; and
+//! the phases of the program's life (before initialisation, running, stopping).
+//!
+//! Everything here is called from ordinary threads and may block; reactors are reached by message only.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::time::{Duration, Instant};
+
+use cryptfold_bdev::Registry;
+use cryptfold_reactor::{Handle, IdlePolicy, MemoryConfig, Runtime, RuntimeConfig};
+use serde_json::Value;
+
+use crate::jsonrpc::{Handler, RpcError, RpcResult};
+use crate::keys::KeyStore;
+use crate::logging::LogControl;
+use crate::options::Options;
+use crate::table::Table;
+use crate::watch::Watch;
+
+/// Signals that `spdk_kill_instance` may send.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Signal {
+    /// Ends in order.
+    Int,
+    /// Ends in order.
+    Term,
+    /// Ends in order.
+    Quit,
+    /// As the process has it set.
+    Hup,
+    /// Ends at once.
+    Kill,
+    /// As the process has it set.
+    Usr1,
+}
+
+/// How a [`Control`] is made.
+pub struct ControlConfig {
+    /// CPUs, one reactor each.
+    pub cores: Vec<usize>,
+    /// What idle reactors do.
+    pub idle: IdlePolicy,
+    /// Pin reactors to their CPUs.
+    pub pin: bool,
+    /// The arena.
+    pub memory: MemoryConfig,
+    /// Where pools' key files lie that are not named.
+    pub key_dir: PathBuf,
+    /// The logger's levels.
+    pub log: LogControl,
+    /// Delivers a signal to the process.
+    pub on_signal: Box<dyn Fn(Signal) + Send + Sync>,
+}
+
+impl Default for ControlConfig {
+    fn default() -> Self {
+        ControlConfig {
+            cores: vec![0],
+            idle: IdlePolicy::default(),
+            pin: true,
+            memory: MemoryConfig::default(),
+            key_dir: crate::keys::default_key_dir(),
+            log: LogControl::detached(),
+            on_signal: Box::new(|_| {}),
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Phase {
+    Startup,
+    Running,
+}
+
+/// What exists from initialisation on.
+pub(crate) struct Running {
+    pub handles: Vec<Handle>,
+    runtime: Mutex<Option<Runtime>>,
+}
+
+/// The control plane's state. One per process (tests make several).
+pub struct Control {
+    pub(crate) registry: Arc<Registry>,
+    pub(crate) keys: KeyStore,
+    pub(crate) options: Mutex<Options>,
+    pub(crate) log: LogControl,
+    pub(crate) watch: Watch,
+    /// Kind of I/O that `bdev_get_histogram` shows, by device.
+    pub(crate) histogram_opc: Mutex<HashMap<String, String>>,
+    pub(crate) config: ControlConfig,
+    table: Table,
+    running: OnceLock<Running>,
+    phase: Mutex<Phase>,
+    phase_changed: Condvar,
+    started: Instant,
+}
+
+/// Takes a lock whose holder panicked as it is.
+pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Control {
+    /// Before initialisation: no reactor runs yet.
+    pub fn new(config: ControlConfig) -> Arc<Control> {
+        Arc::new(Control {
+            registry: Registry::new(),
+            keys: KeyStore::default(),
+            options: Mutex::default(),
+            log: config.log.clone(),
+            watch: Watch::default(),
+            histogram_opc: Mutex::default(),
+            config,
+            table: Table::new(crate::methods::all()),
+            running: OnceLock::new(),
+            phase: Mutex::new(Phase::Startup),
+            phase_changed: Condvar::new(),
+            started: Instant::now(),
+        })
+    }
+
+    /// The methods.
+    pub fn table(&self) -> &Table {
+        &self.table
+    }
+
+    /// All devices.
+    pub fn registry(&self) -> &Arc<Registry> {
+        &self.registry
+    }
+
+    /// Whether run-time methods may be called.
+    pub fn is_initialized(&self) -> bool {
+        *lock(&self.phase) == Phase::Running
+    }
+
+    /// Time since the program's start.
+    pub fn uptime(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// Starts the reactors and what lives on them. Once.
+    ///
+    /// # Errors
+    /// When a reactor can not start; nothing is left running then.
+    pub fn initialize(&self) -> Result<(), RpcError> {
+        let mut phase = lock(&self.phase);
+        if *phase == Phase::Running {
+            return Ok(());
+        }
+        let memory = lock(&self.options).memory(&self.config.memory);
+        let runtime = Runtime::start(RuntimeConfig {
+            cores: self.config.cores.clone(),
+            policy: self.config.idle,
+            pin: self.config.pin,
+            memory,
+            ..RuntimeConfig::default()
+        })
+        .map_err(|e| RpcError::internal(e.to_string()))?;
+        let handles = runtime.handles().to_vec();
+        let running = Running { handles, runtime: Mutex::new(Some(runtime)) };
+        if self.running.set(running).is_err() {
+            return Err(RpcError::internal("initialised twice"));
+        }
+        *phase = Phase::Running;
+        self.phase_changed.notify_all();
+        Ok(())
+    }
+
+    /// Waits until initialised.
+    pub fn wait_initialized(&self) {
+        let mut phase = lock(&self.phase);
+        while *phase != Phase::Running {
+            phase = self.phase_changed.wait(phase).unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// The reactors; none before initialisation.
+    pub(crate) fn handles(&self) -> &[Handle] {
+        self.running.get().map_or(&[], |r| &r.handles)
+    }
+
+    /// `thread_get_io_channels` of one reactor.
+    pub(crate) fn channels_on(&self, _reactor: &Handle) -> Vec<Value> {
+        Vec::new()
+    }
+
+    /// Looks for a pool on a device and opens it if a key is at hand.
+    pub(crate) fn examine(&self, _bdev: &str) -> Result<(), RpcError> {
+        Ok(())
+    }
+
+    /// After each call: what is new is noted and examined.
+    fn after_call(&self) {
+        let new = self.watch.look(&self.registry);
+        let auto = lock(&self.options).auto_examine.unwrap_or(true);
+        for name in &new {
+            if (self.watch.take_wanted(name) || auto)
+                && let Err(e) = self.examine(name)
+            {
+                tracing::warn!(bdev = name, error = e.message, "examining failed");
+            }
+        }
+        self.watch.examined(new.len());
+    }
+
+    /// Ends in order. Idempotent.
+    pub fn shutdown(&self) {
+        let Some(running) = self.running.get() else { return };
+        if let Some(runtime) = lock(&running.runtime).take() {
+            runtime.stop();
+        }
+    }
+}
+
+impl Handler for Control {
+    fn call(&self, method: &str, params: Option<&Value>) -> RpcResult {
+        let started = Instant::now();
+        let result = self.table.call(self, method, params);
+        self.after_call();
+        let ms = started.elapsed().as_millis() as u64;
+        match &result {
+            Ok(_) => tracing::debug!(method, ms, "rpc"),
+            Err(e) => tracing::info!(method, ms, code = e.code, error = e.message, "rpc refused"),
+        }
+        result
+    }
+}

@@ -1,0 +1,172 @@
+//! The log's level, its flags (parts of the program that log everything) and time stamps, changeable at run time. One
+//! sink: standard error. Key material never reaches it: no type that holds keys prints them.
+
+use std::collections::BTreeSet;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use tracing::level_filters::LevelFilter;
+use tracing_subscriber::filter::Targets;
+use tracing_subscriber::fmt::format::Writer;
+use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
+use tracing_subscriber::layer::SubscriberExt as _;
+use tracing_subscriber::{Registry, reload};
+
+use crate::control::lock;
+use crate::params::choices;
+
+choices! {
+    /// SPDK's levels.
+    pub enum Level {
+        /// Errors.
+        Error = "ERROR",
+        /// And warnings.
+        Warning = "WARNING",
+        /// And what an operator wants to see.
+        Notice = "NOTICE",
+        /// The same as NOTICE.
+        Info = "INFO",
+        /// Everything of use to a developer.
+        Debug = "DEBUG",
+    }
+}
+
+impl Level {
+    fn filter(self) -> LevelFilter {
+        match self {
+            Level::Error => LevelFilter::ERROR,
+            Level::Warning => LevelFilter::WARN,
+            Level::Notice | Level::Info => LevelFilter::INFO,
+            Level::Debug => LevelFilter::DEBUG,
+        }
+    }
+
+    /// From the command line: any case, and the short words too.
+    pub fn parse(word: &str) -> Option<Level> {
+        Some(match word.to_ascii_lowercase().as_str() {
+            "error" => Level::Error,
+            "warn" | "warning" => Level::Warning,
+            "notice" => Level::Notice,
+            "info" => Level::Info,
+            "debug" => Level::Debug,
+            _ => return None,
+        })
+    }
+}
+
+/// The flags, each with the prefix of the modules that it turns up.
+pub const FLAGS: &[(&str, &str)] = &[
+    ("bdev", "cryptfold_bdev"),
+    ("crypto", "cryptfold_bdev_crypto"),
+    ("nvmf", "cryptfold_nvmf"),
+    ("reactor", "cryptfold_reactor"),
+    ("reduce", "cryptfold_reduce"),
+    ("rpc", "cryptfold_control"),
+    ("uring", "cryptfold_bdev_uring"),
+];
+
+struct Inner {
+    level: Level,
+    flags: BTreeSet<&'static str>,
+    reload: Option<reload::Handle<Targets, Registry>>,
+}
+
+/// See the module. Cheap to clone.
+#[derive(Clone)]
+pub struct LogControl {
+    inner: Arc<Mutex<Inner>>,
+    timestamps: Arc<AtomicBool>,
+}
+
+impl fmt::Debug for LogControl {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LogControl({})", self.level().word())
+    }
+}
+
+struct Stamp(Arc<AtomicBool>);
+
+impl FormatTime for Stamp {
+    fn format_time(&self, w: &mut Writer<'_>) -> fmt::Result {
+        if self.0.load(Ordering::Relaxed) { SystemTime.format_time(w) } else { Ok(()) }
+    }
+}
+
+impl LogControl {
+    /// Without a sink: remembers the settings only.
+    pub fn detached() -> LogControl {
+        LogControl {
+            inner: Arc::new(Mutex::new(Inner { level: Level::Notice, flags: BTreeSet::new(), reload: None })),
+            timestamps: Arc::new(AtomicBool::new(true)),
+        }
+    }
+
+    /// Makes standard error the process's log. Only the first call of a process has a sink.
+    pub fn install(level: Level) -> LogControl {
+        let log = LogControl::detached();
+        let (layer, handle) = reload::Layer::new(Targets::new().with_default(level.filter()));
+        let out = tracing_subscriber::fmt::layer()
+            .with_writer(std::io::stderr)
+            .with_timer(Stamp(log.timestamps.clone()))
+            .with_ansi(false);
+        let subscriber = Registry::default().with(layer).with(out);
+        let installed = tracing::subscriber::set_global_default(subscriber).is_ok();
+        let mut inner = lock(&log.inner);
+        inner.level = level;
+        inner.reload = installed.then_some(handle);
+        drop(inner);
+        log
+    }
+
+    /// The level now.
+    pub fn level(&self) -> Level {
+        lock(&self.inner).level
+    }
+
+    /// Sets the level.
+    pub fn set_level(&self, level: Level) {
+        let mut inner = lock(&self.inner);
+        inner.level = level;
+        inner.apply();
+    }
+
+    /// Sets or clears a flag, or "all". False for an unknown one.
+    pub fn set_flag(&self, flag: &str, on: bool) -> bool {
+        let mut inner = lock(&self.inner);
+        let mut known = false;
+        for (name, _) in FLAGS.iter().filter(|(name, _)| flag == "all" || flag == *name) {
+            known = true;
+            if on {
+                inner.flags.insert(name);
+            } else {
+                inner.flags.remove(name);
+            }
+        }
+        inner.apply();
+        known
+    }
+
+    /// All flags with their state.
+    pub fn flags(&self) -> Vec<(&'static str, bool)> {
+        let inner = lock(&self.inner);
+        FLAGS.iter().map(|(n, _)| (*n, inner.flags.contains(n))).collect()
+    }
+
+    /// Time stamps on or off.
+    pub fn set_timestamps(&self, on: bool) {
+        self.timestamps.store(on, Ordering::Relaxed);
+    }
+}
+
+impl Inner {
+    fn apply(&self) {
+        let Some(handle) = &self.reload else { return };
+        let mut targets = Targets::new().with_default(self.level.filter());
+        for (_, prefix) in FLAGS.iter().filter(|(n, _)| self.flags.contains(n)) {
+            targets = targets.with_target(*prefix, LevelFilter::TRACE);
+        }
+        // Fails only when the subscriber is gone, at the end of the process.
+        let _ = handle.reload(targets);
+    }
+}

@@ -1,0 +1,166 @@
+//! Named XTS keys, and the devices that encrypt with them.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::{Value, json};
+use zeroize::Zeroizing;
+
+use crate::control::Control;
+use crate::jsonrpc::{RpcError, RpcResult};
+use crate::keys::{KeySource, NamedKey, read_key};
+use crate::params::{SecretHex, choices, params};
+use crate::table::Method;
+
+choices! {
+    /// Ciphers.
+    pub enum Cipher {
+        /// XTS.
+        Xts = "AES_XTS",
+    }
+    /// How the tweak comes from the address.
+    pub enum TweakMode {
+        /// The block's number, in units of the device's block size.
+        SimpleLba = "SIMPLE_LBA",
+    }
+}
+
+params! {
+    /// `accel_crypto_key_create`.
+    pub struct KeyCreate {
+        /// Name of the key.
+        name: String,
+        /// Cipher.
+        cipher: Cipher,
+        /// First half (data key). Rather use key_file: a key in a request may end up in somebody's log.
+        key: Option<SecretHex>,
+        /// Second half (tweak key).
+        key2: Option<SecretHex>,
+        /// File with both halves, or with the first half when key2_file is given; raw or hexadecimal, mode 0600. Ours.
+        key_file: Option<String>,
+        /// File with the second half. Ours.
+        key2_file: Option<String>,
+        /// Tweak mode.
+        tweak_mode: Option<TweakMode>,
+    }
+    /// `accel_crypto_key_destroy`.
+    pub struct KeyDestroy {
+        /// Name of the key.
+        key_name: String,
+    }
+    /// `accel_crypto_keys_get`.
+    pub struct KeysGet {
+        /// Name of the key; all when not given.
+        key_name: Option<String>,
+    }
+}
+
+pub fn methods() -> Vec<Method> {
+    vec![
+        Method::new(
+            "accel_crypto_key_create",
+            "Makes an XTS key known under a name: 16 + 16 or 32 + 32 bytes, unequal halves. Replies true.",
+            key_create,
+        ),
+        Method::new("accel_crypto_key_destroy", "Forgets a key that no device uses.", key_destroy),
+        Method::new(
+            "accel_crypto_keys_get",
+            "The keys by name. Unlike SPDK's, the reply holds no key material; `key_file` says where it is.",
+            keys_get,
+        ),
+    ]
+}
+
+fn key_create(c: &Control, p: KeyCreate) -> RpcResult {
+    let (halves, source) = match (p.key, p.key2, p.key_file, p.key2_file) {
+        (Some(k), Some(k2), None, None) => (both(&k.0, &k2.0), KeySource::Inline),
+        (Some(_), None, None, None) => {
+            return Err(RpcError::params("key2: missing; AES_XTS needs both halves"));
+        }
+        (None, None, Some(f), None) => {
+            let path = absolute(&f)?;
+            (read_key(&path, &[32, 64])?, KeySource::Files(path, None))
+        }
+        (None, None, Some(f), Some(f2)) => {
+            let (path, path2) = (absolute(&f)?, absolute(&f2)?);
+            let halves = both(&read_key(&path, &[16, 32])?, &read_key(&path2, &[16, 32])?);
+            (halves, KeySource::Files(path, Some(path2)))
+        }
+        _ => {
+            return Err(RpcError::params("key: either key and key2, or key_file (and key2_file) are needed"));
+        }
+    };
+    c.keys.add(&p.name, &halves, source)?;
+    Ok(json!(true))
+}
+
+fn both(a: &[u8], b: &[u8]) -> Zeroizing<Vec<u8>> {
+    // Of one size from the start: growing would leave a copy behind.
+    let mut whole = Zeroizing::new(Vec::with_capacity(a.len() + b.len()));
+    whole.extend_from_slice(a);
+    whole.extend_from_slice(b);
+    whole
+}
+
+/// A path that means the same after a restart elsewhere.
+pub fn absolute(path: &str) -> Result<PathBuf, RpcError> {
+    std::path::absolute(Path::new(path)).map_err(|e| RpcError::params(format!("\"{path}\": {e}")))
+}
+
+/// Devices made with a named key.
+fn users(c: &Control, key: &str) -> Vec<String> {
+    let uses = |v: &Value| v["key_name"].as_str() == Some(key);
+    c.registry
+        .list()
+        .iter()
+        .filter(|b| b.device().config().iter().any(|(_, p)| uses(p)))
+        .map(|b| b.name().to_string())
+        .collect()
+}
+
+fn key_destroy(c: &Control, p: KeyDestroy) -> RpcResult {
+    c.keys.get(&p.key_name)?;
+    if let Some(user) = users(c, &p.key_name).first() {
+        return Err(RpcError::busy(format!("crypto key \"{}\" is used by \"{user}\"", p.key_name)));
+    }
+    c.keys.remove(&p.key_name)?;
+    Ok(json!(true))
+}
+
+fn describe(k: &NamedKey) -> Value {
+    let mut v = json!({
+        "name": k.name,
+        "cipher": Cipher::Xts.word(),
+        "key_bits": k.key.cipher().key_bytes() * 4,
+        "tweak_mode": TweakMode::SimpleLba.word(),
+    });
+    if let KeySource::Files(a, b) = &k.source {
+        v["key_file"] = json!(a);
+        if let Some(b) = b {
+            v["key2_file"] = json!(b);
+        }
+    }
+    v
+}
+
+fn keys_get(c: &Control, p: KeysGet) -> RpcResult {
+    match p.key_name {
+        Some(name) => Ok(json!([describe(&c.keys.get(&name)?)])),
+        None => Ok(c.keys.list().iter().map(describe).collect()),
+    }
+}
+
+/// The calls that make the keys known again, by reference.
+pub fn config(c: &Control) -> Result<Vec<(String, Value)>, RpcError> {
+    c.keys
+        .list()
+        .iter()
+        .map(|k| {
+            let (a, b) = c.keys.file_of(k, &c.config.key_dir)?;
+            let mut params = json!({"name": k.name, "cipher": Cipher::Xts.word(), "key_file": a});
+            if let Some(b) = b {
+                params["key2_file"] = json!(b);
+            }
+            Ok(("accel_crypto_key_create".into(), params))
+        })
+        .collect()
+}

@@ -1,0 +1,87 @@
+//! Log levels and flags; notifications.
+
+use serde_json::{Map, Value, json};
+
+use crate::control::Control;
+use crate::jsonrpc::{RpcError, RpcResult};
+use crate::logging::{FLAGS, Level};
+use crate::params::params;
+use crate::table::{Method, When};
+
+params! {
+    /// `log_set_level`, `log_set_print_level`.
+    pub struct SetLevel {
+        /// Level; NOTICE and INFO are the same here.
+        level: Level,
+    }
+    /// `log_set_flag`, `log_clear_flag`.
+    pub struct Flag {
+        /// A flag of `log_get_flags`, or "all".
+        flag: String,
+    }
+    /// `log_enable_timestamps`.
+    pub struct Timestamps {
+        /// Whether lines of the log begin with the time.
+        enabled: bool,
+    }
+    /// `notify_get_notifications`.
+    pub struct Notifications {
+        /// First event wanted.
+        id: u64 = 0,
+        /// Most events wanted.
+        max: u64 = u64::MAX,
+    }
+}
+
+const ONE_SINK: &str =
+    "There is one log (standard error) and one level: log_set_level and log_set_print_level are the same.";
+
+pub fn methods() -> Vec<Method> {
+    let set = |c: &Control, p: SetLevel| {
+        c.log.set_level(p.level);
+        Ok(json!(true))
+    };
+    let get = |c: &Control| Ok(json!(c.log.level().word()));
+    vec![
+        Method::new("log_set_level", ONE_SINK, set).when(When::Any),
+        Method::plain("log_get_level", "The level.", get).when(When::Any),
+        Method::new("log_set_print_level", ONE_SINK, set).when(When::Any),
+        Method::plain("log_get_print_level", "The level.", get).when(When::Any),
+        Method::new("log_set_flag", "Logs everything of one part of the program.", |c, p| flag(c, &p, true))
+            .when(When::Any),
+        Method::new("log_clear_flag", "Back to the level.", |c, p| flag(c, &p, false)).when(When::Any),
+        Method::plain("log_get_flags", "All flags with their state.", |c| {
+            let flags: Map<String, Value> =
+                c.log.flags().into_iter().map(|(n, on)| (n.into(), on.into())).collect();
+            Ok(Value::Object(flags))
+        })
+        .when(When::Any),
+        Method::new("log_enable_timestamps", "Time stamps in the log.", |c, p: Timestamps| {
+            c.log.set_timestamps(p.enabled);
+            Ok(json!(true))
+        })
+        .when(When::Any),
+        Method::plain("notify_get_types", "Types of events.", |_| {
+            Ok(json!(["bdev_register", "bdev_unregister", "pool_open", "pool_close"]))
+        })
+        .when(When::Any),
+        Method::new("notify_get_notifications", "Events; the last 1024 are kept.", notifications)
+            .when(When::Any),
+    ]
+}
+
+fn flag(c: &Control, p: &Flag, on: bool) -> RpcResult {
+    if c.log.set_flag(&p.flag, on) {
+        return Ok(json!(true));
+    }
+    let known: Vec<&str> = FLAGS.iter().map(|(n, _)| *n).collect();
+    Err(RpcError::params(format!(
+        "flag: \"{}\" was given; \"all\" or one of {} is needed",
+        p.flag,
+        known.join(", ")
+    )))
+}
+
+fn notifications(c: &Control, p: Notifications) -> RpcResult {
+    Ok(json!(c.watch.events(p.id, p.max)))
+}

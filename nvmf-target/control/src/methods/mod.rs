@@ -1,0 +1,53 @@
+//! The methods, a module per subsystem.
+
+mod bdev;
+mod config;
+mod crypto;
+mod devices;
+mod framework;
+mod histogram;
+mod log;
+mod options;
+
+use cryptfold_bdev::BdevError;
+use serde_json::Value;
+
+use crate::control::{Control, lock};
+use crate::jsonrpc::RpcError;
+use crate::table::Method;
+
+pub(crate) use crypto::config as crypto_config;
+pub(crate) use options::sock_config;
+
+/// The calls that make the devices again, in the order in which they were made.
+pub(crate) fn bdev_config(c: &Control) -> Result<Vec<(String, Value)>, RpcError> {
+    let mut calls = lock(&c.options).calls("bdev");
+    for b in c.registry.list() {
+        calls.extend(b.device().config());
+        calls.extend(bdev::qos_config(&b));
+    }
+    calls.push(("bdev_wait_for_examine".into(), Value::Null));
+    Ok(calls)
+}
+
+/// The whole table.
+pub fn all() -> Vec<Method> {
+    [
+        framework::methods(),
+        config::methods(),
+        log::methods(),
+        bdev::methods(),
+        devices::methods(),
+        crypto::methods(),
+        options::methods(),
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
+}
+
+impl From<BdevError> for RpcError {
+    fn from(e: BdevError) -> RpcError {
+        RpcError::new(e.code().into(), e.to_string())
+    }
+}

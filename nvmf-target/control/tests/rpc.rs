@@ -1,0 +1,343 @@
+//! A server in this process, driven over its socket with raw bytes: every row of the table of errors, and the devices.
+
+use std::io::{Read, Write};
+use std::net::Shutdown;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use cryptfold_control::server::Server;
+use cryptfold_control::{Control, ControlConfig, Signal};
+use cryptfold_reactor::{IdlePolicy, MemoryConfig};
+use serde_json::{Value, json};
+
+struct Target {
+    control: Arc<Control>,
+    server: Server,
+    signals: Arc<Mutex<Vec<Signal>>>,
+    dir: tempfile::TempDir,
+}
+
+fn uninitialised() -> Target {
+    let dir = tempfile::tempdir().unwrap();
+    let signals: Arc<Mutex<Vec<Signal>>> = Arc::default();
+    let s = signals.clone();
+    let control = Control::new(ControlConfig {
+        idle: IdlePolicy::Interrupt,
+        pin: false,
+        memory: MemoryConfig { hugepages: false, arena_bytes: 4 << 20, fixed_buffers: false },
+        key_dir: dir.path().join("keys"),
+        on_signal: Box::new(move |sig| s.lock().unwrap().push(sig)),
+        ..ControlConfig::default()
+    });
+    let server = Server::start(&dir.path().join("rpc.sock"), control.clone()).unwrap();
+    Target { control, server, signals, dir }
+}
+
+fn start() -> Target {
+    let t = uninitialised();
+    t.control.initialize().unwrap();
+    t
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        self.server.stop();
+        self.control.shutdown();
+    }
+}
+
+impl Target {
+    fn raw(&self, bytes: &[u8]) -> Vec<Value> {
+        let mut s = UnixStream::connect(self.server.path()).unwrap();
+        s.write_all(bytes).unwrap();
+        s.shutdown(Shutdown::Write).unwrap();
+        let mut text = String::new();
+        s.read_to_string(&mut text).unwrap();
+        serde_json::Deserializer::from_str(&text).into_iter::<Value>().map(Result::unwrap).collect()
+    }
+
+    fn reply(&self, method: &str, params: Value) -> Value {
+        let request = json!({"jsonrpc": "2.0", "id": 7, "method": method, "params": params});
+        let mut replies = self.raw(request.to_string().as_bytes());
+        assert_eq!((replies.len(), &replies[0]["id"]), (1, &json!(7)));
+        replies.remove(0)
+    }
+
+    fn call(&self, method: &str, params: Value) -> Value {
+        let mut r = self.reply(method, params);
+        assert!(r.get("error").is_none(), "{method}: {r}");
+        r["result"].take()
+    }
+
+    fn refused(&self, method: &str, params: Value) -> (i64, String) {
+        let r = self.reply(method, params);
+        assert!(r.get("error").is_some(), "{method}: {r}");
+        (r["error"]["code"].as_i64().unwrap(), r["error"]["message"].as_str().unwrap().to_string())
+    }
+
+    fn malloc(&self, name: &str) {
+        assert_eq!(
+            self.call("bdev_malloc_create", json!({"name": name, "num_blocks": 2048, "block_size": 4096})),
+            name
+        );
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+}
+
+#[test]
+fn the_table_of_errors() {
+    let t = start();
+    t.malloc("M0");
+    // unknown method
+    let (code, what) = t.refused("bdev_get_bdev", Value::Null);
+    assert_eq!(code, -32601);
+    assert!(what.contains("did you mean bdev_get_bdevs"), "{what}");
+    // bad, missing, unknown parameter
+    for (params, word) in [
+        (json!({"num_blocks": "x", "block_size": 512}), "num_blocks"),
+        (json!({"block_size": 512}), "num_blocks"),
+        (json!({"num_blocks": 1, "block_size": 512, "blocksize": 1}), "blocksize"),
+        (json!({"num_blocks": 1, "block_size": 513}), "block size"),
+        (json!([1, 2]), "named parameters"),
+    ] {
+        let (code, what) = t.refused("bdev_malloc_create", params);
+        assert_eq!(code, -32602);
+        assert!(what.starts_with("Invalid parameters: ") && what.contains(word), "{what}");
+    }
+    // unknown and duplicate device
+    let (code, what) = t.refused("bdev_get_bdevs", json!({"name": "none"}));
+    assert!(code == -19 && what.contains("No such device"), "{code} {what}");
+    let (code, what) =
+        t.refused("bdev_malloc_create", json!({"name": "M0", "num_blocks": 1, "block_size": 512}));
+    assert!(code == -17 && what.contains("File exists"), "{code} {what}");
+    // busy
+    t.call("bdev_passthru_create", json!({"base_bdev_name": "M0", "name": "P0"}));
+    assert_eq!(t.refused("bdev_passthru_create", json!({"base_bdev_name": "M0", "name": "P1"})).0, -16);
+    // wrong state
+    assert_eq!(t.refused("framework_start_init", Value::Null).0, -1);
+    assert_eq!(t.refused("bdev_set_options", json!({"bdev_auto_examine": true})).0, -1);
+    // {} and [] to a method without parameters
+    for p in [json!({}), json!([])] {
+        assert_eq!(t.refused("framework_get_reactors", p).0, -32602);
+    }
+    assert!(t.call("framework_get_reactors", Value::Null)["reactors"].is_array());
+    assert_eq!(t.raw(br#"{"jsonrpc":"1.0","id":1,"method":"spdk_get_version"}"#)[0]["error"]["code"], -32600);
+    assert!(t.raw(br#"{"method":"spdk_get_version"}{"id":null,"method":"spdk_get_version"}"#).is_empty());
+}
+
+#[test]
+fn booleans_that_spdk_rpc_sends_unasked_are_accepted() {
+    let t = start();
+    let p = json!({"num_blocks": 8, "block_size": 512, "md_interleave": false, "dif_is_head_of_md": false});
+    assert_eq!(t.call("bdev_malloc_create", p), "Malloc0");
+    assert_eq!(t.call("bdev_malloc_create", json!({"num_blocks": 8, "block_size": 512})), "Malloc1");
+    let stat = t.call("bdev_get_iostat", json!({"per_channel": false}));
+    assert_eq!(stat["bdevs"].as_array().unwrap().len(), 2);
+    assert_eq!(stat["tick_rate"], 1_000_000_000);
+    for key in ["bytes_read", "num_write_ops", "unmap_latency_ticks", "max_read_latency_ticks"] {
+        assert_eq!(stat["bdevs"][0][key], 0, "{key}");
+    }
+    let (code, what) =
+        t.refused("bdev_malloc_create", json!({"num_blocks": 8, "block_size": 512, "md_size": 8}));
+    assert!(code == -32602 && what.contains("md_size"), "{what}");
+}
+
+#[test]
+fn every_small_device_comes_and_goes() {
+    let t = start();
+    t.malloc("M0");
+    t.malloc("M1");
+    let file = t.path("disk");
+    std::fs::write(&file, vec![0; 1 << 20]).unwrap();
+    assert_eq!(t.call("bdev_uring_create", json!({"name": "U0", "filename": file})), "U0");
+    assert_eq!(t.refused("bdev_uring_create", json!({"name": "U1", "filename": t.path("none")})).0, -2);
+    t.call("bdev_uring_delete", json!({"name": "U0"}));
+    assert_eq!(t.call("bdev_aio_create", json!({"name": "A0", "filename": file, "block_size": 4096})), "A0");
+    assert_eq!(
+        t.call("bdev_null_create", json!({"name": "N0", "num_blocks": 100, "block_size": 4096})),
+        "N0"
+    );
+    t.call("bdev_null_resize", json!({"name": "N0", "new_size": 2}));
+    assert_eq!(t.call("bdev_get_bdevs", json!({"name": "N0"}))[0]["num_blocks"], 512);
+    let d = json!({"base_bdev_name": "M0", "name": "D0", "avg_read_latency": 1, "p99_read_latency": 2,
+        "avg_write_latency": 3, "p99_write_latency": 4});
+    assert_eq!(t.call("bdev_delay_create", d), "D0");
+    t.call(
+        "bdev_delay_update_latency",
+        json!({"delay_bdev_name": "D0", "latency_type": "avg_read", "latency_us": 9}),
+    );
+    assert_eq!(t.call("bdev_error_create", json!({"base_name": "D0"})), "EE_D0");
+    for kind in ["failure", "pending", "nomem"] {
+        t.call(
+            "bdev_error_inject_error",
+            json!({"name": "EE_D0", "io_type": "read", "error_type": kind, "num": 3}),
+        );
+    }
+    let nvme = json!({"name": "EE_D0", "io_type": "all", "error_type": "nvme_failure", "nvme_sct": 2, "nvme_sc": 0x81});
+    t.call("bdev_error_inject_error", nvme);
+    t.call("bdev_error_inject_error", json!({"name": "EE_D0", "io_type": "clear", "error_type": "failure"}));
+    let c = json!({"name": "EE_D0", "io_type": "read", "error_type": "corrupt_data"});
+    assert_eq!(t.refused("bdev_error_inject_error", c).0, -32602, "no value to corrupt with");
+    assert_eq!(t.call("bdev_passthru_create", json!({"base_bdev_name": "EE_D0", "name": "P0"})), "P0");
+    assert_eq!(
+        t.call("bdev_split_create", json!({"base_bdev": "M1", "split_count": 2})),
+        json!(["M1p0", "M1p1"])
+    );
+    assert_eq!(t.call("bdev_get_bdevs", json!({"name": "M1"}))[0]["claimed"], true);
+
+    let (code, what) = t.refused("bdev_null_delete", json!({"name": "M0"}));
+    assert!(code == -19 && what.contains("No such device"), "of its own kind only: {what}");
+    t.call("bdev_split_delete", json!({"base_bdev": "M1"}));
+    // Removing the base takes the whole stack along.
+    t.call("bdev_malloc_delete", json!({"name": "M0"}));
+    let names: Vec<Value> =
+        t.call("bdev_get_bdevs", Value::Null).as_array().unwrap().iter().map(|b| b["name"].clone()).collect();
+    assert_eq!(names, ["M1", "A0", "N0"]);
+    for (m, n) in [("bdev_malloc_delete", "M1"), ("bdev_aio_delete", "A0"), ("bdev_null_delete", "N0")] {
+        t.call(m, json!({"name": n}));
+    }
+    assert_eq!(t.call("bdev_get_bdevs", Value::Null), json!([]));
+    let events = t.call("notify_get_notifications", Value::Null);
+    assert_eq!(events[0], json!({"type": "bdev_register", "ctx": "M0", "id": 0}));
+    let count = |k: &str| events.as_array().unwrap().iter().filter(|e| e["type"] == k).count();
+    assert_eq!(count("bdev_register"), count("bdev_unregister"));
+}
+
+#[test]
+fn before_and_after_initialisation() {
+    let t = uninitialised();
+    assert_eq!(t.refused("bdev_get_bdevs", Value::Null).0, -1);
+    let current = t.call("rpc_get_methods", json!({"current": true}));
+    let has = |v: &Value, m: &str| v.as_array().unwrap().contains(&json!(m));
+    assert!(has(&current, "framework_start_init") && !has(&current, "bdev_get_bdevs"));
+    t.call("bdev_set_options", json!({"bdev_auto_examine": false, "bdev_io_pool_size": 65535}));
+    std::thread::scope(|s| {
+        let waiting = s.spawn(|| t.call("framework_wait_init", Value::Null));
+        std::thread::sleep(std::time::Duration::from_millis(50));
+        assert!(!waiting.is_finished());
+        assert_eq!(t.call("framework_start_init", Value::Null), true);
+        assert_eq!(waiting.join().unwrap(), true);
+    });
+    let current = t.call("rpc_get_methods", json!({"current": true}));
+    assert!(!has(&current, "framework_start_init") && has(&current, "bdev_get_bdevs"));
+    assert_eq!(t.call("framework_get_reactors", Value::Null)["reactors"][0]["lcore"], 0);
+    assert_eq!(t.call("thread_get_stats", Value::Null)["threads"][0]["name"], "app_thread");
+    t.call("spdk_kill_instance", json!({"sig_name": "SIGTERM"}));
+    assert_eq!(*t.signals.lock().unwrap(), [Signal::Term]);
+}
+
+#[test]
+fn statistics_histograms_and_limits() {
+    let t = start();
+    t.malloc("M0");
+    assert_eq!(t.refused("bdev_get_histogram", json!({"name": "M0"})).0, -14);
+    t.call("bdev_enable_histogram", json!({"name": "M0", "enable": true}));
+    let h = t.call("bdev_get_histogram", json!({"name": "M0"}));
+    // 32 ranges of 128 counts of 8 bytes, in base64.
+    assert_eq!(h["histogram"].as_str().unwrap().len(), (32 * 128 * 8_usize).div_ceil(3) * 4);
+    assert_eq!(
+        t.call("bdev_get_histogram_borders", json!({"name": "M0", "borders": [1, 10]})),
+        json!([0, 0, 0])
+    );
+    assert_eq!(t.refused("bdev_set_qos_limit", json!({"name": "M0"})).0, -32602);
+    t.call("bdev_set_qos_limit", json!({"name": "M0", "rw_ios_per_sec": 2000}));
+    t.call("bdev_set_qos_limit", json!({"name": "M0", "w_mbytes_per_sec": 5}));
+    let b = t.call("bdev_get_bdevs", json!({"name": "M0"}));
+    let want =
+        json!({"rw_ios_per_sec": 2000, "rw_mbytes_per_sec": 0, "r_mbytes_per_sec": 0, "w_mbytes_per_sec": 5});
+    assert_eq!(b[0]["assigned_rate_limits"], want);
+    for mode in ["all", "maxmin", "error", "none"] {
+        t.call("bdev_reset_iostat", json!({"mode": mode}));
+    }
+    assert_eq!(t.refused("bdev_reset_iostat", json!({"name": "none"})).0, -19);
+}
+
+#[test]
+fn keys_never_come_back_in_the_clear() {
+    let t = start();
+    let (k, k2) = ("00112233445566778899aabbccddeeff", "ffeeddccbbaa99887766554433221100");
+    let p = json!({"cipher": "AES_XTS", "name": "k1", "key": k, "key2": k2});
+    assert_eq!(t.call("accel_crypto_key_create", p.clone()), true);
+    assert_eq!(t.refused("accel_crypto_key_create", p).0, -17);
+    let equal = json!({"cipher": "AES_XTS", "name": "k2", "key": k, "key2": k});
+    assert_eq!(t.refused("accel_crypto_key_create", equal).0, -32602);
+    let (code, what) =
+        t.refused("accel_crypto_key_create", json!({"cipher": "AES_XTS", "name": "k2", "key": "zz"}));
+    assert!(code == -32602 && !what.contains("zz"), "{what}");
+    let shown = t.call("accel_crypto_keys_get", Value::Null);
+    assert_eq!((&shown[0]["name"], &shown[0]["cipher"]), (&json!("k1"), &json!("AES_XTS")));
+    let saved = t.call("framework_get_config", json!({"name": "accel"}));
+    let file = saved[0]["params"]["key_file"].as_str().unwrap().to_string();
+    for text in [shown.to_string(), saved.to_string(), t.call("save_config", Value::Null).to_string()] {
+        assert!(!text.contains(k) && !text.contains(k2), "{text}");
+    }
+    t.call("accel_crypto_key_destroy", json!({"key_name": "k1"}));
+    assert_eq!(t.refused("accel_crypto_key_destroy", json!({"key_name": "k1"})).0, -2);
+    let again = json!({"subsystems": [{"subsystem": "accel", "config": saved}]});
+    t.call("load_config", json!({"config": again}));
+    assert_eq!(t.call("accel_crypto_keys_get", json!({"key_name": "k1"}))[0]["key_file"], file);
+}
+
+#[test]
+fn a_saved_configuration_makes_the_same_again() {
+    let saved = {
+        let t = start();
+        t.malloc("M0");
+        t.call("bdev_null_create", json!({"name": "N0", "num_blocks": 100, "block_size": 512}));
+        t.call("bdev_passthru_create", json!({"base_bdev_name": "M0", "name": "P0"}));
+        t.call("bdev_split_create", json!({"base_bdev": "P0", "split_count": 2}));
+        t.call("bdev_set_qos_limit", json!({"name": "N0", "rw_ios_per_sec": 1000}));
+        t.call("sock_impl_set_options", json!({"impl_name": "posix", "recv_buf_size": 4096}));
+        t.call("save_config", Value::Null)
+    };
+    let order: Vec<&str> =
+        saved["subsystems"].as_array().unwrap().iter().map(|s| s["subsystem"].as_str().unwrap()).collect();
+    assert_eq!(order, ["scheduler", "sock", "iobuf", "keyring", "vmd", "accel", "bdev", "nvmf", "nbd"]);
+    let t = uninitialised();
+    t.call("load_config", json!({"config": saved}));
+    assert_eq!(t.call("save_config", Value::Null), saved);
+    assert_eq!(t.call("bdev_get_bdevs", Value::Null).as_array().unwrap().len(), 5);
+    let file = t.path("saved.json");
+    t.call("save_config", json!({"filename": file}));
+    let text = std::fs::read_to_string(file).unwrap();
+    assert_eq!(serde_json::from_str::<Value>(&text).unwrap(), saved);
+}
+
+#[test]
+fn a_wrong_configuration_changes_nothing() {
+    let t = start();
+    let config = |second: Value| {
+        json!({"subsystems": [{"subsystem": "bdev", "config": [
+            {"method": "bdev_malloc_create", "params": {"name": "M0", "num_blocks": 8, "block_size": 512}},
+            [{"method": "bdev_null_create", "params": second}]
+        ]}]})
+    };
+    let wrong = config(json!({"name": "N0", "num_blocks": 8, "blocksize": 512}));
+    let (code, what) = t.refused("load_config", json!({"config": wrong}));
+    assert_eq!(code, -32602);
+    let place = "subsystem \"bdev\", config[1][0] (bdev_null_create): Invalid parameters: unknown parameter \"blocksize\"";
+    assert!(what.contains(place), "{what}");
+    assert_eq!(t.call("bdev_get_bdevs", Value::Null), json!([]));
+    t.call(
+        "load_config",
+        json!({"config": config(json!({"name": "N0", "num_blocks": 8, "block_size": 512}))}),
+    );
+    assert_eq!(t.call("bdev_get_bdevs", Value::Null).as_array().unwrap().len(), 2);
+}
+
+#[test]
+fn log_levels_and_flags() {
+    let t = start();
+    t.call("log_set_level", json!({"level": "DEBUG"}));
+    assert_eq!(t.call("log_get_level", Value::Null), "DEBUG");
+    t.call("log_set_flag", json!({"flag": "nvmf"}));
+    assert_eq!(t.call("log_get_flags", Value::Null)["nvmf"], true);
+    t.call("log_clear_flag", json!({"flag": "all"}));
+    assert_eq!(t.call("log_get_flags", Value::Null)["nvmf"], false);
+    assert_eq!(t.refused("log_set_flag", json!({"flag": "nothing"})).0, -32602);
+    assert_eq!(t.refused("log_set_level", json!({"level": "LOUD"})).0, -32602);
+}
