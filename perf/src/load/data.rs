@@ -1,0 +1,174 @@
+//! What is written.
+
+use std::path::{Path, PathBuf};
+
+use cryptfold_reactor::memory::{Buf, SgList};
+
+use super::pattern::Rng;
+
+/// Bytes that are prepared once and written from.
+const POOL_BYTES: usize = 16 << 20;
+/// 4 KiB blocks in the set that duplicates are drawn from.
+const DUPLICATES: u64 = 512;
+const BLOCK: usize = 4096;
+
+/// Where written data comes from.
+#[derive(Clone, Debug, PartialEq)]
+pub enum DataSource {
+    /// The same random buffers again and again.
+    Repeat,
+    /// A file's bytes, from the start again at its end.
+    File(PathBuf),
+    /// Unique blocks.
+    Unique {
+        /// Share of 4 KiB blocks that repeat, percent.
+        dedupe_pct: u8,
+        /// How far a block compresses (zstd level 1).
+        compress_ratio: f64,
+    },
+}
+
+/// Makes the data of one worker's writes.
+pub struct Generator {
+    source: DataSource,
+    /// Prepared buffers of one I/O each (`Repeat`, `File`) or 4 KiB blocks to stamp (`Unique`).
+    pool: Vec<Buf>,
+    duplicates: Vec<Buf>,
+    rng: Rng,
+    next: usize,
+    bytes: usize,
+    stamp: u64,
+}
+
+/// One 4 KiB block that compresses by about `ratio`: random bytes, then a repeated one.
+pub(crate) fn block(rng: &mut Rng, ratio: f64) -> [u8; BLOCK] {
+    let mut out = [0u8; BLOCK];
+    let random = ((BLOCK as f64 / ratio) as usize).clamp(16, BLOCK);
+    // zstd adds some 20 bytes of headers to a block; small random parts must make up for them.
+    let random = if ratio > 1.0 { random.saturating_sub(20).max(16) } else { BLOCK };
+    for piece in out[..random].chunks_mut(8) {
+        let bytes = rng.next().to_le_bytes();
+        piece.copy_from_slice(&bytes[..piece.len()]);
+    }
+    let fill = rng.next() as u8;
+    out[random..].fill(fill);
+    out
+}
+
+impl Generator {
+    /// For I/Os of `bytes` each.
+    ///
+    /// # Errors
+    /// When the data file can not be read or is empty.
+    pub fn new(source: DataSource, bytes: usize, seed: u64) -> Result<Generator, String> {
+        let mut rng = Rng::new(seed ^ 0xDA7A);
+        let ios = (POOL_BYTES / bytes).clamp(1, 256);
+        let pool = match &source {
+            DataSource::Repeat => (0..ios).map(|_| random_buf(&mut rng, bytes)).collect(),
+            DataSource::File(path) => file_bufs(path, bytes)?,
+            DataSource::Unique { compress_ratio, .. } => (0..POOL_BYTES / BLOCK / 4)
+                .map(|_| Buf::from_slice(&block(&mut rng, *compress_ratio)))
+                .collect(),
+        };
+        let duplicates = match &source {
+            DataSource::Unique { compress_ratio, .. } => {
+                // The same set in every worker and run: that is what makes them duplicates.
+                let mut fixed = Rng::new(0xD0_D0);
+                (0..DUPLICATES).map(|_| Buf::from_slice(&block(&mut fixed, *compress_ratio))).collect()
+            }
+            _ => Vec::new(),
+        };
+        Ok(Generator { source, pool, duplicates, next: 0, bytes, stamp: rng.next(), rng })
+    }
+
+    /// The data of the next write.
+    #[inline]
+    pub fn produce(&mut self) -> SgList {
+        match self.source {
+            DataSource::Unique { dedupe_pct, .. } => self.unique(u64::from(dedupe_pct)),
+            _ => {
+                let buf = self.pool[self.next].clone();
+                self.next = if self.next + 1 == self.pool.len() { 0 } else { self.next + 1 };
+                buf.into()
+            }
+        }
+    }
+
+    fn unique(&mut self, dedupe_pct: u64) -> SgList {
+        let mut out = Buf::alloc(self.bytes);
+        let bytes = out.make_mut();
+        for piece in bytes.chunks_mut(BLOCK) {
+            if dedupe_pct > 0 && self.rng.below(100) < dedupe_pct {
+                let i = self.rng.below(DUPLICATES) as usize;
+                piece.copy_from_slice(&self.duplicates[i][..piece.len()]);
+                continue;
+            }
+            let i = self.rng.below(self.pool.len() as u64) as usize;
+            piece.copy_from_slice(&self.pool[i][..piece.len()]);
+            self.stamp = self.stamp.wrapping_add(0x9E37_79B9_7F4A_7C15);
+            piece[..8].copy_from_slice(&self.stamp.to_le_bytes());
+        }
+        out.into()
+    }
+}
+
+fn random_buf(rng: &mut Rng, bytes: usize) -> Buf {
+    let mut out = Buf::alloc(bytes);
+    for piece in out.make_mut().chunks_mut(BLOCK) {
+        let len = piece.len();
+        piece.copy_from_slice(&block(rng, 1.0)[..len]);
+    }
+    out
+}
+
+fn file_bufs(path: &Path, bytes: usize) -> Result<Vec<Buf>, String> {
+    let all = std::fs::read(path).map_err(|e| format!("--data {}: {e}", path.display()))?;
+    let whole: Vec<Buf> = all.chunks_exact(bytes).map(Buf::from_slice).collect();
+    if whole.is_empty() {
+        return Err(format!("--data {}: {} bytes, less than one I/O of {bytes}", path.display(), all.len()));
+    }
+    Ok(whole)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_compress_as_asked() {
+        for ratio in [1.0, 1.5, 2.0, 3.0, 4.0, 8.0] {
+            let mut rng = Rng::new(7);
+            let (mut raw, mut packed) = (0, 0);
+            for _ in 0..64 {
+                let b = block(&mut rng, ratio);
+                raw += b.len();
+                packed += zstd::bulk::compress(&b, 1).expect("compresses").len().min(BLOCK);
+            }
+            let got = raw as f64 / packed as f64;
+            assert!((got / ratio - 1.0).abs() < 0.1, "asked for {ratio}, got {got}");
+        }
+    }
+
+    #[test]
+    fn unique_blocks_are_unique_and_duplicates_repeat() {
+        let share = |pct: u8| {
+            let source = DataSource::Unique { dedupe_pct: pct, compress_ratio: 2.0 };
+            let mut a = Generator::new(source.clone(), 64 * 1024, 1).expect("makes");
+            let mut b = Generator::new(source, 64 * 1024, 2).expect("makes");
+            let mut seen = std::collections::HashSet::new();
+            let mut repeated = 0;
+            for _ in 0..100 {
+                for g in [&mut a, &mut b] {
+                    for piece in g.produce().to_contiguous().chunks(BLOCK) {
+                        if !seen.insert(piece.to_vec()) {
+                            repeated += 1;
+                        }
+                    }
+                }
+            }
+            repeated as f64 / 3200.0
+        };
+        assert_eq!(share(0), 0.0);
+        assert!((0.25..0.6).contains(&share(50)), "half of the blocks come from a set of {DUPLICATES}");
+    }
+}
