@@ -276,6 +276,10 @@ fn a_panic_in_a_call_goes_to_the_caller_and_in_a_task_ends_the_reactor() {
 fn bad_configurations_are_refused() {
     let config = RuntimeConfig { cores: vec![], ..RuntimeConfig::default() };
     assert!(matches!(Runtime::start(config), Err(StartError::NoCores)));
+    let config = RuntimeConfig { ring_entries: 0, ..RuntimeConfig::default() };
+    let error = Runtime::start(config).unwrap_err();
+    assert!(matches!(error, StartError::Ring { core: 0, .. }));
+    assert!(error.to_string().contains("sysctl kernel.io_uring_disabled=0"), "says what to do: {error}");
 }
 
 #[test]
