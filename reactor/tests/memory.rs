@@ -176,7 +176,9 @@ proptest! {
             prop_assert!(list.copy_from_slice(&changed));
             prop_assert!(!list.eq_bytes(&cut(&other_cuts)));
             prop_assert_eq!(flat(&list), &changed[..]);
-            prop_assert!(list.copy_from_slice(&bytes));
+            prop_assert!(list.copy_from(&cut(&other_cuts)));
+            prop_assert_eq!(flat(&list), &bytes[..]);
+            prop_assert!(!list.copy_from(&list.slice(0..total - 1)), "another length");
         }
         let head = list.split_to(a);
         prop_assert_eq!(flat(&head), &bytes[..a]);
