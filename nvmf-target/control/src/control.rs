@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -72,11 +73,13 @@ impl Default for ControlConfig {
 enum Phase {
     Startup,
     Running,
+    Ended,
 }
 
 /// What exists from initialisation on.
 pub(crate) struct Running {
     pub handles: Vec<Handle>,
+    since: Instant,
     runtime: Mutex<Option<Runtime>>,
 }
 
@@ -94,6 +97,7 @@ pub struct Control {
     running: OnceLock<Running>,
     phase: Mutex<Phase>,
     phase_changed: Condvar,
+    held: AtomicBool,
     started: Instant,
 }
 
@@ -117,6 +121,7 @@ impl Control {
             running: OnceLock::new(),
             phase: Mutex::new(Phase::Startup),
             phase_changed: Condvar::new(),
+            held: AtomicBool::new(false),
             started: Instant::now(),
         })
     }
@@ -136,6 +141,11 @@ impl Control {
         *lock(&self.phase) == Phase::Running
     }
 
+    /// Whether the end has begun; methods that wait give up.
+    pub(crate) fn is_ending(&self) -> bool {
+        *lock(&self.phase) == Phase::Ended
+    }
+
     /// Time since the program's start.
     pub fn uptime(&self) -> Duration {
         self.started.elapsed()
@@ -147,8 +157,10 @@ impl Control {
     /// When a reactor can not start; nothing is left running then.
     pub fn initialize(&self) -> Result<(), RpcError> {
         let mut phase = lock(&self.phase);
-        if *phase == Phase::Running {
-            return Ok(());
+        match *phase {
+            Phase::Startup => {}
+            Phase::Running => return Ok(()),
+            Phase::Ended => return Err(RpcError::new(RpcError::INVALID_STATE, "the target is ending")),
         }
         let memory = lock(&self.options).memory(&self.config.memory);
         let runtime = Runtime::start(RuntimeConfig {
@@ -160,7 +172,7 @@ impl Control {
         })
         .map_err(|e| RpcError::internal(e.to_string()))?;
         let handles = runtime.handles().to_vec();
-        let running = Running { handles, runtime: Mutex::new(Some(runtime)) };
+        let running = Running { handles, since: Instant::now(), runtime: Mutex::new(Some(runtime)) };
         if self.running.set(running).is_err() {
             return Err(RpcError::internal("initialised twice"));
         }
@@ -169,10 +181,27 @@ impl Control {
         Ok(())
     }
 
-    /// Waits until initialised.
+    /// A configuration is about to be loaded: `framework_wait_init` waits for [`Control::release`] too.
+    pub fn hold(&self) {
+        self.held.store(true, Ordering::SeqCst);
+    }
+
+    /// The configuration is loaded.
+    pub fn release(&self) {
+        let _phase = lock(&self.phase);
+        self.held.store(false, Ordering::SeqCst);
+        self.phase_changed.notify_all();
+    }
+
+    /// Time since the reactors started.
+    pub(crate) fn running_for(&self) -> Duration {
+        self.running.get().map_or(Duration::ZERO, |r| r.since.elapsed())
+    }
+
+    /// Waits until initialised and configured, or ended.
     pub fn wait_initialized(&self) {
         let mut phase = lock(&self.phase);
-        while *phase != Phase::Running {
+        while *phase == Phase::Startup || (*phase == Phase::Running && self.held.load(Ordering::SeqCst)) {
             phase = self.phase_changed.wait(phase).unwrap_or_else(PoisonError::into_inner);
         }
     }
@@ -206,12 +235,28 @@ impl Control {
         self.watch.examined(new.len());
     }
 
+    /// Where subsystems listen: (NQN, address).
+    pub fn listening(&self) -> Vec<(String, String)> {
+        Vec::new()
+    }
+
+    /// Ends whoever waits in a method, so that the RPC server can stop.
+    pub fn end_waits(&self) {
+        *lock(&self.phase) = Phase::Ended;
+        self.phase_changed.notify_all();
+    }
+
     /// Ends in order. Idempotent.
-    pub fn shutdown(&self) {
-        let Some(running) = self.running.get() else { return };
+    ///
+    /// # Errors
+    /// The first thing that did not end as it should; the rest is ended all the same.
+    pub fn shutdown(&self) -> Result<(), RpcError> {
+        self.end_waits();
+        let Some(running) = self.running.get() else { return Ok(()) };
         if let Some(runtime) = lock(&running.runtime).take() {
             runtime.stop();
         }
+        Ok(())
     }
 }
 

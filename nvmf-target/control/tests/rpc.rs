@@ -43,7 +43,7 @@ fn start() -> Target {
 impl Drop for Target {
     fn drop(&mut self) {
         self.server.stop();
-        self.control.shutdown();
+        self.control.shutdown().unwrap();
     }
 }
 

@@ -232,31 +232,47 @@ impl Config {
     /// The first call that is refused; later ones do not run.
     pub fn load(&self, control: &Control) -> Result<(), ConfigError> {
         self.check(control)?;
-        let when = |c: &Call| control.table().get(&c.method).map(|m| m.when);
-        let startup = |c: &&Call| when(c) == Some(When::Startup);
-        if control.is_initialized() {
-            // As SPDK's own client does: what belongs before initialisation is passed over.
-            for c in self.calls.iter().filter(startup) {
+        self.load_startup(control)?;
+        control.initialize().map_err(|error| ConfigError::Call {
+            origin: self.origin.clone(),
+            place: "initialisation".into(),
+            error,
+        })?;
+        self.load_runtime(control)
+    }
+
+    /// Runs the calls that belong before initialisation. Afterwards they are passed over, as SPDK's own client does.
+    ///
+    /// # Errors
+    /// The first call that is refused.
+    pub fn load_startup(&self, control: &Control) -> Result<(), ConfigError> {
+        for c in self.calls.iter().filter(|c| self.is_startup(control, c)) {
+            if control.is_initialized() {
                 tracing::warn!(
                     method = c.method,
                     place = c.place,
                     "skipped: only possible before initialisation"
                 );
-            }
-        } else {
-            for c in self.calls.iter().filter(startup) {
+            } else {
                 self.run(control, c)?;
             }
-            control.initialize().map_err(|error| ConfigError::Call {
-                origin: self.origin.clone(),
-                place: "initialisation".into(),
-                error,
-            })?;
         }
-        for c in self.calls.iter().filter(|c| !startup(c)) {
+        Ok(())
+    }
+
+    /// Runs the other calls.
+    ///
+    /// # Errors
+    /// The first call that is refused.
+    pub fn load_runtime(&self, control: &Control) -> Result<(), ConfigError> {
+        for c in self.calls.iter().filter(|c| !self.is_startup(control, c)) {
             self.run(control, c)?;
         }
         Ok(())
+    }
+
+    fn is_startup(&self, control: &Control, c: &Call) -> bool {
+        control.table().get(&c.method).is_some_and(|m| m.when == When::Startup)
     }
 
     fn run(&self, control: &Control, c: &Call) -> Result<(), ConfigError> {

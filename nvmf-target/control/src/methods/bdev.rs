@@ -173,7 +173,7 @@ fn get_bdevs(c: &Control, p: GetBdevs) -> RpcResult {
     loop {
         match c.registry.get(&name) {
             Ok(b) => return Ok(json!([describe(&b)])),
-            Err(e) if Instant::now() >= end => return Err(e.into()),
+            Err(e) if Instant::now() >= end || c.is_ending() => return Err(e.into()),
             Err(_) => std::thread::sleep(Duration::from_millis(10)),
         }
     }

@@ -1,0 +1,87 @@
+//! `cryptfold`: an NVMe/TCP target that encrypts and reduces, and the commands to look after it.
+//!
+//! Exit codes: 0, 1 for what went wrong (one line on standard error), 2 for wrong usage.
+
+mod cores;
+mod rpc;
+mod signals;
+mod size;
+mod status;
+mod target;
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use cryptfold_control::server::DEFAULT_SOCKET;
+
+#[derive(Parser)]
+#[command(
+    name = "cryptfold",
+    version,
+    about = "NVMe/TCP target that encrypts and reduces",
+    max_term_width = 100
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Run a target until it gets SIGTERM or SIGINT.
+    Target(target::TargetArgs),
+    /// Call a method of a running target and print its result.
+    Rpc(rpc::RpcArgs),
+    /// Show pools, volumes, subsystems and reactors of a running target.
+    Status(status::StatusArgs),
+    /// Pools of a running target.
+    #[command(subcommand)]
+    Pool(rpc::PoolCommand),
+    /// Volumes of a running target.
+    #[command(subcommand)]
+    Volume(rpc::VolumeCommand),
+}
+
+/// How a running target is reached.
+#[derive(Args, Clone)]
+struct SocketArgs {
+    /// RPC socket of the target.
+    #[arg(short = 'r', long = "rpc-socket", value_name = "SOCKET", default_value = DEFAULT_SOCKET)]
+    socket: PathBuf,
+}
+
+/// One line that names the thing and the way out.
+enum Failure {
+    /// Something went wrong: exit code 1.
+    Failed(String),
+    /// Called wrongly: exit code 2.
+    Usage(String),
+}
+
+impl From<String> for Failure {
+    fn from(what: String) -> Failure {
+        Failure::Failed(what)
+    }
+}
+
+fn main() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Target(a) => target::run(a),
+        Command::Rpc(a) => rpc::run(a),
+        Command::Status(a) => status::run(a),
+        Command::Pool(c) => rpc::pool(c),
+        Command::Volume(c) => rpc::volume(c),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            let (what, code) = match failure {
+                Failure::Failed(what) => (what, 1),
+                Failure::Usage(what) => (what, 2),
+            };
+            eprintln!("cryptfold: {}", what.replace('\n', " "));
+            ExitCode::from(code)
+        }
+    }
+}

@@ -1,0 +1,212 @@
+//! `cryptfold rpc`, `pool` and `volume`: thin wrappers over the socket.
+
+use std::time::Duration;
+
+use clap::{Args, Subcommand};
+use cryptfold_control::client::Client;
+use cryptfold_control::{Control, ControlConfig};
+use serde_json::{Map, Value, json};
+
+use crate::status;
+use crate::{Failure, SocketArgs, size};
+
+#[derive(Args)]
+pub struct RpcArgs {
+    /// Method, for example bdev_get_bdevs; rpc_get_methods lists them.
+    #[arg(required_unless_present = "doc")]
+    method: Option<String>,
+    /// Its parameters, a JSON object.
+    params: Option<String>,
+    #[command(flatten)]
+    socket: SocketArgs,
+    /// Print the documentation of all methods (Markdown) and end.
+    #[arg(long)]
+    doc: bool,
+    /// Seconds to wait for the answer.
+    #[arg(short = 't', long, default_value_t = 600)]
+    timeout: u64,
+}
+
+/// Longest that the small commands wait for an answer.
+const PATIENCE: Duration = Duration::from_secs(600);
+
+pub fn connect(socket: &SocketArgs) -> Result<Client, Failure> {
+    Ok(Client::connect(&socket.socket, PATIENCE).map_err(|e| e.to_string())?)
+}
+
+pub fn call(client: &mut Client, method: &str, params: Option<Value>) -> Result<Value, Failure> {
+    Ok(client.call(method, params).map_err(|e| e.to_string())?)
+}
+
+pub fn print(v: &Value) {
+    match v {
+        Value::String(s) => println!("{s}"),
+        v => println!("{v:#}"),
+    }
+}
+
+pub fn run(args: RpcArgs) -> Result<(), Failure> {
+    if args.doc {
+        print!("{}", Control::new(ControlConfig::default()).table().markdown());
+        return Ok(());
+    }
+    let method = args.method.unwrap_or_default();
+    let params = match &args.params {
+        None => None,
+        Some(text) => match serde_json::from_str(text) {
+            Ok(v @ (Value::Object(_) | Value::Array(_))) => Some(v),
+            Ok(_) => {
+                let what =
+                    format!("parameters of {method}: a JSON object is needed, like '{{\"name\": \"x\"}}'");
+                return Err(Failure::Usage(what));
+            }
+            Err(e) => return Err(Failure::Usage(format!("parameters of {method} are not JSON: {e}"))),
+        },
+    };
+    let limit = Duration::from_secs(args.timeout.max(1));
+    let mut client = Client::connect(&args.socket.socket, limit).map_err(|e| e.to_string())?;
+    print(&call(&mut client, &method, params)?);
+    Ok(())
+}
+
+#[derive(Subcommand)]
+pub enum PoolCommand {
+    /// Show all pools.
+    List {
+        #[command(flatten)]
+        socket: SocketArgs,
+        /// JSON instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Create a pool on a block device of the target.
+    Create {
+        /// Name of the block device (see cryptfold rpc bdev_get_bdevs).
+        bdev: String,
+        /// Name of the pool.
+        name: String,
+        /// Key file: 32 bytes, raw or hexadecimal, mode 0600 [default: NAME.key in the target's key directory].
+        #[arg(long, value_name = "FILE")]
+        key_file: Option<String>,
+        /// Make the key file, with a random key.
+        #[arg(long)]
+        create_key: bool,
+        /// Also on a device that carries something.
+        #[arg(long)]
+        force: bool,
+        /// RAM for indexes and caches.
+        #[arg(long, value_name = "SIZE", value_parser = size::parse)]
+        memory_budget: Option<u64>,
+        #[command(flatten)]
+        socket: SocketArgs,
+    },
+    /// Check everything that a pool's metadata says; exit code 1 when something is wrong.
+    Check {
+        /// Name of the pool.
+        name: String,
+        #[command(flatten)]
+        socket: SocketArgs,
+    },
+}
+
+#[derive(Subcommand)]
+pub enum VolumeCommand {
+    /// Show all volumes.
+    List {
+        /// Only of this pool.
+        pool: Option<String>,
+        #[command(flatten)]
+        socket: SocketArgs,
+        /// JSON instead of a table.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Create a volume; prints its UUID.
+    Create {
+        /// POOL/VOLUME.
+        volume: String,
+        /// Size that hosts see, for example 10G.
+        #[arg(value_parser = size::parse)]
+        size: u64,
+        /// Domain: volumes of a domain share data and keys [default: the pool's].
+        #[arg(long)]
+        domain: Option<String>,
+        #[command(flatten)]
+        socket: SocketArgs,
+    },
+    /// Delete a volume and its data.
+    Delete {
+        /// POOL/VOLUME or UUID.
+        volume: String,
+        #[command(flatten)]
+        socket: SocketArgs,
+    },
+}
+
+/// An object of the members that have a value.
+fn given(members: Value) -> Value {
+    match members {
+        Value::Object(o) => Value::Object(o.into_iter().filter(|(_, v)| !v.is_null()).collect::<Map<_, _>>()),
+        v => v,
+    }
+}
+
+pub fn pool(command: PoolCommand) -> Result<(), Failure> {
+    match command {
+        PoolCommand::List { socket, json } => {
+            let pools = call(&mut connect(&socket)?, "bdev_lvol_get_lvstores", None)?;
+            if json {
+                print(&pools);
+            } else {
+                status::pools(&pools).print();
+            }
+        }
+        PoolCommand::Create { bdev, name, key_file, create_key, force, memory_budget, socket } => {
+            let params = given(json!({
+                "bdev_name": bdev, "lvs_name": name, "key_file": key_file.map(absolute).transpose()?,
+                "create_key": create_key, "force": force, "memory_budget_mib": memory_budget.map(|b| b >> 20),
+            }));
+            print(&call(&mut connect(&socket)?, "bdev_lvol_create_lvstore", Some(params))?);
+        }
+        PoolCommand::Check { name, socket } => {
+            let report =
+                call(&mut connect(&socket)?, "cryptfold_pool_check", Some(json!({"lvs_name": name})))?;
+            print(&report);
+            if report["clean"] != true {
+                return Err(format!("pool {name} has inconsistencies, listed above").into());
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The target may run in another directory.
+fn absolute(path: String) -> Result<String, Failure> {
+    let p = std::path::absolute(&path).map_err(|e| Failure::Usage(format!("{path}: {e}")))?;
+    Ok(p.to_string_lossy().into_owned())
+}
+
+pub fn volume(command: VolumeCommand) -> Result<(), Failure> {
+    match command {
+        VolumeCommand::List { pool, socket, json } => {
+            let params = pool.map(|p| json!({"lvs_name": p}));
+            let volumes = call(&mut connect(&socket)?, "bdev_lvol_get_lvols", params)?;
+            if json {
+                print(&volumes);
+            } else {
+                status::volumes(&volumes).print();
+            }
+        }
+        VolumeCommand::Create { volume, size, domain, socket } => {
+            let (pool, name) = volume.split_once('/').ok_or_else(|| {
+                Failure::Usage(format!("\"{volume}\": POOL/VOLUME is needed, like pool0/vol0"))
+            })?;
+            let params = given(json!({"lvs_name": pool, "lvol_name": name, "size": size, "domain": domain}));
+            print(&call(&mut connect(&socket)?, "bdev_lvol_create", Some(params))?);
+        }
+        VolumeCommand::Delete { volume, socket } => {
+            call(&mut connect(&socket)?, "bdev_lvol_delete", Some(json!({"name": volume})))?;
+        }
+    }
+    Ok(())
+}

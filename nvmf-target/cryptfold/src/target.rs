@@ -1,0 +1,136 @@
+//! `cryptfold target`.
+
+use std::io::Write as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use clap::{Args, ValueEnum};
+use cryptfold_control::config::Config;
+use cryptfold_control::logging::{Level, LogControl};
+use cryptfold_control::server::Server;
+use cryptfold_control::{Control, ControlConfig, Signal, keys};
+use cryptfold_reactor::{IdlePolicy, MemoryConfig};
+
+use crate::cores::Cores;
+use crate::signals::{EndRequests, kill_self};
+use crate::{Failure, SocketArgs};
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Idle {
+    /// Never sleep: lowest latency, one whole CPU per core of the list.
+    Poll,
+    /// Poll for a while, then sleep until woken.
+    Adaptive,
+    /// Sleep whenever there is nothing to do.
+    Interrupt,
+}
+
+#[derive(Args)]
+pub struct TargetArgs {
+    /// Configuration in SPDK's form (JSON, comments allowed).
+    #[arg(short, long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// CPUs, one reactor each: 0  0-1  0,2  [0,1]  0x3.
+    #[arg(long, short = 'm', value_name = "LIST", default_value = "0")]
+    cores: Cores,
+    #[command(flatten)]
+    socket: SocketArgs,
+    /// What idle reactors do.
+    #[arg(long, value_enum, default_value_t = Idle::Adaptive)]
+    idle: Idle,
+    /// Wait for framework_start_init before anything but start-up methods runs.
+    #[arg(long)]
+    wait_for_rpc: bool,
+    /// error, warning, notice, info or debug.
+    #[arg(long, value_name = "LEVEL", default_value = "notice", value_parser = level)]
+    log: Level,
+    /// Directory of key files [default: $CRYPTFOLD_KEYS, else $XDG_STATE_HOME/cryptfold/keys,
+    /// else /var/lib/cryptfold/keys for root and ~/.local/state/cryptfold/keys for others].
+    #[arg(long, value_name = "DIR")]
+    keys: Option<PathBuf>,
+    /// Do not use reserved hugepages.
+    #[arg(long)]
+    no_huge: bool,
+}
+
+fn level(word: &str) -> Result<Level, String> {
+    Level::parse(word).ok_or_else(|| format!("\"{word}\" is no level; error, warning, notice, info or debug"))
+}
+
+/// Runs until asked to end, then drains, flushes and checkpoints.
+pub fn run(args: TargetArgs) -> Result<(), Failure> {
+    let ends = EndRequests::new().map_err(|e| format!("signals: {e}"))?;
+    args.cores.check(&std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default())?;
+    let config = match &args.config {
+        Some(path) => Config::read(path).map_err(|e| e.to_string())?,
+        None => Config { origin: "no configuration".into(), calls: Vec::new() },
+    };
+    let log = LogControl::install(args.log);
+    let sender = std::sync::Mutex::new(ends.sender.clone());
+    let control = Control::new(ControlConfig {
+        cores: args.cores.0,
+        idle: match args.idle {
+            Idle::Poll => IdlePolicy::Poll,
+            Idle::Adaptive => IdlePolicy::default(),
+            Idle::Interrupt => IdlePolicy::Interrupt,
+        },
+        pin: true,
+        memory: MemoryConfig { hugepages: !args.no_huge, ..MemoryConfig::default() },
+        key_dir: args.keys.unwrap_or_else(keys::default_key_dir),
+        log,
+        on_signal: Box::new(move |signal| match signal {
+            Signal::Int | Signal::Term | Signal::Quit => {
+                let _ = sender.lock().map(|s| s.send(()));
+            }
+            Signal::Kill => kill_self(),
+            Signal::Hup | Signal::Usr1 => tracing::info!(?signal, "signal ignored"),
+        }),
+    });
+    // Before the socket: a wrong file must not take a running target's place even for a moment.
+    config.check(&control).map_err(|e| e.to_string())?;
+    control.hold();
+    let mut server = Server::start(&args.socket.socket, control.clone()).map_err(|e| e.to_string())?;
+    let started = configure(&control, &config, args.wait_for_rpc, &ends);
+    if let Ok(true) = started {
+        control.release();
+        announce(&control, &server);
+        ends.wait();
+        tracing::info!("ending: draining, flushing, checkpointing");
+    }
+    control.end_waits();
+    server.stop();
+    let ended = control.shutdown().map_err(|e| e.message);
+    started?;
+    Ok(ended?)
+}
+
+/// False when the end was asked for while waiting.
+fn configure(
+    control: &Arc<Control>,
+    config: &Config,
+    wait: bool,
+    ends: &EndRequests,
+) -> Result<bool, String> {
+    config.load_startup(control).map_err(|e| e.to_string())?;
+    if wait {
+        while !control.is_initialized() {
+            if ends.wait_for(Duration::from_millis(50)) {
+                return Ok(false);
+            }
+        }
+    }
+    control.initialize().map_err(|e| e.message)?;
+    config.load_runtime(control).map_err(|e| e.to_string())?;
+    Ok(true)
+}
+
+/// One line on standard output: what listens where.
+fn announce(control: &Control, server: &Server) {
+    let mut line = format!("cryptfold: ready; RPC on {}", server.path().display());
+    for (nqn, address) in control.listening() {
+        line.push_str(&format!("; {nqn} on {address}"));
+    }
+    println!("{line}");
+    let _ = std::io::stdout().flush();
+}
