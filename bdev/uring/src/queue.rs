@@ -91,7 +91,7 @@ impl UringQueue {
     /// Whether the kernel takes these pieces as they are.
     fn fits(&self, data: &SgList) -> bool {
         let align = self.backing.align_bytes;
-        let aligned = |b: &Buf| b.as_ptr().addr() % align == 0 && b.len() % align == 0;
+        let aligned = |b: &Buf| b.as_ptr().addr().is_multiple_of(align) && b.len().is_multiple_of(align);
         data.segments().len() <= MAX_PIECES && data.iter().all(aligned)
     }
 
@@ -121,25 +121,41 @@ impl UringQueue {
         Ok(match io.op {
             Op::Read => {
                 slot.iov = vector(&mut slot.data, slot.done, true)?;
-                if let [one] = slot.iov[..] {
-                    opcode::Read::new(fd, one.iov_base.cast(), one.iov_len as u32).offset(offset).build()
-                } else {
-                    opcode::Readv::new(fd, slot.iov.as_ptr(), slot.iov.len() as u32).offset(offset).build()
+                match (&slot.iov[..], fixed(&slot.data)) {
+                    ([one], Some(index)) => {
+                        opcode::ReadFixed::new(fd, one.iov_base.cast(), one.iov_len as u32, index)
+                            .offset(offset)
+                            .build()
+                    }
+                    ([one], None) => {
+                        opcode::Read::new(fd, one.iov_base.cast(), one.iov_len as u32).offset(offset).build()
+                    }
+                    (all, _) => opcode::Readv::new(fd, all.as_ptr(), all.len() as u32).offset(offset).build(),
                 }
             }
             Op::Write => {
                 let flags = if io.fua { libc::RWF_DSYNC } else { 0 };
                 slot.iov = vector(&mut slot.data, slot.done, false)?;
-                if let [one] = slot.iov[..] {
-                    opcode::Write::new(fd, one.iov_base.cast_const().cast(), one.iov_len as u32)
+                match (&slot.iov[..], fixed(&slot.data)) {
+                    ([one], Some(index)) => opcode::WriteFixed::new(
+                        fd,
+                        one.iov_base.cast_const().cast(),
+                        one.iov_len as u32,
+                        index,
+                    )
+                    .offset(offset)
+                    .rw_flags(flags)
+                    .build(),
+                    ([one], None) => {
+                        opcode::Write::new(fd, one.iov_base.cast_const().cast(), one.iov_len as u32)
+                            .offset(offset)
+                            .rw_flags(flags)
+                            .build()
+                    }
+                    (all, _) => opcode::Writev::new(fd, all.as_ptr(), all.len() as u32)
                         .offset(offset)
                         .rw_flags(flags)
-                        .build()
-                } else {
-                    opcode::Writev::new(fd, slot.iov.as_ptr(), slot.iov.len() as u32)
-                        .offset(offset)
-                        .rw_flags(flags)
-                        .build()
+                        .build(),
                 }
             }
             Op::Flush => opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build(),
@@ -232,6 +248,14 @@ impl Queue for UringQueue {
 
 fn fallocate(fd: types::Fd, offset: u64, len: u64, mode: i32) -> squeue::Entry {
     opcode::Fallocate::new(fd, len).offset(offset).mode(mode).build()
+}
+
+/// Where a single piece is registered with the ring, which saves the kernel from looking up and pinning its pages.
+fn fixed(data: &SgList) -> Option<u16> {
+    match data.segments() {
+        [one] => ring::fixed_buffer_index(one),
+        _ => None,
+    }
 }
 
 /// One aligned buffer with the bytes of all pieces.
