@@ -1,0 +1,420 @@
+//! A connection: one byte stream, one queue. Lives on one reactor and is touched by it alone.
+//!
+//! Owns the stream, the parser, the output queue and the command slots. `state` says where it is in its life and moves
+//! only through its table; `rx` takes PDUs in, `exec` carries commands out and answers them.
+//!
+//! Invariants:
+//! - `inner` is never borrowed while code of another room runs that could come back here: devices complete by message,
+//!   and what goes to other connections goes by message.
+//! - Each command slot is answered or dropped once; `executing` counts those that devices, tasks or other cores hold.
+//! - Memory is bounded: slots by the queue's size, data that was asked for by [`R2T_WINDOW_BYTES`], and nothing more is
+//!   received while [`OUT_LIMIT_BYTES`] wait to be sent.
+
+mod exec;
+mod fused;
+pub mod out;
+mod rx;
+mod slot;
+pub mod state;
+mod transfer;
+
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::net::Shutdown;
+use std::rc::{Rc, Weak};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use cryptfold_nvmf_spec::pdu::build::{self, Format};
+use cryptfold_nvmf_spec::pdu::{MAX_TERM_BYTES, Parser, Role, Term};
+use cryptfold_nvmf_spec::{Nsid, Qid, Status};
+use cryptfold_reactor::{self as reactor, Nanos};
+
+use crate::TransportOptions;
+use crate::controller::Controller;
+use crate::group::{ConnRef, Group, LOAD_CONNECTION, LOAD_IO};
+use crate::port::Port;
+use crate::stats::QueueStats;
+use crate::subsystem::{NsChannel, locked};
+use crate::watch::{Ready, WatchId};
+use crate::wire::{Wake, Wire};
+use fused::Fused;
+use out::Out;
+use rx::Rx;
+use slot::{Phase, Slots};
+use state::{Event, State};
+
+/// Data that a host may be asked for at once, bytes; a single larger command is always let through.
+const R2T_WINDOW_BYTES: u64 = 4 << 20;
+/// Output beyond which nothing more is received, bytes.
+const OUT_LIMIT_BYTES: usize = 4 << 20;
+/// How long a peer has to take the termination request and close, before we do.
+const TERMINATE_WAIT: Duration = Duration::from_secs(5);
+
+/// The queue that Connect made.
+pub(crate) struct Queue {
+    pub controller: Arc<Controller>,
+    pub qid: Qid,
+    /// Entries.
+    size: u16,
+    /// Submission queue head.
+    sqhd: u16,
+    /// The host does without SQ flow control.
+    no_flow_control: bool,
+    stats: Arc<QueueStats>,
+}
+
+/// What `inner` guards.
+struct Inner {
+    wire: Option<Box<dyn Wire>>,
+    readable: bool,
+    writable: bool,
+    parser: Parser,
+    /// How PDUs to the host are built.
+    format: Format,
+    out: Out,
+    slots: Slots,
+    rx: Rx,
+    r2t_queue: VecDeque<u16>,
+    /// Bytes asked for and not received.
+    r2t_bytes: u64,
+    fused: Fused,
+    queue: Option<Queue>,
+    /// By namespace identifier, from 1.
+    channels: Vec<Option<Rc<NsChannel>>>,
+    channels_generation: u64,
+    executing: usize,
+    /// Close when everything is sent.
+    closing: bool,
+    /// Start of the current state.
+    since: Nanos,
+}
+
+/// See the module's head.
+pub(crate) struct Conn {
+    pub id: u64,
+    me: Weak<Conn>,
+    group: Weak<Group>,
+    pub port: Arc<Port>,
+    pub peer: String,
+    options: Arc<TransportOptions>,
+    pub watch: Cell<Option<WatchId>>,
+    state: Cell<State>,
+    /// On the group's ready list.
+    listed: Cell<bool>,
+    load: Cell<u32>,
+    inner: RefCell<Inner>,
+}
+
+impl Conn {
+    pub fn new(id: u64, group: &Rc<Group>, wire: Box<dyn Wire>, port: Arc<Port>, peer: String) -> Rc<Conn> {
+        Rc::new_cyclic(|me| Conn {
+            id,
+            me: me.clone(),
+            group: Rc::downgrade(group),
+            port,
+            peer,
+            options: group.target.options(),
+            watch: Cell::new(None),
+            state: Cell::new(State::AwaitIcReq),
+            listed: Cell::new(false),
+            load: Cell::new(LOAD_CONNECTION),
+            inner: RefCell::new(Inner {
+                wire: Some(wire),
+                readable: false,
+                writable: false,
+                parser: Parser::new(Role::Controller),
+                format: Format::default(),
+                out: Out::default(),
+                // Connect, until it says how many there will be.
+                slots: Slots::new(1),
+                rx: Rx::None,
+                r2t_queue: VecDeque::new(),
+                r2t_bytes: 0,
+                fused: Fused::None,
+                queue: None,
+                channels: Vec::new(),
+                channels_generation: 0,
+                executing: 0,
+                closing: false,
+                since: reactor::now(),
+            }),
+        })
+    }
+
+    pub fn on_ready(&self, wake: Wake) {
+        if let Some(wire) = &self.inner.borrow().wire {
+            wire.on_ready(wake);
+        }
+    }
+
+    /// How others reach it.
+    pub fn reference(&self) -> Option<ConnRef> {
+        let group = self.group.upgrade()?;
+        Some(ConnRef { handle: group.seat.handle.clone(), target: group.target.id, id: self.id })
+    }
+
+    /// Bytes or room have come.
+    pub fn ready(&self, ready: Ready) {
+        // A memory wire calls this from inside our own receiving and sending, which then looks at the wire again anyway.
+        if let Ok(mut inner) = self.inner.try_borrow_mut() {
+            inner.readable |= ready.readable;
+            inner.writable |= ready.writable;
+        }
+        self.list();
+    }
+
+    /// Has the group serve this connection in its next turn.
+    fn list(&self) {
+        if self.state.get() != State::Closed
+            && !self.listed.replace(true)
+            && let (Some(group), Some(me)) = (self.group.upgrade(), self.me.upgrade())
+        {
+            group.push_ready(me);
+        }
+    }
+
+    /// One turn: receives once, sends once.
+    pub fn serve(self: Rc<Self>, staging: &mut [u8]) {
+        self.listed.set(false);
+        let mut inner = self.inner.borrow_mut();
+        if self.state.get().is_open() {
+            self.receive(&mut inner, staging);
+        }
+        if self.state.get().is_open() {
+            self.flush(&mut inner);
+        }
+        let again = inner.readable && self.wants_input(&inner) || inner.writable && !inner.out.is_empty();
+        drop(inner);
+        if again && self.state.get().is_open() {
+            self.list();
+        }
+    }
+
+    /// Whether bytes are taken from the stream now.
+    fn wants_input(&self, inner: &Inner) -> bool {
+        match self.state.get() {
+            State::Terminating => true,
+            s => s.receives() && !inner.closing && inner.out.bytes() <= OUT_LIMIT_BYTES,
+        }
+    }
+
+    /// Sends what is queued, as far as the stream takes it.
+    fn flush(&self, inner: &mut Inner) {
+        let Some(wire) = &inner.wire else { return };
+        if !inner.out.is_empty() && inner.writable {
+            let slices = inner.out.slices();
+            let offered: usize = slices.iter().map(|s| s.len()).sum();
+            let result = wire.send(&slices);
+            drop(slices);
+            match result {
+                Ok(n) => {
+                    inner.out.sent(n);
+                    inner.writable = n == offered;
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => inner.writable = false,
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) => return self.lost(inner, &e),
+            }
+        }
+        if inner.out.is_empty() {
+            match self.state.get() {
+                State::Terminating => {
+                    if let Some(wire) = &inner.wire {
+                        wire.shutdown(Shutdown::Write);
+                    }
+                }
+                _ if inner.closing => self.advance(inner, Event::Deleted),
+                _ => {}
+            }
+        }
+    }
+
+    /// The stream has failed.
+    fn lost(&self, inner: &mut Inner, error: &std::io::Error) {
+        tracing::debug!("{}: connection lost: {error}", self.peer);
+        self.advance(inner, Event::PeerGone);
+    }
+
+    /// The only way from one state to the next.
+    fn advance(&self, inner: &mut Inner, event: Event) {
+        let Some(next) = self.state.get().next(event) else { return };
+        tracing::trace!("{}: {:?} -> {next:?} on {event:?}", self.peer, self.state.get());
+        self.state.set(next);
+        inner.since = reactor::now();
+        match next {
+            State::Draining => self.drain(inner),
+            State::Closed => self.closed(inner),
+            State::Terminating => self.abandon_input(inner),
+            State::AwaitIcReq | State::AwaitConnect | State::Ready => {}
+        }
+    }
+
+    /// Commands that still wait for the host are dropped: it will not send any more.
+    fn abandon_input(&self, inner: &mut Inner) {
+        inner.rx = Rx::None;
+        inner.fused = Fused::None;
+        inner.r2t_queue.clear();
+        inner.r2t_bytes = 0;
+        for slot in inner.slots.busy() {
+            match inner.slots[slot].phase {
+                Phase::Executing => {}
+                _ => inner.slots.release(slot),
+            }
+        }
+    }
+
+    /// Shuts the stream, asks devices to hurry, and waits for them.
+    fn drain(&self, inner: &mut Inner) {
+        self.abandon_input(inner);
+        inner.out.clear();
+        if let Some(wire) = inner.wire.take() {
+            wire.shutdown(Shutdown::Both);
+        }
+        if let (Some(watch), Some(group)) = (self.watch.take(), self.group.upgrade()) {
+            group.unwatch(watch);
+        }
+        for slot in inner.slots.busy() {
+            if let Some(ns) = &inner.slots[slot].channel {
+                ns.channel.abort(self.tag(slot));
+            }
+        }
+        if inner.executing == 0 {
+            self.advance(inner, Event::Drained);
+        }
+    }
+
+    /// Gives everything back. Reached once.
+    fn closed(&self, inner: &mut Inner) {
+        inner.channels.clear();
+        let queue = inner.queue.take();
+        if let Some(group) = self.group.upgrade() {
+            group.load(-(self.load.get() as i32));
+            group.forget(self.id);
+            if let Some(q) = &queue {
+                let mut past = locked(&group.seat.past);
+                *past = *past + q.stats.totals();
+            }
+        }
+        if let Some(q) = queue {
+            q.controller.detach(q.qid);
+        }
+    }
+
+    /// Ends the connection with a termination request.
+    fn fatal(&self, inner: &mut Inner, term: Option<Term>, header: &[u8], why: &dyn std::fmt::Display) {
+        tracing::warn!("{}: {why}; ending the connection", self.peer);
+        let Some(term) = term else { return self.advance(inner, Event::PeerGone) };
+        // It has to fit: the buffer is as long as the longest request.
+        let queued = inner.out.head(MAX_TERM_BYTES, |b| build::term_req(b, Role::Controller, term, header));
+        let event = if queued.is_ok() { Event::Fatal } else { Event::PeerGone };
+        self.advance(inner, event);
+    }
+
+    /// Ended by us: the controller, subsystem, port or target goes away.
+    pub fn delete(&self) {
+        self.advance(&mut self.inner.borrow_mut(), Event::Deleted);
+    }
+
+    /// Looks at deadlines.
+    pub fn tick(&self, now: Nanos) {
+        let mut inner = self.inner.borrow_mut();
+        let age = now.since(inner.since);
+        let expired = match self.state.get() {
+            State::AwaitIcReq | State::AwaitConnect => {
+                age > Duration::from_millis(self.options.connect_timeout_ms.into())
+            }
+            State::Ready => self.overdue(&inner, now),
+            State::Terminating => age > TERMINATE_WAIT,
+            State::Draining | State::Closed => false,
+        };
+        if expired {
+            tracing::warn!(
+                "{}: a deadline passed while {:?}; ending the connection",
+                self.peer,
+                self.state.get()
+            );
+            self.advance(&mut inner, Event::Expired);
+        }
+    }
+
+    fn overdue(&self, inner: &Inner, now: Nanos) -> bool {
+        let Some(queue) = &inner.queue else { return false };
+        if queue.qid.is_admin() && queue.controller.expired(now) {
+            tracing::warn!(
+                "{}: keep-alive timer of controller {} expired ({} ms)",
+                queue.controller.host.nqn,
+                queue.controller.cntlid,
+                queue.controller.kato_ms()
+            );
+            return true;
+        }
+        let limit = Duration::from_millis(self.options.r2t_timeout_ms.into());
+        let late = |s: u16| {
+            let slot = &inner.slots[s];
+            slot.phase == Phase::HostData && now.since(slot.asked) > limit
+        };
+        inner.r2t_bytes > 0 && inner.slots.busy().into_iter().any(late)
+    }
+
+    /// Connect has made a queue: room for its commands.
+    fn connected(&self, inner: &mut Inner, queue: Queue) {
+        inner.slots.grow(queue.size);
+        if let Some(group) = self.group.upgrade() {
+            let seat = &group.seat;
+            let count = if queue.qid.is_admin() { &seat.admin_qpairs } else { &seat.io_qpairs };
+            count.fetch_add(1, Ordering::Relaxed);
+            if !queue.qid.is_admin() {
+                group.load(LOAD_IO as i32);
+                self.load.set(self.load.get() + LOAD_IO);
+            }
+        }
+        if !queue.qid.is_admin()
+            && let Some(mut limits) = inner.parser.limits()
+        {
+            limits.max_capsule_data_bytes = self.options.in_capsule_data_size;
+            inner.parser.establish(limits);
+        }
+        inner.queue = Some(queue);
+        self.advance(inner, Event::Connected);
+    }
+
+    /// The channel to a namespace of the queue's subsystem.
+    fn channel(&self, inner: &mut Inner, nsid: Nsid) -> Result<Rc<NsChannel>, Status> {
+        let invalid = Status::INVALID_NAMESPACE.with_dnr();
+        let Some(queue) = &inner.queue else { return Err(invalid) };
+        let subsystem = &queue.controller.subsystem;
+        let generation = subsystem.generation.load(Ordering::Acquire);
+        if generation != inner.channels_generation {
+            inner.channels.clear();
+            inner.channels_generation = generation;
+        }
+        let index = (nsid.0 as usize).wrapping_sub(1);
+        if let Some(Some(c)) = inner.channels.get(index) {
+            return Ok(c.clone());
+        }
+        // The identifier is that of an existing namespace from here on, so it is small.
+        let ns = subsystem.namespace(nsid).ok_or(invalid)?;
+        let group = self.group.upgrade().ok_or(Status::INTERNAL_ERROR)?;
+        let channel = group.channel(&ns).map_err(|e| {
+            tracing::error!("{}: namespace {nsid}: {e}", subsystem.nqn());
+            Status::NAMESPACE_NOT_READY
+        })?;
+        if inner.channels.len() <= index {
+            inner.channels.resize(index + 1, None);
+        }
+        inner.channels[index] = Some(channel.clone());
+        Ok(channel)
+    }
+
+    /// Namespaces have changed: lets go of channels, so that removed devices can end.
+    pub fn refresh_namespaces(&self) {
+        self.inner.borrow_mut().channels.clear();
+    }
+
+    /// What names the I/O of a slot to a device.
+    fn tag(&self, slot: u16) -> u64 {
+        self.id << 16 | u64::from(slot)
+    }
+}

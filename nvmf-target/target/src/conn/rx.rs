@@ -1,0 +1,391 @@
+//! Taking PDUs in: from the stream through the parser to slots and buffers.
+
+use std::io::IoSliceMut;
+
+use cryptfold_nvmf_spec::opcode::{Direction, FABRICS};
+use cryptfold_nvmf_spec::pdu::build::{self, Format};
+use cryptfold_nvmf_spec::pdu::{
+    ADMIN_CAPSULE_DATA_BYTES, Digest, Event as PduEvent, Fes, Header, Limits, MAX_HDR_BYTES, Pdu, Term, field,
+};
+use cryptfold_nvmf_spec::{Cid, Sqe, Status, Ttag, fabrics};
+use cryptfold_reactor as reactor;
+use cryptfold_reactor::memory::Buf;
+
+use super::slot::{Phase, Slot};
+use super::state::{Event, State};
+use super::transfer::{self, Transfer, TransferLimits};
+use super::{Conn, Inner, R2T_WINDOW_BYTES};
+
+/// Where the data of the current PDU goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Rx {
+    /// There is none.
+    None,
+    /// Nowhere.
+    Discard,
+    /// In-capsule data: to this slot, after so many bytes in front of what the SGL names.
+    Capsule {
+        /// The slot.
+        slot: u16,
+        /// Bytes still to skip.
+        skip: u32,
+    },
+    /// Data that this slot's R2T asked for.
+    HostData {
+        /// The slot.
+        slot: u16,
+        /// This PDU completes it.
+        last: bool,
+    },
+}
+
+/// Less than this is not worth a buffer of its own in a receive.
+const DIRECT_MIN_BYTES: usize = 4096;
+/// With so much data on its way that belongs elsewhere, only headers are to land in the staging buffer.
+const SMALL_STAGE_BYTES: usize = 4096;
+/// R2T and response headers with digest and padding.
+const HEAD_MAX_BYTES: usize = MAX_HDR_BYTES + 4;
+
+/// A violation that ends the connection.
+struct Violation {
+    term: Term,
+    why: &'static str,
+}
+
+fn violation(term: Term, why: &'static str) -> Result<(), Violation> {
+    Err(Violation { term, why })
+}
+
+impl Conn {
+    /// Receives once and takes apart what came.
+    pub(super) fn receive(&self, inner: &mut Inner, staging: &mut [u8]) {
+        if !inner.readable || !self.wants_input(inner) {
+            return;
+        }
+        let (direct, staged) = match self.receive_once(inner, staging) {
+            Ok(n) => n,
+            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
+                inner.readable = false;
+                return;
+            }
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => return,
+            Err(e) => return self.lost(inner, &e),
+        };
+        if direct + staged == 0 {
+            return self.advance(inner, Event::PeerGone);
+        }
+        if direct > 0 {
+            self.direct_data(inner, direct);
+        }
+        self.parse(inner, &staging[..staged]);
+    }
+
+    /// Returns (bytes that went to their buffer, bytes in `staging`).
+    fn receive_once(&self, inner: &mut Inner, staging: &mut [u8]) -> std::io::Result<(usize, usize)> {
+        let Some(wire) = &inner.wire else { return Ok((0, 0)) };
+        let limit =
+            if inner.r2t_bytes as usize >= 2 * SMALL_STAGE_BYTES { SMALL_STAGE_BYTES } else { staging.len() };
+        let staging = &mut staging[..limit];
+        let wanted = inner.parser.data_wanted() as usize;
+        let target = match inner.rx {
+            Rx::Capsule { slot, skip: 0 } | Rx::HostData { slot, .. } if wanted >= DIRECT_MIN_BYTES => {
+                let slot = &mut inner.slots[slot];
+                let at = slot.received as usize;
+                slot.data.get_mut().and_then(|d| d.get_mut(at..)).map(|d| {
+                    let len = d.len().min(wanted);
+                    &mut d[..len]
+                })
+            }
+            _ => None,
+        };
+        let (n, first, asked) = match target {
+            Some(target) if !target.is_empty() => {
+                let first = target.len();
+                let asked = first + staging.len();
+                let mut bufs = [IoSliceMut::new(target), IoSliceMut::new(staging)];
+                // What follows the data belongs behind it only if the PDU's data ends there.
+                let used = if first == wanted { 2 } else { 1 };
+                let asked = if used == 2 { asked } else { first };
+                (wire.recv(&mut bufs[..used])?, first, asked)
+            }
+            _ => (wire.recv(&mut [IoSliceMut::new(staging)])?, 0, limit),
+        };
+        // Less than there was room for: the stream is empty until it says otherwise.
+        inner.readable = n == asked || n == 0;
+        Ok((n.min(first), n.saturating_sub(first)))
+    }
+
+    /// `n` bytes went straight to the buffer of the current slot.
+    fn direct_data(&self, inner: &mut Inner, n: usize) {
+        let (Rx::Capsule { slot, .. } | Rx::HostData { slot, .. }) = inner.rx else { return };
+        let ddgst = inner.format.ddgst;
+        let slot = &mut inner.slots[slot];
+        let at = slot.received as usize;
+        if ddgst {
+            slot.digest.update(&slot.data[at..at + n]);
+        }
+        slot.received += n as u32;
+        inner.parser.data_received(n as u32);
+    }
+
+    fn parse(&self, inner: &mut Inner, mut input: &[u8]) {
+        while self.state.get().receives() && !inner.closing {
+            let progress = match inner.parser.feed(input) {
+                Ok(p) => p,
+                Err(e) => {
+                    let header: smallvec::SmallVec<[u8; MAX_HDR_BYTES]> = inner.parser.header_bytes().into();
+                    return self.fatal(inner, e.term(), &header, &e);
+                }
+            };
+            let (now, rest) = input.split_at(progress.consumed);
+            let result = match progress.event {
+                PduEvent::NeedMore => return,
+                PduEvent::Header(pdu) => self.header(inner, &pdu),
+                PduEvent::Data { start, len } => {
+                    self.data(inner, &now[start..start + len]);
+                    Ok(())
+                }
+                PduEvent::End { ddgst } => {
+                    self.data_end(inner, ddgst);
+                    Ok(())
+                }
+            };
+            if let Err(v) = result {
+                let header: smallvec::SmallVec<[u8; MAX_HDR_BYTES]> = inner.parser.header_bytes().into();
+                return self.fatal(inner, Some(v.term), &header, &v.why);
+            }
+            input = rest;
+        }
+    }
+
+    fn header(&self, inner: &mut Inner, pdu: &Pdu) -> Result<(), Violation> {
+        inner.rx = Rx::Discard;
+        match pdu.header {
+            Header::IcReq { align_bytes, hdgst, ddgst, .. } => self.ic_req(inner, align_bytes, hdgst, ddgst),
+            Header::CapsuleCmd(sqe) => self.capsule(inner, sqe, pdu.layout.data_len),
+            Header::H2cData { cid, ttag, offset, last } => {
+                self.host_data(inner, (cid, ttag), offset, pdu.layout.data_len, last)
+            }
+            Header::TermReq { fes, fei } => {
+                tracing::warn!("{}: the host ends the connection: FES {fes:#x}, FEI {fei:#x}", self.peer);
+                self.advance(inner, Event::PeerGone);
+                Ok(())
+            }
+            // The parser lets only PDUs to a controller through.
+            _ => violation(Term::invalid_field(field::TYPE), "a PDU that flows the other way"),
+        }
+    }
+
+    fn ic_req(&self, inner: &mut Inner, align: u32, hdgst: bool, ddgst: bool) -> Result<(), Violation> {
+        let max_data_bytes = self.options.max_io_size;
+        let written = inner.out.head(MAX_HDR_BYTES, |b| build::ic_resp(b, 0, hdgst, ddgst, max_data_bytes));
+        if written.is_err() {
+            return violation(Term::plain(Fes::SequenceError), "no ICResp could be built");
+        }
+        inner.format = Format { hdgst, ddgst, align_bytes: align };
+        inner.parser.establish(Limits {
+            hdgst,
+            ddgst,
+            align_bytes: 4,
+            max_capsule_data_bytes: ADMIN_CAPSULE_DATA_BYTES.max(self.options.in_capsule_data_size),
+            max_data_bytes,
+        });
+        self.advance(inner, Event::IcReq);
+        Ok(())
+    }
+
+    /// A command.
+    fn capsule(&self, inner: &mut Inner, sqe: Sqe, capsule_bytes: u32) -> Result<(), Violation> {
+        let Some(index) = inner.slots.take(&sqe, Phase::Capsule) else {
+            return violation(Term::plain(Fes::SequenceError), "more commands than the queue has entries");
+        };
+        if let Some(q) = &mut inner.queue {
+            q.sqhd = if q.sqhd + 1 >= q.size { 0 } else { q.sqhd + 1 };
+        }
+        let admitted = if inner.slots[index].tracked {
+            self.admit(inner, index, capsule_bytes)
+        } else {
+            Err(Status::COMMAND_ID_CONFLICT.with_dnr())
+        };
+        match self.pair_up(inner, index, admitted) {
+            Err(status) if capsule_bytes > 0 => {
+                inner.slots[index].failed = Some(status);
+                inner.rx = Rx::Capsule { slot: index, skip: capsule_bytes };
+            }
+            Err(status) => self.complete(inner, index, status, 0),
+            Ok(Transfer::Capsule { offset, len }) => {
+                let slot = &mut inner.slots[index];
+                slot.data = Buf::alloc(len as usize);
+                inner.rx = Rx::Capsule { slot: index, skip: offset };
+                if capsule_bytes == 0 {
+                    // Zero bytes of data were named, and none came.
+                    self.execute(inner, index);
+                }
+            }
+            Ok(Transfer::FromHost(0) | Transfer::None | Transfer::ToHost(_)) => self.execute(inner, index),
+            Ok(Transfer::FromHost(_)) => {
+                inner.slots[index].phase = Phase::R2tQueue;
+                inner.r2t_queue.push_back(index);
+                self.ask_for_data(inner);
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks a command as far as it can be without its data.
+    fn admit(&self, inner: &mut Inner, index: u16, capsule_bytes: u32) -> Result<Transfer, Status> {
+        let sqe = inner.slots[index].sqe;
+        let limits = TransferLimits { max_io_bytes: self.options.max_io_size };
+        let Some(queue) = &inner.queue else {
+            // Nothing but Connect before there is a queue.
+            let connect = matches!(sqe.fabrics(), Ok(fabrics::Command::Connect(_)));
+            if self.state.get() != State::AwaitConnect || !connect {
+                return Err(Status::COMMAND_SEQUENCE_ERROR);
+            }
+            return transfer::decode(&sqe, Direction::HostToController, capsule_bytes, limits);
+        };
+        if sqe.opcode == FABRICS {
+            return match sqe.fabrics()? {
+                fabrics::Command::PropertyGet(_) | fabrics::Command::PropertySet(_)
+                    if queue.qid.is_admin() =>
+                {
+                    Ok(Transfer::None)
+                }
+                fabrics::Command::Disconnect(_) if !queue.qid.is_admin() => Ok(Transfer::None),
+                fabrics::Command::Connect(_) => Err(Status::COMMAND_SEQUENCE_ERROR.with_dnr()),
+                _ => Err(Status::INVALID_OPCODE.with_dnr()),
+            };
+        }
+        if queue.qid.is_admin() {
+            let direction = queue.controller.admin_direction(&sqe)?;
+            return transfer::decode(&sqe, direction, capsule_bytes, limits);
+        }
+        if !queue.controller.executes() {
+            return Err(Status::COMMAND_SEQUENCE_ERROR);
+        }
+        let controller = queue.controller.clone();
+        let ns = self.channel(inner, sqe.nsid())?;
+        if controller.subsystem.options.ana_reporting {
+            let state = controller.subsystem.ana_state(&controller.port, ns.ns.anagrpid);
+            if let Some(status) = state.status() {
+                return Err(status);
+            }
+        }
+        let plan = crate::io::plan(&sqe, &ns.ns.geometry())?;
+        let transfer = transfer::decode(&sqe, plan.direction(), capsule_bytes, limits)?;
+        if plan.direction() != Direction::None {
+            plan.check_transfer(transfer.bytes(), limits.max_io_bytes)?;
+        }
+        let slot = &mut inner.slots[index];
+        slot.plan = Some(plan);
+        slot.channel = Some(ns);
+        Ok(transfer)
+    }
+
+    /// Sends R2Ts for the commands that wait for their data, as far as the window allows.
+    pub(super) fn ask_for_data(&self, inner: &mut Inner) {
+        while let Some(&index) = inner.r2t_queue.front() {
+            let slot = &mut inner.slots[index];
+            let len = slot.sqe.sgl.length.get();
+            if inner.r2t_bytes > 0 && inner.r2t_bytes + u64::from(len) > R2T_WINDOW_BYTES {
+                return;
+            }
+            inner.r2t_queue.pop_front();
+            let (cid, format) = (slot.sqe.cid(), inner.format);
+            let built = inner.out.head(HEAD_MAX_BYTES, |b| build::r2t(b, cid, Ttag(index), 0, len, format));
+            if built.is_err() {
+                // Can not happen: header, digest and padding fit.
+                self.complete(inner, index, Status::INTERNAL_ERROR, 0);
+                continue;
+            }
+            slot.data = Buf::alloc(len as usize);
+            slot.received = 0;
+            slot.phase = Phase::HostData;
+            slot.asked = reactor::now();
+            inner.r2t_bytes += u64::from(len);
+        }
+    }
+
+    /// A piece of the data that was asked for: in order, within what was asked, LAST exactly at its end.
+    fn host_data(
+        &self,
+        inner: &mut Inner,
+        (cid, ttag): (Cid, Ttag),
+        offset: u32,
+        len: u32,
+        last: bool,
+    ) -> Result<(), Violation> {
+        let known = |s: &&mut Slot| s.phase == Phase::HostData;
+        let Some(slot) = inner.slots.get_mut(ttag.0).filter(known) else {
+            return violation(Term::invalid_field(field::TTAG), "H2CData with a tag that was not given out");
+        };
+        if slot.sqe.cid() != cid {
+            return violation(Term::invalid_field(field::CCCID), "H2CData with another command's tag");
+        }
+        let total = slot.data.len() as u32;
+        if u64::from(offset) + u64::from(len) > u64::from(total) {
+            return violation(Term::plain(Fes::OutOfRange), "H2CData beyond what was asked for");
+        }
+        if offset != slot.received {
+            return violation(Term::invalid_field(field::DATAO), "H2CData out of order");
+        }
+        if last != (offset + len == total) {
+            return violation(Term::invalid_field(field::FLAGS), "H2CData with LAST in the wrong place");
+        }
+        slot.digest = Digest::new();
+        inner.rx = Rx::HostData { slot: ttag.0, last };
+        Ok(())
+    }
+
+    /// Data that came through the staging buffer.
+    fn data(&self, inner: &mut Inner, mut bytes: &[u8]) {
+        let index = match &mut inner.rx {
+            Rx::Capsule { slot, skip } => {
+                // The digest covers the whole capsule's data, also what the SGL leaves out.
+                let skipped = bytes.len().min(*skip as usize);
+                if inner.format.ddgst {
+                    inner.slots[*slot].digest.update(&bytes[..skipped]);
+                }
+                *skip -= skipped as u32;
+                bytes = &bytes[skipped..];
+                *slot
+            }
+            Rx::HostData { slot, .. } => *slot,
+            Rx::None | Rx::Discard => return,
+        };
+        let slot = &mut inner.slots[index];
+        if inner.format.ddgst {
+            slot.digest.update(bytes);
+        }
+        let at = slot.received as usize;
+        let n = bytes.len().min(slot.data.len() - at);
+        if n > 0
+            && let Some(target) = slot.data.get_mut()
+        {
+            target[at..at + n].copy_from_slice(&bytes[..n]);
+            slot.received += n as u32;
+        }
+    }
+
+    /// The current PDU is complete.
+    fn data_end(&self, inner: &mut Inner, ddgst: Option<u32>) {
+        let (index, done) = match std::mem::replace(&mut inner.rx, Rx::None) {
+            Rx::Capsule { slot, .. } => (slot, true),
+            Rx::HostData { slot, last } => (slot, last),
+            Rx::None | Rx::Discard => return,
+        };
+        let slot = &mut inner.slots[index];
+        if ddgst.is_some_and(|d| d != slot.digest.value()) {
+            tracing::warn!("{}: data digest error of command {}", self.peer, slot.sqe.cid());
+            slot.failed = slot.failed.or(Some(Status::TRANSIENT_TRANSPORT_ERROR));
+        }
+        if !done {
+            return;
+        }
+        if slot.phase == Phase::HostData {
+            inner.r2t_bytes -= slot.data.len() as u64;
+            self.ask_for_data(inner);
+        }
+        self.execute(inner, index);
+    }
+}

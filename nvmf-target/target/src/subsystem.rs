@@ -1,0 +1,289 @@
+//! Subsystems: their namespaces, hosts, listeners and controllers. Shared by all reactors and by control threads.
+//!
+//! The tables are behind one mutex that is taken for set-up, admin commands and control requests, never per I/O: a
+//! connection keeps the namespaces it uses, and looks again when `generation` has moved.
+//!
+//! Lock order: target, subsystem, controller. Nothing blocks while one of them is held.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+
+use cryptfold_bdev::{Access, Bdev, BdevEvent, Channel, Descriptor, Op, Registry};
+use cryptfold_nvmf_spec::log::AnaState;
+use cryptfold_nvmf_spec::{Cntlid, Nsid};
+use uuid::Uuid;
+
+use crate::controller::Controller;
+use crate::controller::events::EventKind;
+use crate::io::Geometry;
+use crate::port::Port;
+use crate::{NsOptions, SubsystemOptions, TargetError};
+
+/// Takes a lock whose holder panicked as it is: tables are changed in single steps.
+pub(crate) fn locked<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
+    m.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A number that no two objects of the process share.
+pub(crate) fn unique() -> u64 {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    NEXT.fetch_add(1, Ordering::Relaxed)
+}
+
+/// A namespace: a device under an identifier.
+pub struct Namespace {
+    /// Identifier in its subsystem.
+    pub nsid: Nsid,
+    /// Unique in the process.
+    pub(crate) uid: u64,
+    descriptor: Arc<Descriptor>,
+    /// NGUID.
+    pub nguid: [u8; 16],
+    /// EUI64; zeros if there is none.
+    pub eui64: [u8; 8],
+    /// UUID.
+    pub uuid: Uuid,
+    /// ANA group.
+    pub anagrpid: u32,
+}
+
+impl Namespace {
+    /// The device.
+    pub fn bdev(&self) -> &Arc<Bdev> {
+        self.descriptor.bdev()
+    }
+
+    /// What commands are checked against, now.
+    pub fn geometry(&self) -> Geometry {
+        let (bdev, info) = (self.bdev(), self.bdev().info());
+        let can_deallocate = info.ops.has(Op::Unmap);
+        Geometry {
+            block_bytes: bdev.block_size_bytes(),
+            blocks: bdev.blocks(),
+            deallocate_zeroes: can_deallocate && info.reports_unmapped,
+            can_deallocate,
+        }
+    }
+}
+
+/// A namespace as one reactor uses it.
+pub struct NsChannel {
+    /// The namespace.
+    pub ns: Arc<Namespace>,
+    /// Where I/O goes.
+    pub channel: Channel,
+}
+
+impl NsChannel {
+    pub(crate) fn open(ns: Arc<Namespace>) -> Result<NsChannel, cryptfold_bdev::BdevError> {
+        let channel = ns.descriptor.channel()?;
+        Ok(NsChannel { ns, channel })
+    }
+}
+
+/// A port as a subsystem uses it.
+pub(crate) struct Listener {
+    pub port: Arc<Port>,
+    /// By ANA group; groups that are not here are optimized.
+    pub ana: BTreeMap<u32, AnaState>,
+}
+
+#[derive(Default)]
+pub(crate) struct Tables {
+    pub namespaces: BTreeMap<u32, Arc<Namespace>>,
+    pub hosts: BTreeSet<String>,
+    pub allow_any_host: bool,
+    pub listeners: Vec<Listener>,
+    pub controllers: BTreeMap<u16, Arc<Controller>>,
+    last_cntlid: u16,
+    /// No new controllers or namespaces.
+    pub deleted: bool,
+    /// Counts changes of ANA states.
+    pub ana_changes: u64,
+}
+
+/// A subsystem.
+pub struct Subsystem {
+    /// As created.
+    pub options: SubsystemOptions,
+    /// Whether it is the discovery subsystem.
+    pub discovery: bool,
+    /// Moves when a namespace comes or goes.
+    pub(crate) generation: AtomicU64,
+    pub(crate) tables: Mutex<Tables>,
+}
+
+impl Subsystem {
+    pub(crate) fn new(options: SubsystemOptions, discovery: bool) -> Arc<Subsystem> {
+        let tables = Tables { allow_any_host: options.allow_any_host, ..Default::default() };
+        Arc::new(Subsystem { options, discovery, generation: AtomicU64::new(1), tables: Mutex::new(tables) })
+    }
+
+    /// Its name.
+    pub fn nqn(&self) -> &str {
+        &self.options.nqn
+    }
+
+    pub(crate) fn tables(&self) -> MutexGuard<'_, Tables> {
+        locked(&self.tables)
+    }
+
+    /// Number of namespace identifiers (NN).
+    pub fn max_namespaces(&self) -> u32 {
+        if self.options.max_namespaces == 0 { 32 } else { self.options.max_namespaces }
+    }
+
+    /// Whether this host may connect through this port.
+    pub(crate) fn admits(&self, hostnqn: &str, port: &Arc<Port>) -> bool {
+        let t = self.tables();
+        let listens = self.discovery || t.listeners.iter().any(|l| Arc::ptr_eq(&l.port, port));
+        listens && !t.deleted && (t.allow_any_host || t.hosts.contains(hostnqn))
+    }
+
+    /// The namespace with this identifier.
+    pub(crate) fn namespace(&self, nsid: Nsid) -> Option<Arc<Namespace>> {
+        self.tables().namespaces.get(&nsid.0).cloned()
+    }
+
+    /// All namespaces, by identifier.
+    pub(crate) fn namespaces(&self) -> Vec<Arc<Namespace>> {
+        self.tables().namespaces.values().cloned().collect()
+    }
+
+    /// State of an ANA group behind a port.
+    pub(crate) fn ana_state(&self, port: &Arc<Port>, group: u32) -> AnaState {
+        let t = self.tables();
+        let listener = t.listeners.iter().find(|l| Arc::ptr_eq(&l.port, port));
+        listener.and_then(|l| l.ana.get(&group).copied()).unwrap_or(AnaState::Optimized)
+    }
+
+    /// Adds a device as a namespace.
+    pub(crate) fn add_ns(self: &Arc<Self>, registry: &Registry, o: &NsOptions) -> Result<Nsid, TargetError> {
+        let nqn = || self.nqn().to_owned();
+        let max = self.max_namespaces();
+        let uid = unique();
+        let me: Weak<Subsystem> = Arc::downgrade(self);
+        let on_event = move |event| {
+            if let Some(s) = me.upgrade() {
+                s.bdev_event(uid, event);
+            }
+        };
+        let mut t = self.tables();
+        let nsid = match o.nsid {
+            Some(n) if n == 0 || n > max => {
+                return Err(TargetError::Invalid("nsid", format!("{n} is not within 1 to {max}")));
+            }
+            Some(n) if t.namespaces.contains_key(&n) => {
+                return Err(TargetError::NsidInUse { nqn: nqn(), nsid: n });
+            }
+            Some(n) => n,
+            None => (1..=max)
+                .find(|n| !t.namespaces.contains_key(n))
+                .ok_or_else(|| TargetError::TooManyNamespaces { nqn: nqn(), max })?,
+        };
+        if t.deleted || self.discovery {
+            return Err(TargetError::WrongState("the subsystem takes no namespaces"));
+        }
+        let anagrpid = o.anagrpid.unwrap_or(nsid);
+        if anagrpid == 0 || anagrpid > max {
+            return Err(TargetError::Invalid("anagrpid", format!("{anagrpid} is not within 1 to {max}")));
+        }
+        let descriptor = registry.open(&o.bdev_name, Access::ReadWrite, on_event)?;
+        descriptor.claim("NVMe-oF Target")?;
+        let uuid = o.uuid.unwrap_or(descriptor.bdev().info().uuid);
+        let ns = Namespace {
+            nsid: Nsid(nsid),
+            uid,
+            descriptor,
+            nguid: o.nguid.unwrap_or(*uuid.as_bytes()),
+            eui64: o.eui64.unwrap_or_default(),
+            uuid,
+            anagrpid,
+        };
+        t.namespaces.insert(nsid, Arc::new(ns));
+        self.generation.fetch_add(1, Ordering::Release);
+        drop(t);
+        self.namespace_changed(Nsid(nsid));
+        Ok(Nsid(nsid))
+    }
+
+    /// Takes a namespace out; returns a way to see when nobody uses its device any more.
+    pub(crate) fn remove_ns(&self, nsid: Nsid) -> Result<Weak<Descriptor>, TargetError> {
+        let removed = self.tables().namespaces.remove(&nsid.0);
+        let ns =
+            removed.ok_or_else(|| TargetError::NoNamespace { nqn: self.nqn().to_owned(), nsid: nsid.0 })?;
+        self.generation.fetch_add(1, Ordering::Release);
+        let device = Arc::downgrade(&ns.descriptor);
+        drop(ns);
+        self.namespace_changed(nsid);
+        self.purge_channels();
+        Ok(device)
+    }
+
+    /// Any thread; does not block.
+    fn bdev_event(&self, uid: u64, event: BdevEvent) {
+        let nsid = self.tables().namespaces.values().find(|n| n.uid == uid).map(|n| n.nsid);
+        let Some(nsid) = nsid else { return };
+        match event {
+            BdevEvent::Removed => {
+                tracing::info!("{}: the device of namespace {nsid} is removed", self.nqn());
+                // An error means that somebody else was faster.
+                let _ = self.remove_ns(nsid);
+            }
+            BdevEvent::Resized { .. } => self.namespace_changed(nsid),
+        }
+    }
+
+    fn namespace_changed(&self, nsid: Nsid) {
+        for c in self.controllers() {
+            c.namespace_changed(nsid);
+        }
+    }
+
+    /// Tells all connections to let go of channels that are not current any more.
+    fn purge_channels(&self) {
+        for c in self.controllers() {
+            for q in c.connections() {
+                q.send(|conn| conn.refresh_namespaces());
+            }
+        }
+    }
+
+    /// Tells controllers of an ANA change.
+    pub(crate) fn ana_changed(&self) {
+        self.tables().ana_changes += 1;
+        for c in self.controllers() {
+            c.raise(EventKind::AnaChange);
+        }
+    }
+
+    /// All controllers, by identifier.
+    pub(crate) fn controllers(&self) -> Vec<Arc<Controller>> {
+        self.tables().controllers.values().cloned().collect()
+    }
+
+    /// A free controller identifier, and the controller that `make` builds for it, both entered at once.
+    pub(crate) fn add_controller(
+        &self,
+        make: impl FnOnce(Cntlid) -> Arc<Controller>,
+    ) -> Option<Arc<Controller>> {
+        let mut t = self.tables();
+        let (min, max) = (self.options.min_cntlid.max(1), self.options.max_cntlid.min(Cntlid::MAX.0));
+        if t.deleted {
+            return None;
+        }
+        // After the last one: an identifier is not reused while an old controller may still be remembered.
+        let after = t.last_cntlid.max(min - 1);
+        let free = |n: &u16| !t.controllers.contains_key(n);
+        let id = (after.saturating_add(1)..=max).find(free).or_else(|| (min..=max).find(free))?;
+        t.last_cntlid = id;
+        let controller = make(Cntlid(id));
+        t.controllers.insert(id, controller.clone());
+        Some(controller)
+    }
+
+    pub(crate) fn remove_controller(&self, cntlid: Cntlid) {
+        self.tables().controllers.remove(&cntlid.0);
+    }
+}

@@ -1,0 +1,772 @@
+//! The target: transports, subsystems, listeners and the control requests that change them.
+//!
+//! [`Target`] is used by ordinary threads; its calls may block until connections or I/O have ended. [`Shared`] is what the
+//! reactors see of it: Connect, discovery, and where a new connection goes.
+//!
+//! No lock is held while a call waits for a reactor.
+
+use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use cryptfold_bdev::Registry;
+use cryptfold_nvmf_spec::fabrics::{Connect, ConnectData, ConnectReject, ipo};
+use cryptfold_nvmf_spec::log::{
+    AddressFamily, AnaState, DiscoveryEntry, DiscoveryHeader, SubsystemType, treq,
+};
+use cryptfold_nvmf_spec::{Cntlid, Nqn, Nsid, nqn};
+use cryptfold_reactor::{self as reactor, Handle};
+use uuid::Uuid;
+use zerocopy::IntoBytes;
+
+use crate::controller::events::EventKind;
+use crate::controller::{Controller, Host, NewController, QueueRef};
+use crate::group::{Group, LOAD_CONNECTION, Seat};
+use crate::info::{
+    ControllerInfo, DiscoveryFilter, ListenerInfo, NsInfo, PollGroupStats, QpairInfo, SubsystemInfo,
+};
+use crate::port::Port;
+use crate::stats::Totals;
+use crate::subsystem::{Listener, Subsystem, locked, unique};
+use crate::wire::{TcpWire, Wire};
+use crate::{ListenAddr, NsOptions, SubsystemOptions, TargetError, TransportOptions, sys};
+
+/// How long control requests wait for connections and I/O to end.
+const DRAIN_LIMIT: Duration = Duration::from_secs(30);
+/// Subsystems at most, unless set otherwise.
+const MAX_SUBSYSTEMS: u32 = 1024;
+
+struct Listening {
+    port: Arc<Port>,
+    /// Names its socket on reactor 0; `None` without a socket.
+    key: Option<u64>,
+}
+
+struct State {
+    transport: Option<Arc<TransportOptions>>,
+    /// The discovery subsystem first.
+    subsystems: Vec<Arc<Subsystem>>,
+    ports: Vec<Listening>,
+    next_port: u16,
+    max_subsystems: u32,
+    crdt: [u16; 3],
+    filter: DiscoveryFilter,
+    stopped: bool,
+}
+
+/// What the reactors see of the target.
+pub(crate) struct Shared {
+    pub id: u64,
+    registry: Arc<Registry>,
+    seats: Vec<Arc<Seat>>,
+    /// GENCTR of the discovery log.
+    generation: AtomicU64,
+    state: Mutex<State>,
+}
+
+/// What [`Shared::connect`] takes.
+pub(crate) struct NewQueue<'a> {
+    pub command: &'a Connect,
+    pub data: &'a ConnectData,
+    pub port: &'a Arc<Port>,
+    pub options: &'a Arc<TransportOptions>,
+    pub queue: QueueRef,
+}
+
+impl Shared {
+    fn state(&self) -> MutexGuard<'_, State> {
+        locked(&self.state)
+    }
+
+    /// The transport's parameters, or the defaults before it is created.
+    pub fn options(&self) -> Arc<TransportOptions> {
+        self.state().transport.clone().unwrap_or_default()
+    }
+
+    /// Command retry delays, units of 100 ms.
+    pub fn crdt(&self) -> [u16; 3] {
+        self.state().crdt
+    }
+
+    fn find(&self, nqn: &str) -> Option<Arc<Subsystem>> {
+        self.state().subsystems.iter().find(|s| s.nqn() == nqn).cloned()
+    }
+
+    /// Gives an accepted socket to the least loaded reactor.
+    pub fn assign(&self, stream: TcpStream, peer: SocketAddr, port: Arc<Port>) {
+        let options = self.options();
+        if let Err(e) = sys::prepare(&stream, options.sock_priority, options.ack_timeout) {
+            tracing::warn!("{peer}: a connection could not be set up: {e}");
+            return;
+        }
+        let Some(seat) = self.seats.iter().min_by_key(|s| s.load.load(Ordering::Relaxed)) else { return };
+        seat.load.fetch_add(LOAD_CONNECTION, Ordering::Relaxed);
+        let id = self.id;
+        seat.handle.send(move || {
+            if let Some(group) = Group::here(id) {
+                let wire = Box::new(TcpWire(std::rc::Rc::new(stream)));
+                group.adopt(wire, port, peer.to_string());
+            }
+        });
+    }
+
+    /// Connect: checks everything, then makes a controller or adds a queue to one.
+    pub fn connect(self: &Arc<Self>, n: NewQueue<'_>) -> Result<Arc<Controller>, ConnectReject> {
+        let (command, qid) = (n.command, n.command.qid());
+        let entries = if qid.is_admin() { n.options.max_aq_depth } else { n.options.max_queue_depth };
+        command.check(entries - 1)?;
+        let names = n.data.names()?;
+        let subsystem = self.find(names.subnqn).ok_or(ConnectReject::Data(ipo::SUBNQN))?;
+        if !subsystem.admits(names.hostnqn, n.port) {
+            return Err(ConnectReject::Host);
+        }
+        let host = Host { nqn: names.hostnqn.to_owned(), id: names.hostid };
+        if !qid.is_admin() {
+            let controller = subsystem.tables().controllers.get(&names.cntlid.0).cloned();
+            let controller = controller.ok_or(ConnectReject::Data(ipo::CNTLID))?;
+            controller.attach(qid, &host, n.queue)?;
+            return Ok(controller);
+        }
+        // The dynamic controller model: any other identifier names a controller that does not exist yet.
+        if names.cntlid != Cntlid::DYNAMIC {
+            return Err(ConnectReject::Data(ipo::CNTLID));
+        }
+        let made = subsystem.add_controller(|cntlid| {
+            Controller::new(NewController {
+                subsystem: subsystem.clone(),
+                cntlid,
+                host,
+                port: n.port.clone(),
+                options: n.options.clone(),
+                target: Arc::downgrade(self),
+                kato_ms: command.kato_ms.get(),
+                admin: n.queue,
+            })
+        });
+        let controller = made.ok_or(ConnectReject::Busy)?;
+        tracing::info!("{}: controller {} for {}", subsystem.nqn(), controller.cntlid, controller.host.nqn);
+        Ok(controller)
+    }
+
+    /// The discovery log as this host sees it through this port.
+    pub fn discovery_page(&self, hostnqn: &str, through: &Arc<Port>) -> Vec<u8> {
+        let (subsystems, filter, asqsz) = {
+            let s = self.state();
+            (s.subsystems.clone(), s.filter, s.transport.clone().unwrap_or_default().max_aq_depth)
+        };
+        let mut entries = Vec::new();
+        for s in subsystems.iter().filter(|s| !s.discovery) {
+            let t = s.tables();
+            if t.deleted || !(t.allow_any_host || t.hosts.contains(hostnqn)) {
+                continue;
+            }
+            for port in t.listeners.iter().map(|l| &l.port) {
+                let same_ip = port.addr.ip == through.addr.ip;
+                let same_port = port.addr.port == through.addr.port;
+                if filter.address && !same_ip || filter.svcid && !same_port {
+                    continue;
+                }
+                let family = if port.addr.ip.is_ipv4() { AddressFamily::Ipv4 } else { AddressFamily::Ipv6 };
+                let (traddr, trsvcid) = (port.addr.ip.to_string(), port.addr.port.to_string());
+                let Ok(name) = Nqn::parse(s.nqn()) else { continue };
+                let entry = DiscoveryEntry::tcp(SubsystemType::Nvm, family, &traddr, &trsvcid, port.id, name);
+                if let Some(mut entry) = entry {
+                    entry.asqsz = asqsz.into();
+                    entry.treq |= treq::DISABLE_SQ_FLOW_CONTROL;
+                    entries.push(entry);
+                }
+            }
+        }
+        let mut header = DiscoveryHeader::default();
+        header.genctr = self.generation.load(Ordering::Relaxed).into();
+        header.numrec = (entries.len() as u64).into();
+        [header.as_bytes(), entries.as_bytes()].concat()
+    }
+
+    /// The discovery log has changed: hosts that asked to be told are.
+    fn discovery_changed(&self) {
+        self.generation.fetch_add(1, Ordering::Relaxed);
+        let discovery = self.find(nqn::DISCOVERY);
+        for c in discovery.iter().flat_map(|s| s.controllers()) {
+            c.raise(EventKind::DiscoveryChange);
+        }
+    }
+}
+
+/// An NVMe/TCP target.
+pub struct Target {
+    shared: Arc<Shared>,
+}
+
+/// Waits (on an ordinary thread) until `done`; on a reactor, which must not wait, only looks.
+fn wait_until(limit: Duration, done: impl Fn() -> bool) -> bool {
+    let start = Instant::now();
+    while !done() {
+        if reactor::try_current().is_some() {
+            return true;
+        }
+        if start.elapsed() > limit {
+            return false;
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    true
+}
+
+impl Target {
+    /// A target whose connections live on `reactors` (one or more) and whose namespaces are devices of `registry`. It has
+    /// the discovery subsystem and nothing else.
+    pub fn new(registry: Arc<Registry>, reactors: &[Handle]) -> Target {
+        let seats: Vec<_> = reactors.iter().map(|h| Arc::new(Seat::new(h.clone()))).collect();
+        let discovery = SubsystemOptions {
+            allow_any_host: true,
+            serial_number: String::new(),
+            model_number: String::new(),
+            ..SubsystemOptions::new(nqn::DISCOVERY)
+        };
+        let shared = Arc::new(Shared {
+            id: unique(),
+            registry,
+            seats: seats.clone(),
+            generation: AtomicU64::new(0),
+            state: Mutex::new(State {
+                transport: None,
+                subsystems: vec![Subsystem::new(discovery, true)],
+                ports: Vec::new(),
+                next_port: 1,
+                max_subsystems: MAX_SUBSYSTEMS,
+                crdt: [0; 3],
+                filter: DiscoveryFilter::default(),
+                stopped: false,
+            }),
+        });
+        for seat in seats {
+            let (shared, handle) = (shared.clone(), seat.handle.clone());
+            handle.send(move || Group::start(shared, seat));
+        }
+        Target { shared }
+    }
+
+    fn running(&self) -> Result<MutexGuard<'_, State>, TargetError> {
+        let s = self.shared.state();
+        if s.stopped { Err(TargetError::Stopped) } else { Ok(s) }
+    }
+
+    fn subsystem(&self, nqn: &str) -> Result<Arc<Subsystem>, TargetError> {
+        self.shared.find(nqn).ok_or_else(|| TargetError::NoSubsystem(nqn.into()))
+    }
+
+    /// Creates the transport; only `"TCP"` exists.
+    ///
+    /// # Errors
+    /// Another type, created before, or parameters out of range.
+    pub fn create_transport(&self, trtype: &str, options: TransportOptions) -> Result<(), TargetError> {
+        if !trtype.eq_ignore_ascii_case("tcp") {
+            return Err(TargetError::NoTransport(trtype.into()));
+        }
+        options.check()?;
+        let mut s = self.running()?;
+        if s.transport.is_some() {
+            return Err(TargetError::TransportExists("TCP"));
+        }
+        s.transport = Some(Arc::new(options));
+        Ok(())
+    }
+
+    /// The transports that were created, with their types.
+    pub fn transports(&self) -> Vec<(&'static str, TransportOptions)> {
+        self.shared.state().transport.iter().map(|t| ("TCP", (**t).clone())).collect()
+    }
+
+    /// Creates a subsystem.
+    ///
+    /// # Errors
+    /// Name taken or no NQN, texts too long, identifiers out of range, too many subsystems.
+    pub fn create_subsystem(&self, options: SubsystemOptions) -> Result<(), TargetError> {
+        check_subsystem(&options)?;
+        let mut s = self.running()?;
+        if s.subsystems.iter().any(|x| x.nqn() == options.nqn) {
+            return Err(TargetError::SubsystemExists(options.nqn));
+        }
+        if s.subsystems.len() >= s.max_subsystems as usize {
+            return Err(TargetError::TooManySubsystems(s.max_subsystems));
+        }
+        s.subsystems.push(Subsystem::new(options, false));
+        Ok(())
+    }
+
+    /// Deletes a subsystem: ends its controllers and waits for their I/O, then lets go of its devices.
+    ///
+    /// # Errors
+    /// Unknown, the discovery subsystem, or I/O that does not end.
+    pub fn delete_subsystem(&self, nqn: &str) -> Result<(), TargetError> {
+        let subsystem = self.subsystem(nqn)?;
+        if subsystem.discovery {
+            return Err(TargetError::WrongState("the discovery subsystem can not be deleted"));
+        }
+        subsystem.tables().deleted = true;
+        self.end_controllers(&subsystem, |_| true)?;
+        let devices: Vec<_> =
+            subsystem.namespaces().iter().filter_map(|n| subsystem.remove_ns(n.nsid).ok()).collect();
+        subsystem.tables().listeners.clear();
+        self.shared.state().subsystems.retain(|s| !Arc::ptr_eq(s, &subsystem));
+        self.close_unused_ports();
+        self.shared.discovery_changed();
+        if wait_until(DRAIN_LIMIT, || devices.iter().all(|d| d.strong_count() == 0)) {
+            Ok(())
+        } else {
+            Err(TargetError::Busy(nqn.into(), DRAIN_LIMIT.as_secs()))
+        }
+    }
+
+    /// Ends the controllers for which `which` is true, and waits until they are gone.
+    fn end_controllers(
+        &self,
+        subsystem: &Arc<Subsystem>,
+        which: impl Fn(&Controller) -> bool,
+    ) -> Result<(), TargetError> {
+        let ended: Vec<_> = subsystem.controllers().into_iter().filter(|c| which(c)).collect();
+        ended.iter().for_each(|c| c.delete());
+        let gone = |c: &Arc<Controller>| {
+            subsystem.tables().controllers.get(&c.cntlid.0).is_none_or(|x| !Arc::ptr_eq(x, c))
+        };
+        if wait_until(DRAIN_LIMIT, || ended.iter().all(gone)) {
+            Ok(())
+        } else {
+            Err(TargetError::Busy(subsystem.nqn().into(), DRAIN_LIMIT.as_secs()))
+        }
+    }
+
+    /// Adds a device to a subsystem and returns its namespace identifier.
+    ///
+    /// # Errors
+    /// Unknown subsystem or device, identifier taken or out of range, device in use.
+    pub fn add_ns(&self, nqn: &str, options: &NsOptions) -> Result<u32, TargetError> {
+        drop(self.running()?);
+        Ok(self.subsystem(nqn)?.add_ns(&self.shared.registry, options)?.0)
+    }
+
+    /// Takes a namespace out of its subsystem and waits for its I/O.
+    ///
+    /// # Errors
+    /// Unknown, or I/O that does not end.
+    pub fn remove_ns(&self, nqn: &str, nsid: u32) -> Result<(), TargetError> {
+        let device = self.subsystem(nqn)?.remove_ns(Nsid(nsid))?;
+        if wait_until(DRAIN_LIMIT, || device.strong_count() == 0) {
+            Ok(())
+        } else {
+            Err(TargetError::Busy(format!("Namespace {nsid} of {nqn}"), DRAIN_LIMIT.as_secs()))
+        }
+    }
+
+    /// Makes a subsystem reachable at an address; returns the address with the port that was chosen for port 0.
+    ///
+    /// # Errors
+    /// Unknown subsystem, no transport, listens there already, or the system's refusal (port in use).
+    pub fn add_listener(&self, nqn: &str, addr: &ListenAddr) -> Result<ListenAddr, TargetError> {
+        let subsystem = self.subsystem(nqn)?;
+        let port = {
+            let mut s = self.running()?;
+            if s.transport.is_none() {
+                return Err(TargetError::NoTransport("TCP".into()));
+            }
+            match s.ports.iter().find(|p| p.port.addr == *addr && addr.port != 0) {
+                Some(p) => p.port.clone(),
+                None => self.bind(&mut s, addr)?,
+            }
+        };
+        self.join_port(&subsystem, &port)?;
+        Ok(port.addr.clone())
+    }
+
+    /// As [`Target::add_listener`], without a socket: connections are brought by [`Target::attach`]. For simulations.
+    ///
+    /// # Errors
+    /// As [`Target::add_listener`].
+    pub fn add_listener_unbound(&self, nqn: &str, addr: &ListenAddr) -> Result<(), TargetError> {
+        let subsystem = self.subsystem(nqn)?;
+        let port = {
+            let mut s = self.running()?;
+            let known = s.ports.iter().find(|p| p.port.addr == *addr).map(|p| p.port.clone());
+            known.unwrap_or_else(|| add_port(&mut s, addr.clone(), None))
+        };
+        self.join_port(&subsystem, &port)
+    }
+
+    /// Brings a connection to this reactor, as if it had come in at `addr`. For simulations.
+    ///
+    /// # Errors
+    /// Nothing listens at `addr`, or this is no reactor of the target.
+    pub fn attach(&self, addr: &ListenAddr, wire: Box<dyn Wire>) -> Result<(), TargetError> {
+        let port = self.shared.state().ports.iter().find(|p| p.port.addr == *addr).map(|p| p.port.clone());
+        let port =
+            port.ok_or_else(|| TargetError::NoListener { nqn: String::new(), addr: addr.to_string() })?;
+        let group = Group::here(self.shared.id).ok_or(TargetError::Stopped)?;
+        group.load(LOAD_CONNECTION as i32);
+        group.adopt(wire, port, "memory".into());
+        Ok(())
+    }
+
+    fn join_port(&self, subsystem: &Arc<Subsystem>, port: &Arc<Port>) -> Result<(), TargetError> {
+        let mut t = subsystem.tables();
+        if t.listeners.iter().any(|l| Arc::ptr_eq(&l.port, port)) {
+            let addr = port.addr.to_string();
+            return Err(TargetError::ListenerExists { nqn: subsystem.nqn().into(), addr });
+        }
+        t.listeners.push(Listener { port: port.clone(), ana: Default::default() });
+        drop(t);
+        self.shared.discovery_changed();
+        Ok(())
+    }
+
+    fn bind(&self, s: &mut State, addr: &ListenAddr) -> Result<Arc<Port>, TargetError> {
+        let what = || format!("listen on {addr}");
+        let hint = |e: &std::io::Error| match e.kind() {
+            std::io::ErrorKind::AddrInUse => "stop what listens there, or choose another trsvcid",
+            std::io::ErrorKind::AddrNotAvailable => "traddr is no address of this machine",
+            std::io::ErrorKind::PermissionDenied => "ports below 1024 need CAP_NET_BIND_SERVICE",
+            _ => "",
+        };
+        let fail = |e: std::io::Error| TargetError::os(what(), &e, hint(&e));
+        let socket = TcpListener::bind(addr.socket_addr()).map_err(fail)?;
+        socket.set_nonblocking(true).map_err(fail)?;
+        let actual = ListenAddr { ip: addr.ip, port: socket.local_addr().map_err(fail)?.port() };
+        let key = unique();
+        let port = add_port(s, actual, Some(key));
+        let (id, listening) = (self.shared.id, port.clone());
+        let first = self.shared.seats.first().ok_or(TargetError::Stopped)?;
+        first.handle.send(move || {
+            if let Some(group) = Group::here(id) {
+                group.listen(key, socket, listening);
+            }
+        });
+        Ok(port)
+    }
+
+    /// Ends a listener; connections of the subsystem that came through it are closed.
+    ///
+    /// # Errors
+    /// Unknown subsystem or listener, or I/O that does not end.
+    pub fn remove_listener(&self, nqn: &str, addr: &ListenAddr) -> Result<(), TargetError> {
+        let subsystem = self.subsystem(nqn)?;
+        let port = {
+            let mut t = subsystem.tables();
+            let at = t.listeners.iter().position(|l| l.port.addr == *addr);
+            let at = at.ok_or_else(|| TargetError::NoListener { nqn: nqn.into(), addr: addr.to_string() })?;
+            t.listeners.remove(at).port
+        };
+        self.close_unused_ports();
+        self.shared.discovery_changed();
+        self.end_controllers(&subsystem, |c| Arc::ptr_eq(&c.port, &port))
+    }
+
+    fn close_unused_ports(&self) {
+        let mut s = self.shared.state();
+        let ports = |x: &Arc<Subsystem>| x.tables().listeners.iter().map(|l| l.port.id).collect::<Vec<_>>();
+        let used: Vec<_> = s.subsystems.iter().flat_map(ports).collect();
+        let unused = s.ports.extract_if(.., |p| !used.contains(&p.port.id));
+        let keys: Vec<_> = unused.filter_map(|p| p.key).collect();
+        drop(s);
+        let (id, Some(first)) = (self.shared.id, self.shared.seats.first()) else { return };
+        for key in keys {
+            first.handle.send(move || {
+                if let Some(group) = Group::here(id) {
+                    group.unlisten(key);
+                }
+            });
+        }
+    }
+
+    /// Sets the ANA state of a group, or of all groups, behind a listener.
+    ///
+    /// # Errors
+    /// Unknown subsystem, listener or group, or a subsystem without ANA reporting.
+    pub fn set_ana_state(
+        &self,
+        nqn: &str,
+        addr: &ListenAddr,
+        state: AnaState,
+        group: Option<u32>,
+    ) -> Result<(), TargetError> {
+        let subsystem = self.subsystem(nqn)?;
+        if !subsystem.options.ana_reporting {
+            return Err(TargetError::WrongState("the subsystem was created without ana_reporting"));
+        }
+        let max = subsystem.max_namespaces();
+        if let Some(g) = group.filter(|g| *g == 0 || *g > max) {
+            return Err(TargetError::Invalid("anagrpid", format!("{g} is not within 1 to {max}")));
+        }
+        {
+            let mut t = subsystem.tables();
+            let listener = t.listeners.iter_mut().find(|l| l.port.addr == *addr);
+            let listener = listener
+                .ok_or_else(|| TargetError::NoListener { nqn: nqn.into(), addr: addr.to_string() })?;
+            match group {
+                Some(g) => {
+                    listener.ana.insert(g, state);
+                }
+                None => listener.ana = (1..=max).map(|g| (g, state)).collect(),
+            }
+        }
+        subsystem.ana_changed();
+        Ok(())
+    }
+
+    /// Lets a host connect.
+    ///
+    /// # Errors
+    /// Unknown subsystem, no NQN, or in the list already.
+    pub fn add_host(&self, nqn: &str, host: &str) -> Result<(), TargetError> {
+        let subsystem = self.subsystem(nqn)?;
+        Nqn::parse(host).map_err(|reason| TargetError::Nqn { nqn: host.into(), reason })?;
+        if !subsystem.tables().hosts.insert(host.into()) {
+            return Err(TargetError::HostExists { nqn: nqn.into(), host: host.into() });
+        }
+        self.shared.discovery_changed();
+        Ok(())
+    }
+
+    /// Takes a host out of the list and ends its controllers, unless any host may connect.
+    ///
+    /// # Errors
+    /// Unknown subsystem or host, or I/O that does not end.
+    pub fn remove_host(&self, nqn: &str, host: &str) -> Result<(), TargetError> {
+        let subsystem = self.subsystem(nqn)?;
+        if !subsystem.tables().hosts.remove(host) {
+            return Err(TargetError::NoHost { nqn: nqn.into(), host: host.into() });
+        }
+        self.shared.discovery_changed();
+        if subsystem.tables().allow_any_host {
+            return Ok(());
+        }
+        self.end_controllers(&subsystem, |c| c.host.nqn == host)
+    }
+
+    /// Lets any host connect, or only those of the list. Existing connections stay.
+    ///
+    /// # Errors
+    /// Unknown subsystem.
+    pub fn allow_any_host(&self, nqn: &str, allow: bool) -> Result<(), TargetError> {
+        self.subsystem(nqn)?.tables().allow_any_host = allow;
+        self.shared.discovery_changed();
+        Ok(())
+    }
+
+    /// All subsystems, the discovery subsystem first.
+    pub fn subsystems(&self) -> Vec<SubsystemInfo> {
+        let all = self.shared.state().subsystems.clone();
+        all.iter().map(|s| describe(s)).collect()
+    }
+
+    /// Listeners of a subsystem.
+    ///
+    /// # Errors
+    /// Unknown subsystem.
+    pub fn listeners(&self, nqn: &str) -> Result<Vec<ListenerInfo>, TargetError> {
+        Ok(describe(self.subsystem(nqn)?.as_ref()).listeners)
+    }
+
+    /// Controllers of a subsystem.
+    ///
+    /// # Errors
+    /// Unknown subsystem.
+    pub fn controllers(&self, nqn: &str) -> Result<Vec<ControllerInfo>, TargetError> {
+        let controllers = self.subsystem(nqn)?.controllers();
+        let describe = |c: &Arc<Controller>| ControllerInfo {
+            cntlid: c.cntlid.0,
+            hostnqn: c.host.nqn.clone(),
+            hostid: Uuid::from_bytes(c.host.id),
+            num_io_qpairs: c.queues().iter().filter(|q| !q.0.is_admin()).count() as u32,
+            kato_ms: c.kato_ms(),
+            totals: c.totals(),
+        };
+        Ok(controllers.iter().map(describe).collect())
+    }
+
+    /// Queues of a subsystem's controllers.
+    ///
+    /// # Errors
+    /// Unknown subsystem.
+    pub fn qpairs(&self, nqn: &str) -> Result<Vec<QpairInfo>, TargetError> {
+        let mut all = Vec::new();
+        for c in self.subsystem(nqn)?.controllers() {
+            all.extend(c.queues().into_iter().map(|(qid, q)| QpairInfo {
+                cntlid: c.cntlid.0,
+                qid: qid.0,
+                hostnqn: c.host.nqn.clone(),
+                listen_address: c.port.addr.clone(),
+                peer_address: q.peer,
+                depth: q.size,
+                reactor: q.conn.handle.id().0,
+                totals: q.stats.totals(),
+            }));
+        }
+        Ok(all)
+    }
+
+    /// What each reactor has done and does.
+    pub fn stats(&self) -> Vec<PollGroupStats> {
+        let subsystems = self.shared.state().subsystems.clone();
+        let queues: Vec<_> =
+            subsystems.iter().flat_map(|s| s.controllers()).flat_map(|c| c.queues()).collect();
+        let one = |seat: &Arc<Seat>| {
+            let mine = || queues.iter().filter(|q| q.1.conn.handle == seat.handle);
+            let totals = mine().fold(*locked(&seat.past), |sum: Totals, q| sum + q.1.stats.totals());
+            let current_admin_qpairs = mine().filter(|q| q.0.is_admin()).count() as u64;
+            PollGroupStats {
+                name: format!("nvmf_tgt_poll_group_{:03}", seat.handle.id().0),
+                reactor: seat.handle.id().0,
+                admin_qpairs: seat.admin_qpairs.load(Ordering::Relaxed),
+                io_qpairs: seat.io_qpairs.load(Ordering::Relaxed),
+                current_admin_qpairs,
+                current_io_qpairs: mine().count() as u64 - current_admin_qpairs,
+                completed_nvme_io: totals.reads + totals.writes + totals.other,
+            }
+        };
+        self.shared.seats.iter().map(one).collect()
+    }
+
+    /// Sets which listeners the discovery log names.
+    pub fn set_config(&self, filter: DiscoveryFilter) {
+        self.shared.state().filter = filter;
+        self.shared.discovery_changed();
+    }
+
+    /// The discovery filter.
+    pub fn config(&self) -> DiscoveryFilter {
+        self.shared.state().filter
+    }
+
+    /// Sets how many subsystems there may be, the discovery subsystem included.
+    ///
+    /// # Errors
+    /// Fewer than there are.
+    pub fn set_max_subsystems(&self, max: u32) -> Result<(), TargetError> {
+        let mut s = self.running()?;
+        if (max as usize) < s.subsystems.len() {
+            let why = format!("there are {} subsystems already", s.subsystems.len());
+            return Err(TargetError::Invalid("max_subsystems", why));
+        }
+        s.max_subsystems = max;
+        Ok(())
+    }
+
+    /// Subsystems at most.
+    pub fn max_subsystems(&self) -> u32 {
+        self.shared.state().max_subsystems
+    }
+
+    /// Sets the command retry delays that controllers report, units of 100 ms.
+    pub fn set_crdt(&self, crdt: [u16; 3]) {
+        self.shared.state().crdt = crdt;
+    }
+
+    /// The command retry delays, units of 100 ms.
+    pub fn crdt(&self) -> [u16; 3] {
+        self.shared.crdt()
+    }
+
+    /// Ends everything: no new connections, controllers closed, I/O waited for, devices let go.
+    ///
+    /// # Errors
+    /// I/O that does not end; the rest has ended nevertheless.
+    pub fn stop(&self) -> Result<(), TargetError> {
+        let subsystems = {
+            let mut s = self.shared.state();
+            if std::mem::replace(&mut s.stopped, true) {
+                return Ok(());
+            }
+            s.subsystems.clone()
+        };
+        subsystems.iter().for_each(|s| s.tables().deleted = true);
+        let mut result = Ok(());
+        for s in &subsystems {
+            if !s.discovery {
+                result = result.and(self.delete_subsystem(s.nqn()));
+            } else {
+                result = result.and(self.end_controllers(s, |_| true));
+            }
+        }
+        let id = self.shared.id;
+        for seat in &self.shared.seats {
+            seat.handle.send(move || Group::stop(id));
+        }
+        result
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        if let Err(e) = self.stop() {
+            tracing::error!("while stopping the target: {e}");
+        }
+    }
+}
+
+fn add_port(s: &mut State, addr: ListenAddr, key: Option<u64>) -> Arc<Port> {
+    let port = Arc::new(Port { id: s.next_port, addr });
+    s.next_port = s.next_port.wrapping_add(1);
+    s.ports.push(Listening { port: port.clone(), key });
+    port
+}
+
+fn check_subsystem(o: &SubsystemOptions) -> Result<(), TargetError> {
+    Nqn::parse(&o.nqn).map_err(|reason| TargetError::Nqn { nqn: o.nqn.clone(), reason })?;
+    let text = |name, value: &str, max: usize| {
+        let printable = value.bytes().all(|b| (b' '..=b'~').contains(&b));
+        if value.len() <= max && printable {
+            return Ok(());
+        }
+        Err(TargetError::Invalid(name, format!("\"{value}\" is not up to {max} printable ASCII characters")))
+    };
+    text("serial_number", &o.serial_number, 20)?;
+    text("model_number", &o.model_number, 40)?;
+    if o.min_cntlid == 0 || o.min_cntlid > o.max_cntlid || o.max_cntlid > Cntlid::MAX.0 {
+        let why = format!("{} to {} is no range within 1 to {}", o.min_cntlid, o.max_cntlid, Cntlid::MAX.0);
+        return Err(TargetError::Invalid("min_cntlid", why));
+    }
+    if o.max_namespaces > 65_536 {
+        return Err(TargetError::Invalid("max_namespaces", "more than 65536".into()));
+    }
+    Ok(())
+}
+
+fn describe(s: &Subsystem) -> SubsystemInfo {
+    let t = s.tables();
+    let groups: Vec<u32> = (1..=s.max_namespaces()).collect();
+    let listener = |l: &Listener| ListenerInfo {
+        addr: l.port.addr.clone(),
+        ana_states: groups
+            .iter()
+            .map(|g| (*g, l.ana.get(g).copied().unwrap_or(AnaState::Optimized)))
+            .collect(),
+    };
+    let namespace = |n: &Arc<crate::Namespace>| NsInfo {
+        nsid: n.nsid.0,
+        bdev_name: n.bdev().name().into(),
+        nguid: n.nguid,
+        eui64: n.eui64,
+        uuid: n.uuid,
+        anagrpid: n.anagrpid,
+    };
+    SubsystemInfo {
+        options: SubsystemOptions { allow_any_host: t.allow_any_host, ..s.options.clone() },
+        discovery: s.discovery,
+        listeners: t.listeners.iter().map(listener).collect(),
+        hosts: t.hosts.iter().cloned().collect(),
+        namespaces: t.namespaces.values().map(namespace).collect(),
+    }
+}
+
+impl Seat {
+    fn new(handle: Handle) -> Seat {
+        Seat {
+            handle,
+            load: AtomicU32::new(0),
+            admin_qpairs: AtomicU64::new(0),
+            io_qpairs: AtomicU64::new(0),
+            past: Mutex::new(Totals::default()),
+        }
+    }
+}
