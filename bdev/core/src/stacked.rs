@@ -18,6 +18,8 @@ pub struct Base {
 pub enum OnResize {
     /// The upper device follows.
     Follow,
+    /// The upper device follows; each of its blocks is so many of the base's (not 0).
+    FollowInUnitsOf(u64),
     /// The upper device keeps its size (or handles it in its own way).
     Keep,
 }
@@ -42,9 +44,12 @@ impl Base {
                     // One that is unknown or being removed already needs nothing.
                     BdevEvent::Removed => drop(registry.unregister(upper)),
                     BdevEvent::Resized { blocks } => {
-                        if on_resize == OnResize::Follow
-                            && let Ok(b) = registry.get(upper)
-                        {
+                        let follows = match on_resize {
+                            OnResize::Follow => Some(blocks),
+                            OnResize::FollowInUnitsOf(n) => blocks.checked_div(n),
+                            OnResize::Keep => None,
+                        };
+                        if let (Some(blocks), Ok(b)) = (follows, registry.get(upper)) {
                             b.set_blocks(blocks);
                         }
                     }

@@ -1,3 +1,34 @@
 //! XTS engines, and the devices that encrypt and decrypt with them.
+//!
+//! - [`crypto`] is the array's layer: what lies below it is ciphertext.
+//! - [`hostcrypt`] is a host's layer in reverse: what lies above it is the host's ciphertext, below it plaintext.
+//!
+//! Both hold one [`engine::XtsContext`] per queue and send data from source to final destination in one pass.
 
+pub mod crypto;
 pub mod engine;
+pub mod hostcrypt;
+mod transform;
+
+use std::path::PathBuf;
+
+use serde_json::Value;
+
+/// Where a device's key can be found again: what a saved configuration says in place of the key.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum KeyRef {
+    /// A named key (`accel_crypto_key_create`).
+    Name(String),
+    /// A key file.
+    File(PathBuf),
+}
+
+impl KeyRef {
+    /// Writes the reference into the parameters of a create call: `key_name` or `key_file`.
+    fn put(&self, params: &mut Value) {
+        match self {
+            KeyRef::Name(name) => params["key_name"] = name.as_str().into(),
+            KeyRef::File(path) => params["key_file"] = path.to_string_lossy().into(),
+        }
+    }
+}

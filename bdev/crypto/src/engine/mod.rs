@@ -21,6 +21,7 @@ mod tests;
 
 use std::fmt;
 
+use cryptfold_reactor::memory::SecretBytes;
 use thiserror::Error;
 use zeroize::Zeroizing;
 
@@ -104,7 +105,7 @@ pub enum KeyError {
 /// A whole XTS key: the data key, then the tweak key.
 pub struct XtsKey {
     cipher: XtsCipher,
-    bytes: Zeroizing<Box<[u8]>>,
+    bytes: SecretBytes,
 }
 
 impl XtsKey {
@@ -131,7 +132,7 @@ impl XtsKey {
         if data.iter().zip(tweak).fold(0, |diff, (a, b)| diff | (a ^ b)) == 0 {
             return Err(KeyError::EqualHalves);
         }
-        Ok(XtsKey { cipher, bytes: Zeroizing::new(bytes.into()) })
+        Ok(XtsKey { cipher, bytes: SecretBytes::from_slice(bytes) })
     }
 
     /// The key from its two halves, as SPDK's `accel_crypto_key_create` takes them (`key`, `key2`).
@@ -152,7 +153,7 @@ impl XtsKey {
     }
 
     pub(crate) fn bytes(&self) -> &[u8] {
-        &self.bytes
+        self.bytes.expose()
     }
 }
 

@@ -1,0 +1,357 @@
+//! The hostcrypt device: a host's dm-crypt layer in reverse. The host above reads and writes its ciphertext; the base
+//! below holds plaintext, so that it can deduplicate and compress.
+//!
+//! ```text
+//!   device   0 ........ payload_offset ....................... end
+//!            | as it is |  unit 0 | unit 1 | ...                |   (a LUKS header lies in the raw part)
+//! ```
+//!
+//! Numbering (`plain64`, dm-crypt in Linux's Documentation/admin-guide/device-mapper/dm-crypt.rst): the tweak of a unit
+//! is `iv_offset` plus its distance from the payload's start in sectors of 512 bytes, also when units have 4096 bytes
+//! (dm-crypt without `iv_large_sectors`); then it grows by 8 per unit.
+//!
+//! Invariants:
+//! - What the host wrote is what it reads back, byte for byte, whatever it wrote: XTS maps all units to all units.
+//! - Ranges that the base reports as unmapped read as raw zeros, not as ciphertext of zeros: discarded, or never written.
+//! - The host's write-zeroes asks for zeros *above* this layer. It goes down only to a base that does it itself and
+//!   reports zeroed ranges as unmapped; elsewhere the core turns it into writes, and the plaintext of zero ciphertext
+//!   is stored.
+//! - A block holds whole units: with units of 4096 bytes the device has blocks of 4096 bytes.
+//!
+//! Writes carry the host key's id ([`Io::host_key`]); those of the raw part carry 0.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use cryptfold_bdev::{
+    Base, Bdev, BdevError, BlockRange, Channel, Complete, Device, DeviceInfo, Frame, Io, OnResize, Op, OpSet,
+    Queue, Registry, Status, UnmappedRanges,
+};
+use cryptfold_reactor as reactor;
+use cryptfold_reactor::memory::SgList;
+use serde_json::{Value, json};
+use uuid::Uuid;
+
+use crate::KeyRef;
+use crate::crypto::{context, passed_through};
+use crate::engine::{Direction, XtsContext, XtsKey};
+use crate::transform::{self, Numbering};
+
+/// dm-crypt numbers sectors of this size.
+pub const SECTOR_BYTES: u64 = 512;
+
+/// What `bdev_hostcrypt_create` takes.
+#[derive(Clone, Debug)]
+pub struct HostcryptOptions {
+    /// Name in the registry.
+    pub name: String,
+    /// The device below.
+    pub base_bdev_name: String,
+    /// The host's volume key: AES-256-XTS or AES-128-XTS by its length.
+    pub key: Arc<XtsKey>,
+    /// Where the key can be found again.
+    pub key_ref: KeyRef,
+    /// Identifies the key in the base's map, for [`Io::host_key`]; not 0.
+    pub key_id: u16,
+    /// Bytes in a data unit (dm-crypt's `sector_size`): 512 or 4096.
+    pub sector_size_bytes: u32,
+    /// Where the encrypted payload starts; what lies before passes as it is. A multiple of the block size.
+    pub payload_offset_bytes: u64,
+    /// Number of the payload's first sector (dm-crypt's `iv_offset`), in 512-byte sectors; a multiple of the unit.
+    pub iv_offset: u64,
+    /// Identity; random when not given.
+    pub uuid: Option<Uuid>,
+}
+
+struct Hostcrypt {
+    info: DeviceInfo,
+    base: Base,
+    options: HostcryptOptions,
+    /// Blocks of the base in one of ours: 1 or 8.
+    ratio: u64,
+}
+
+fn check(options: &HostcryptOptions, below: &Bdev, block_bytes: u64) -> Result<(), BdevError> {
+    let invalid = |what: String| Err(BdevError::Invalid(what));
+    let size = below.size_bytes();
+    let offset = options.payload_offset_bytes;
+    if options.key_id == 0 {
+        return invalid("key_id: 0 stands for no key".into());
+    }
+    if !offset.is_multiple_of(block_bytes) {
+        return invalid(format!(
+            "payload_offset {offset} is not a multiple of the block size of {block_bytes}"
+        ));
+    }
+    if offset >= size {
+        return invalid(format!(
+            "payload_offset {offset} leaves nothing of {}, which has {size} bytes",
+            below.name()
+        ));
+    }
+    let per_unit = u64::from(options.sector_size_bytes) / SECTOR_BYTES;
+    if !options.iv_offset.is_multiple_of(per_unit) {
+        return invalid(format!(
+            "iv_offset {} is not a multiple of {per_unit} (sectors of 512 bytes in a unit of {})",
+            options.iv_offset, options.sector_size_bytes
+        ));
+    }
+    // plain64 would wrap around inside the device: no host has such a volume.
+    if options.iv_offset.checked_add(i64::MAX as u64 / SECTOR_BYTES).is_none() {
+        return invalid(format!("iv_offset {} is too large", options.iv_offset));
+    }
+    let atomic = u64::from(below.info().atomic_blocks) * u64::from(below.block_size_bytes());
+    if atomic < block_bytes {
+        return invalid(format!(
+            "sector_size {}: {} may tear a block of {block_bytes} bytes (its blocks have {} bytes); \
+             create it with blocks of {block_bytes} bytes",
+            options.sector_size_bytes,
+            below.name(),
+            below.block_size_bytes()
+        ));
+    }
+    Ok(())
+}
+
+/// Creates a hostcrypt device; claims its base. Its blocks are the base's, or as large as a data unit if that is more.
+///
+/// # Errors
+/// Unknown or claimed base, name taken, an offset or size that does not fit.
+pub fn create(registry: &Arc<Registry>, options: HostcryptOptions) -> Result<Arc<Bdev>, BdevError> {
+    if !matches!(options.sector_size_bytes, 512 | 4096) {
+        return Err(BdevError::Invalid(format!(
+            "sector_size {} is neither 512 nor 4096",
+            options.sector_size_bytes
+        )));
+    }
+    let unit = options.sector_size_bytes;
+    let found = registry.get(&options.base_bdev_name)?;
+    let ratio = u64::from(unit / found.block_size_bytes()).max(1);
+    let uppers = vec![options.name.clone()];
+    let on_resize = OnResize::FollowInUnitsOf(ratio);
+    let base = Base::open(registry, &options.base_bdev_name, uppers, "hostcrypt", on_resize)?;
+    let below = base.bdev().clone();
+    let block_bytes = below.block_size_bytes().max(unit);
+    check(&options, &below, u64::from(block_bytes))?;
+
+    let mut info = DeviceInfo::stacked_on(below.info(), options.name.clone(), "hostcrypt");
+    info.block_size_bytes = block_bytes;
+    info.blocks = below.blocks() / ratio;
+    info.uuid = options.uuid.unwrap_or(info.uuid);
+    info.atomic_blocks = (u64::from(info.atomic_blocks) / ratio) as u32;
+    info.optimal_io_blocks = u64::from(info.optimal_io_blocks).div_ceil(ratio) as u32;
+    let own = OpSet::of(&[Op::Read, Op::Write, Op::Flush]);
+    info.ops = passed_through(own, below.info().ops, &[Op::Unmap, Op::Reset]);
+    if below.info().reports_unmapped {
+        info.ops = passed_through(info.ops, below.info().ops, &[Op::WriteZeroes]);
+    }
+    Base::register(registry, Arc::new(Hostcrypt { info, base, options, ratio }), &below)
+}
+
+impl Device for Hostcrypt {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn open_queue(self: Arc<Self>) -> Result<Rc<dyn Queue>, BdevError> {
+        let o = &self.options;
+        Ok(Rc::new(HostcryptQueue {
+            context: context(&o.key)?,
+            numbering: Numbering {
+                origin: o.payload_offset_bytes,
+                first: o.iv_offset,
+                step_bytes: SECTOR_BYTES,
+                unit_bytes: o.sector_size_bytes as usize,
+            },
+            block_bytes: u64::from(self.info.block_size_bytes),
+            ratio: self.ratio,
+            key_id: o.key_id,
+            reports_unmapped: self.info.reports_unmapped,
+            base: self.base.channel()?,
+        }))
+    }
+
+    fn destruct(&self) {
+        self.base.close();
+    }
+
+    fn driver_specific(&self) -> Value {
+        json!({"hostcrypt": self.params()})
+    }
+
+    fn config(&self) -> Vec<(String, Value)> {
+        let mut params = self.params();
+        params["uuid"] = self.info.uuid.to_string().into();
+        vec![("bdev_hostcrypt_create".into(), params)]
+    }
+}
+
+impl Hostcrypt {
+    fn params(&self) -> Value {
+        let o = &self.options;
+        let mut v = json!({
+            "name": self.info.name,
+            "base_bdev_name": self.base.name(),
+            "key_id": o.key_id,
+            "sector_size": o.sector_size_bytes,
+            "payload_offset": o.payload_offset_bytes,
+            "iv_offset": o.iv_offset,
+        });
+        o.key_ref.put(&mut v);
+        v
+    }
+}
+
+struct HostcryptQueue {
+    base: Channel,
+    context: XtsContext,
+    numbering: Numbering,
+    /// Bytes in one of our blocks.
+    block_bytes: u64,
+    ratio: u64,
+    key_id: u16,
+    reports_unmapped: bool,
+}
+
+impl HostcryptQueue {
+    /// Hands an I/O to the base, in the base's blocks; it comes back to us.
+    fn down(self: &Rc<Self>, mut io: Box<Io>, into: SgList) {
+        let (lba, blocks) = (io.lba, io.blocks);
+        io.push_with(self.clone(), lba, blocks, into);
+        io.lba = lba * self.ratio;
+        io.blocks = blocks * self.ratio;
+        self.base.submit(io);
+    }
+
+    /// What a write stores, and under which key: plaintext of the payload, or raw bytes before it. The range must not
+    /// straddle the two.
+    fn stored(&self, lba: u64, data: SgList) -> Result<(SgList, u16), Status> {
+        let start = lba * self.block_bytes;
+        if start < self.numbering.origin {
+            return Ok((data, 0));
+        }
+        let len = data.len_bytes();
+        let block = self.block_bytes as usize;
+        let spans = transform::spans(self.numbering.origin, start, len, block, &[]);
+        let plain =
+            transform::apply(&self.context, Direction::Decrypt, &self.numbering, start, &spans, data, None)?;
+        Ok((plain, self.key_id))
+    }
+
+    fn write(self: Rc<Self>, mut io: Box<Io>) {
+        let raw_blocks = (self.numbering.origin / self.block_bytes).saturating_sub(io.lba);
+        if raw_blocks > 0 && raw_blocks < io.blocks {
+            return self.write_straddling(io, raw_blocks);
+        }
+        match self.stored(io.lba, std::mem::take(&mut io.data)) {
+            Ok((data, key)) => {
+                io.data = data;
+                io.host_key = key;
+                self.down(io, SgList::new());
+            }
+            Err(status) => io.finish(status),
+        }
+    }
+
+    /// A write over the seam between the raw part and the payload, as two writes.
+    #[cold]
+    fn write_straddling(self: Rc<Self>, mut io: Box<Io>, raw_blocks: u64) {
+        reactor::spawn_local(async move {
+            let mut tail = std::mem::take(&mut io.data);
+            let head = tail.split_to((raw_blocks * self.block_bytes) as usize);
+            let mut result = self.write_part(&io, 0, raw_blocks, head).await;
+            if result.is_ok() {
+                result = self.write_part(&io, raw_blocks, io.blocks - raw_blocks, tail).await;
+            }
+            io.up(result.err().unwrap_or(Status::SUCCESS));
+        })
+        .detach();
+    }
+
+    async fn write_part(&self, whole: &Io, skip: u64, blocks: u64, data: SgList) -> Result<(), Status> {
+        let lba = whole.lba + skip;
+        let mut part = Io::new(Op::Write, lba * self.ratio, blocks * self.ratio);
+        (part.data, part.host_key) = self.stored(lba, data)?;
+        part.fua = whole.fua;
+        part.tag = whole.tag;
+        let part = self.base.io(part).await;
+        let status = part.status();
+        part.recycle();
+        status.ok()
+    }
+
+    /// Turns what the base returned into what the host wrote. Units are whole blocks of ours, the base's may be smaller.
+    fn answer_read(&self, io: &mut Io, into: SgList) -> Result<(), Status> {
+        let start = io.lba * self.block_bytes;
+        let len = (io.blocks * self.block_bytes) as usize;
+        let data = std::mem::take(&mut io.data);
+        if data.len_bytes() != len {
+            // A base that returns too much or too little: nothing of it can be trusted.
+            return Err(Status::INTERNAL_ERROR);
+        }
+        if self.reports_unmapped {
+            io.unmapped = self.in_our_blocks(&io.unmapped);
+        } else {
+            io.unmapped.clear();
+        }
+        let block = self.block_bytes as usize;
+        let spans = transform::spans(self.numbering.origin, start, len, block, &io.unmapped);
+        let into = Some(into).filter(|d| !d.is_empty());
+        io.data =
+            transform::apply(&self.context, Direction::Encrypt, &self.numbering, start, &spans, data, into)?;
+        Ok(())
+    }
+
+    /// Ranges of the base's blocks as ranges of ours; a block of ours of which only a part is unmapped is mapped.
+    fn in_our_blocks(&self, ranges: &[BlockRange]) -> UnmappedRanges {
+        let ratio = self.ratio as u32;
+        let mut sorted: UnmappedRanges = ranges.into();
+        sorted.sort_unstable_by_key(|r| r.start);
+        // Neighbouring ranges may share a block of ours.
+        let mut merged = UnmappedRanges::new();
+        for r in &sorted {
+            match merged.last_mut() {
+                Some(last) if last.start + last.blocks == r.start => last.blocks += r.blocks,
+                _ => merged.push(*r),
+            }
+        }
+        let ours = merged.iter().filter_map(|r| {
+            let (start, end) = (r.start.div_ceil(ratio), (r.start + r.blocks) / ratio);
+            (start < end).then(|| BlockRange { start, blocks: end - start })
+        });
+        ours.collect()
+    }
+}
+
+impl Queue for HostcryptQueue {
+    fn submit(self: Rc<Self>, mut io: Box<Io>) {
+        match io.op {
+            Op::Write => self.write(io),
+            Op::Read => {
+                io.host_key = self.key_id;
+                let into = std::mem::take(&mut io.data);
+                self.down(io, into);
+            }
+            _ => self.down(io, SgList::new()),
+        }
+    }
+
+    fn abort(&self, tag: u64) -> bool {
+        self.base.abort(tag)
+    }
+}
+
+impl Complete for HostcryptQueue {
+    fn complete(self: Rc<Self>, mut io: Box<Io>, frame: Frame) {
+        (io.lba, io.blocks) = (frame.lba, frame.word);
+        let mut status = io.status();
+        if io.op == Op::Read {
+            if status.is_ok() {
+                status = self.answer_read(&mut io, frame.data).err().unwrap_or(Status::SUCCESS);
+            } else {
+                io.data = frame.data;
+            }
+        }
+        io.up(status);
+    }
+}
