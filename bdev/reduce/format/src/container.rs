@@ -10,11 +10,13 @@
 //!
 //! Content of a container's leaf, numbers as LEB128 varints in shortest form:
 //!
-//!     version u8 (1) | flags u8 (1 = closed: no slot is given out any more) | used | fragments
-//!     per fragment, ascending: slots since the end of the one before | chunks u8 | codec u8 | device |
-//!                              segment, zigzag difference to the one before | offset, zigzag difference to its end |
-//!                              unit bytes
-//!     references of slots 0 .. used as runs: length | value
+//! ```text
+//! version u8 (1) | flags u8 (1 = closed: no slot is given out any more) | used | fragments
+//! per fragment, ascending: slots since the end of the one before | chunks u8 | codec u8 | device |
+//!                          segment, zigzag difference to the one before | offset, zigzag difference to its end |
+//!                          unit bytes
+//! references of slots 0 .. used as runs: length | value
+//! ```
 //!
 //! Content of a fingerprint leaf: version u8 (1), hash u8, count u16, generation u32, count fingerprints of 16 bytes.
 

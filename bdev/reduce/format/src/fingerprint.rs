@@ -5,8 +5,8 @@
 //! different ones collide with probability 2^-49, and nobody without the secret can look for a collision.
 //!
 //! One 4 KiB block is four BLAKE3 chunks, which fill only four of a machine's 8 or 16 lanes. [`Hasher::hash_chunks`]
-//! therefore hashes up to sixteen blocks side by side: BLAKE3 chunk `i` of every block in one call, then the parents
-//! of every block in one call, then the roots. The results are those of [`blake3::keyed_hash`].
+//! therefore hashes seven to sixteen blocks side by side: BLAKE3 chunk `i` of every block in one call, then the parents
+//! of every block in one call, then the roots. The results are those of [`blake3::keyed_hash`], which takes the rest.
 
 use aws_lc_rs::hmac;
 use blake3::IncrementCounter;
@@ -15,7 +15,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 use zeroize::Zeroize;
 
 use crate::fragment::CHUNK_BYTES;
-use crate::keys::FingerprintSecret;
+use crate::keys::{FingerprintSecret, Secret};
 
 /// Bytes of a fingerprint.
 pub const FINGERPRINT_BYTES: usize = 16;
@@ -88,8 +88,8 @@ pub struct Hasher {
 }
 
 enum Kind {
-    Blake3 { key: [u32; 8], platform: Platform },
-    HmacSha256(hmac::Key),
+    Blake3 { secret: Secret, key: [u32; 8], platform: Platform },
+    HmacSha256(Box<hmac::Key>),
 }
 
 impl Drop for Hasher {
@@ -106,8 +106,10 @@ impl std::fmt::Debug for Hasher {
     }
 }
 
-/// Blocks hashed side by side.
+/// Blocks hashed side by side, at most.
 const LANES: usize = 16;
+/// Fewer blocks are faster one by one.
+const FEWEST: usize = 7;
 // BLAKE3 specification, section 2.1 (sizes) and table 3 (flags).
 const BLAKE3_CHUNK: usize = 1024;
 const CV: usize = 32;
@@ -125,12 +127,14 @@ impl Hasher {
 
     /// A hasher whose fingerprints keep only `bits` bits (1 ..= 128): to provoke collisions in tests.
     pub fn with_bits(id: HashId, secret: &FingerprintSecret, bits: u32) -> Self {
-        let secret = secret.0.expose();
+        let bytes = secret.0.expose();
         let kind = match id {
-            HashId::Blake3 => {
-                Kind::Blake3 { key: words_from_le_bytes_32(secret), platform: Platform::detect() }
-            }
-            HashId::HmacSha256 => Kind::HmacSha256(hmac::Key::new(hmac::HMAC_SHA256, secret)),
+            HashId::Blake3 => Kind::Blake3 {
+                secret: secret.0.clone(),
+                key: words_from_le_bytes_32(bytes),
+                platform: Platform::detect(),
+            },
+            HashId::HmacSha256 => Kind::HmacSha256(Box::new(hmac::Key::new(hmac::HMAC_SHA256, bytes))),
         };
         Self { kind, bits: bits.clamp(1, 8 * FINGERPRINT_BYTES as u32) }
     }
@@ -149,7 +153,15 @@ impl Hasher {
         assert_eq!(chunks.len(), out.len(), "one fingerprint per chunk");
         for (chunks, out) in chunks.chunks(LANES).zip(out.chunks_mut(LANES)) {
             match &self.kind {
-                Kind::Blake3 { key, platform } => blake3_lanes(key, platform, chunks, out),
+                Kind::Blake3 { key, platform, .. } if chunks.len() >= FEWEST => {
+                    blake3_lanes(key, platform, chunks, out);
+                }
+                Kind::Blake3 { secret, .. } => {
+                    for (chunk, out) in chunks.iter().zip(&mut *out) {
+                        let hash = blake3::keyed_hash(secret.expose(), *chunk);
+                        out.0.copy_from_slice(&hash.as_bytes()[..FINGERPRINT_BYTES]);
+                    }
+                }
                 Kind::HmacSha256(key) => {
                     for (chunk, out) in chunks.iter().zip(&mut *out) {
                         out.0.copy_from_slice(&hmac::sign(key, *chunk).as_ref()[..FINGERPRINT_BYTES]);

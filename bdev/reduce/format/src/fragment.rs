@@ -2,9 +2,11 @@
 //!
 //! Header, 16 bytes, followed by nonce, body and tag as in [`crate::sealed`]:
 //!
-//!     0    first chunk: container u48 << 16 | slot u16
-//!     8    body bytes u24, flags u8 (zero)
-//!     12   chunks u8 (1 ..= 64), codec u8, reserved u16
+//! ```text
+//! 0    first chunk: container u48 << 16 | slot u16
+//! 8    body bytes u24, flags u8 (zero)
+//! 12   chunks u8 (1 ..= 64), codec u8, reserved u16
+//! ```
 //!
 //! A fragment holds the chunks of slots `slot .. slot + chunks`. Its identity within the domain is its first chunk's
 //! address; container and domain tell nothing about user data and let a scan rebuild the container tables.
@@ -14,7 +16,7 @@ use zerocopy::little_endian::{U16, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
 use crate::block::BLOCK_BYTES;
-use crate::codec::{self, Codec, Decompressor};
+use crate::codec::{Codec, Decompressor};
 use crate::ids::{ChunkAddr, SLOTS};
 use crate::sealed::{OpenError, SealError, SegmentKey};
 
@@ -213,17 +215,17 @@ pub fn read_fragment(
     let body =
         if header.codec == Codec::Raw { None } else { Some(open_fragment_in_place(key, offset, unit)?.1) };
     let differs = |what, found, expected| Err(OpenError::WrongUnit { what, found, expected });
-    if header.first != expected.0 {
-        return differs("first chunk", header.first.raw(), expected.0.raw());
-    }
-    if header.chunks != expected.1 {
-        return differs("chunks", header.chunks.into(), expected.1.into());
+    if (header.first, header.chunks) != expected {
+        out.fill(0);
+        return if header.first != expected.0 {
+            differs("first chunk", header.first.raw(), expected.0.raw())
+        } else {
+            differs("chunks", header.chunks.into(), expected.1.into())
+        };
     }
     if let Some(body) = body {
-        codec.decompress(header.codec, body, out).map_err(|error: codec::DecodeError| {
-            out.fill(0);
-            error
-        })?;
+        let decoded = codec.decompress(header.codec, body, out);
+        decoded.inspect_err(|_| out.fill(0))?;
     }
     Ok(header)
 }

@@ -5,15 +5,17 @@
 //! [`BatchHeader::durable`] tells a torn end from damage: if a later batch opens and calls a missing one durable, the
 //! journal is damaged, not cut off.
 //!
-//!     0      magic "CFJRNL01", pool UUID [16]
-//!     24     shard u16, flags u16, blocks u32
-//!     32     owner epoch u64, sequence u64, position u64 (in blocks since the pool was made), durable sequence u64
-//!     64     payload bytes u32, groups u32
-//!     72     tag of the previous batch [16]
-//!     88     epoch salt [16]: with owner epoch and shard it makes the batch's key
-//!     104    reserved [8]
-//!     112    tag of this batch [16]: AES-256-GCM, nonce = sequence, associated data = bytes 0..112
-//!     128    payload, encrypted, filled up with zeros to whole blocks
+//! ```text
+//! 0      magic "CFJRNL01", pool UUID [16]
+//! 24     shard u16, flags u16, blocks u32
+//! 32     owner epoch u64, sequence u64, position u64 (in blocks since the pool was made), durable sequence u64
+//! 64     payload bytes u32, groups u32
+//! 72     tag of the previous batch [16]
+//! 88     epoch salt [16]: with owner epoch and shard it makes the batch's key
+//! 104    reserved [8]
+//! 112    tag of this batch [16]: AES-256-GCM, nonce = sequence, associated data = bytes 0..112
+//! 128    payload, encrypted, filled up with zeros to whole blocks
+//! ```
 //!
 //! Sealing anything twice under one sequence would break the cipher, so a [`BatchSealer`] counts for itself; each opening
 //! of the pool draws a new salt and a new owner epoch, so a sequence used by two owners has two keys.

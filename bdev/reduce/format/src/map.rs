@@ -2,8 +2,10 @@
 //!
 //! Entry, 16 bytes in memory and in the leaf's plain form:
 //!
-//!     0    target u64: chunk address (container << 16 | slot), or the pattern; 0 otherwise
-//!     8    birth epoch u32, host-key id u16, state u8, flags u8 (zero)
+//! ```text
+//! 0    target u64: chunk address (container << 16 | slot), or the pattern; 0 otherwise
+//! 8    birth epoch u32, host-key id u16, state u8, flags u8 (zero)
+//! ```
 //!
 //! The node's content is the same entries in columns (states, host keys, births, chunk addresses as differences to the
 //! chunk before, each split into byte planes): neighbours mostly differ by one and then compress to nearly nothing.

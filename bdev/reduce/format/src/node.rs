@@ -5,15 +5,19 @@
 //!
 //! Pointer, 40 bytes (null = all zero):
 //!
-//!     0    device u16, flags u16 (zero), segment u32, offset u32, unit bytes u32
-//!     16   birth epoch u32, reserved u32
-//!     24   tag [16]
+//! ```text
+//! 0    device u16, flags u16 (zero), segment u32, offset u32, unit bytes u32
+//! 16   birth epoch u32, reserved u32
+//! 24   tag [16]
+//! ```
 //!
 //! Node header, 32 bytes, followed by nonce, body and tag as in [`crate::sealed`]:
 //!
-//!     0    tree u8, level u8 (0 = leaf), codec u8, flags u8 (1 = body is sealed with the host's key inside)
-//!     4    body bytes u32, plain bytes u32, birth epoch u32
-//!     16   owner u64 (volume, domain or device, as the tree has it), index u64 (in its level)
+//! ```text
+//! 0    tree u8, level u8 (0 = leaf), codec u8, flags u8 (1 = body is sealed with the host's key inside)
+//! 4    body bytes u32, plain bytes u32, birth epoch u32
+//! 16   owner u64 (volume, domain or device, as the tree has it), index u64 (in its level)
+//! ```
 //!
 //! With a host's key the (compressed) body is `nonce [12] | AES-256-GCM(host map key) | tag [16]`, so that garbage
 //! collection can move the node without that key.

@@ -3,10 +3,12 @@
 //! It lies in every anchor. The owner rewrites it as a heartbeat, one anchor after another, so that a torn write leaves
 //! the others; opening a pool first reads all copies, waits for more than the owner's interval, reads again.
 //!
-//!     0      block head, generation = heartbeat counter
-//!     56     owner epoch u64, owner id [16], heartbeat time (ms since 1970) u64, interval ms u32, state u8, reserved [3]
-//!     96     host name [64]
-//!     160    reserved, zero
+//! ```text
+//! 0      block head, generation = heartbeat counter
+//! 56     owner epoch u64, owner id [16], heartbeat time (ms since 1970) u64, interval ms u32, state u8, reserved [3]
+//! 96     host name [64]
+//! 160    reserved, zero
+//! ```
 
 use uuid::Uuid;
 use zerocopy::little_endian::{U32, U64};

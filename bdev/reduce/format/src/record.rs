@@ -655,10 +655,9 @@ pub fn decode_page(bytes: &[u8]) -> Result<Vec<(u32, &[u8])>, WireError> {
         let id = reader.u32()?;
         let len = reader.u16()?;
         let record = reader.take(len.into())?;
-        if let Some(&(last, _)) = records.last() {
-            if id <= last || id / RECORDS_PER_PAGE != last / RECORDS_PER_PAGE {
-                return Err(range("order of records, id", id));
-            }
+        let misplaced = |last: u32| id <= last || id / RECORDS_PER_PAGE != last / RECORDS_PER_PAGE;
+        if records.last().is_some_and(|&(last, _)| misplaced(last)) {
+            return Err(range("order of records, id", id));
         }
         records.push((id, record));
     }

@@ -1,6 +1,8 @@
 //! Sealed units: what segments are made of.
 //!
-//!     header (16 or 32 bytes, plain) | stored nonce (0 or 12) | body (encrypted) | tag (16)
+//! ```text
+//! header (16 or 32 bytes, plain) | stored nonce (0 or 12) | body (encrypted) | tag (16)
+//! ```
 //!
 //! The nonce is the unit's byte offset in the segment (or stored); key and associated data carry the segment's address,
 //! incarnation, class, domain and key generation. So a unit opens only at the place, in the incarnation and under the

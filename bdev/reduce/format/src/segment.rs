@@ -3,11 +3,13 @@
 //! A segment is opened by drawing a salt, counting up its incarnation and writing this header as its first block; then
 //! sealed units are appended byte by byte. It is never appended to after a crash, so a (key, place) pair is used once.
 //!
-//!     0      block head, with device, segment, byte offset; generation = incarnation
-//!     56     domain u32, key generation u32, salt [32]
-//!     96     class u8, cipher u8, hash u8, codec u8 (default), shard u16, reserved
-//!     104    owner epoch u64, segment bytes u32
-//!     116    reserved, zero
+//! ```text
+//! 0      block head, with device, segment, byte offset; generation = incarnation
+//! 56     domain u32, key generation u32, salt [32]
+//! 96     class u8, cipher u8, hash u8, codec u8 (default), shard u16, reserved
+//! 104    owner epoch u64, segment bytes u32
+//! 116    reserved, zero
+//! ```
 
 use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32, U64};

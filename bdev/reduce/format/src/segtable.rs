@@ -1,9 +1,11 @@
 //! The segment table: per device a tree whose leaves hold 256 entries of 32 bytes.
 //!
-//!     0    incarnation u64
-//!     8    used bytes u32, live bytes u32
-//!     16   domain u32, key generation u32
-//!     24   state u8, class u8, shard u16, reserved u32
+//! ```text
+//! 0    incarnation u64
+//! 8    used bytes u32, live bytes u32
+//! 16   domain u32, key generation u32
+//! 24   state u8, class u8, shard u16, reserved u32
+//! ```
 
 use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
@@ -17,8 +19,10 @@ pub const SEGMENTS_PER_LEAF: usize = 256;
 
 /// Life of a segment.
 ///
-///     Free -> Open -> Sealed -> PendingFree -> Free
-///     (any) -> Bad; Reserved (anchors, journal rings) never changes
+/// ```text
+/// Free -> Open -> Sealed -> PendingFree -> Free
+/// (any) -> Bad; Reserved (anchors, journal rings) never changes
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug, Default)]
 #[repr(u8)]
 pub enum SegmentState {

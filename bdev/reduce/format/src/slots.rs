@@ -3,21 +3,25 @@
 //! It lies in every anchor next to the superblock and changes only when keys do, so that checkpoints never rewrite keys.
 //! After a change all copies are written, two at a time with a flush between, as with the superblock.
 //!
-//!     0      block head, generation = change number
-//!     56     slot count u16 (12), reserved u16, u32
-//!     64     12 slots of 320 bytes
-//!     3904   reserved, zero
+//! ```text
+//! 0      block head, generation = change number
+//! 56     slot count u16 (12), reserved u16, u32
+//! 64     12 slots of 320 bytes
+//! 3904   reserved, zero
+//! ```
 //!
 //! Slot:
 //!
-//!     0      kind u8 (0 = empty), wrap u8, kdf u8, reference bytes u8
-//!     4      kdf: memory KiB u32, passes or iterations u32, lanes u32
-//!     16     created, ms since 1970, u64
-//!     24     id of the key-encryption key [16]
-//!     40     wrapped pool key [40]
-//!     80     kdf salt [32]
-//!     112    label [48], UTF-8
-//!     160    reference [160]: the key's name at the KMS (KMIP unique identifier), UTF-8
+//! ```text
+//! 0      kind u8 (0 = empty), wrap u8, kdf u8, reference bytes u8
+//! 4      kdf: memory KiB u32, passes or iterations u32, lanes u32
+//! 16     created, ms since 1970, u64
+//! 24     id of the key-encryption key [16]
+//! 40     wrapped pool key [40]
+//! 80     kdf salt [32]
+//! 112    label [48], UTF-8
+//! 160    reference [160]: the key's name at the KMS (KMIP unique identifier), UTF-8
+//! ```
 
 use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32, U64};

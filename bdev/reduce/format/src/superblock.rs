@@ -8,15 +8,17 @@
 //! Update rule: generation `g` is written to two of the four copies ([`copies_of`]) and flushed; the other two still
 //! hold `g - 1`. What `g - 1` refers to is reused only after `g` is durable. The newest copy that verifies counts.
 //!
-//!     0      block head (see `block`), generation = checkpoint number
-//!     56     compatible, read-only-compatible, incompatible feature flags, u64 each
-//!     80     name, 64 bytes UTF-8
-//!     144    block bytes u32 (4096), segment bytes u32, slots per container u32 (512), shards u16, devices u16
-//!     160    owner epoch u64, created (ms since 1970) u64, reserved
-//!     184    root: NodePtr of the pool record; 304 bytes reserved
-//!     512    16 device entries of 64 bytes
-//!     1536   48 shard entries of 48 bytes
-//!     3840   reserved, zero
+//! ```text
+//! 0      block head (see `block`), generation = checkpoint number
+//! 56     compatible, read-only-compatible, incompatible feature flags, u64 each
+//! 80     name, 64 bytes UTF-8
+//! 144    block bytes u32 (4096), segment bytes u32, slots per container u32 (512), shards u16, devices u16
+//! 160    owner epoch u64, created (ms since 1970) u64, reserved
+//! 184    root: NodePtr of the pool record; 304 bytes reserved
+//! 512    16 device entries of 64 bytes
+//! 1536   48 shard entries of 48 bytes
+//! 3840   reserved, zero
+//! ```
 
 use thiserror::Error;
 use uuid::Uuid;
