@@ -4,8 +4,8 @@ use std::fmt;
 
 use crate::block::MAGIC;
 
-/// First bytes of a device that [`probe_foreign`] should see: the farthest signature at the front (ZFS) ends below it.
-pub const PROBE_HEAD_BYTES: usize = 1 << 20;
+/// First bytes of a device that [`probe_foreign`] should see: up to and with a pool's second anchor.
+pub const PROBE_HEAD_BYTES: usize = (1 << 20) + 4096;
 /// Last bytes of a device that [`probe_foreign`] should see (ZFS labels, RAID 0.90 and 1.0, the second GPT).
 pub const PROBE_TAIL_BYTES: usize = 1 << 20;
 

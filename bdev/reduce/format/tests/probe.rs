@@ -3,7 +3,7 @@
 use cryptfold_reduce_format::probe::*;
 
 fn head(parts: &[(usize, &[u8])]) -> Vec<u8> {
-    let mut image = vec![0; PROBE_HEAD_BYTES + 8];
+    let mut image = vec![0; PROBE_HEAD_BYTES];
     parts.iter().for_each(|(at, bytes)| image[*at..at + bytes.len()].copy_from_slice(bytes));
     image
 }
