@@ -10,8 +10,9 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use cryptfold_bdev::Registry;
+use cryptfold_nvmf_target::Target;
 use cryptfold_reactor::{Handle, IdlePolicy, MemoryConfig, Runtime, RuntimeConfig};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::jsonrpc::{Handler, RpcError, RpcResult};
 use crate::keys::KeyStore;
@@ -79,6 +80,7 @@ enum Phase {
 /// What exists from initialisation on.
 pub(crate) struct Running {
     pub handles: Vec<Handle>,
+    target: Target,
     since: Instant,
     runtime: Mutex<Option<Runtime>>,
 }
@@ -172,7 +174,9 @@ impl Control {
         })
         .map_err(|e| RpcError::internal(e.to_string()))?;
         let handles = runtime.handles().to_vec();
-        let running = Running { handles, since: Instant::now(), runtime: Mutex::new(Some(runtime)) };
+        let target = Target::new(self.registry.clone(), &handles);
+        crate::methods::apply_nvmf_options(self, &target)?;
+        let running = Running { handles, target, since: Instant::now(), runtime: Mutex::new(Some(runtime)) };
         if self.running.set(running).is_err() {
             return Err(RpcError::internal("initialised twice"));
         }
@@ -211,9 +215,19 @@ impl Control {
         self.running.get().map_or(&[], |r| &r.handles)
     }
 
+    /// The target; there is none before initialisation.
+    pub(crate) fn target(&self) -> Result<&Target, RpcError> {
+        let early = || RpcError::new(RpcError::INVALID_STATE, "not initialised yet");
+        self.running.get().map(|r| &r.target).ok_or_else(early)
+    }
+
     /// `thread_get_io_channels` of one reactor.
-    pub(crate) fn channels_on(&self, _reactor: &Handle) -> Vec<Value> {
-        Vec::new()
+    pub(crate) fn channels_on(&self, reactor: &Handle) -> Vec<Value> {
+        let Ok(t) = self.target() else { return Vec::new() };
+        let groups = t.stats();
+        let here = groups.iter().filter(|g| g.reactor == reactor.id().0);
+        here.map(|g| json!({"name": "nvmf_tgt", "ref": 1 + g.current_admin_qpairs + g.current_io_qpairs}))
+            .collect()
     }
 
     /// Looks for a pool on a device and opens it if a key is at hand.
@@ -237,7 +251,10 @@ impl Control {
 
     /// Where subsystems listen: (NQN, address).
     pub fn listening(&self) -> Vec<(String, String)> {
-        Vec::new()
+        let all = self.target().map(Target::subsystems).unwrap_or_default();
+        all.iter()
+            .flat_map(|s| s.listeners.iter().map(|l| (s.options.nqn.clone(), l.addr.to_string())))
+            .collect()
     }
 
     /// Ends whoever waits in a method, so that the RPC server can stop.
@@ -253,10 +270,10 @@ impl Control {
     pub fn shutdown(&self) -> Result<(), RpcError> {
         self.end_waits();
         let Some(running) = self.running.get() else { return Ok(()) };
-        if let Some(runtime) = lock(&running.runtime).take() {
-            runtime.stop();
-        }
-        Ok(())
+        let Some(runtime) = lock(&running.runtime).take() else { return Ok(()) };
+        let drained = running.target.stop().map_err(RpcError::from);
+        runtime.stop();
+        drained
     }
 }
 

@@ -236,31 +236,39 @@ impl KeyStore {
         Ok(())
     }
 
-    /// The file that a configuration names for a key. A key that was given in the clear is written to
-    /// `DIR/NAME.xts` (mode 0600) now, because a configuration must not hold it.
+    /// The files that a configuration names for a key. A key that was given in the clear is written to a new file in
+    /// `dir` (mode 0600) now, because a configuration must not hold it; that file is its source from then on.
     ///
     /// # Errors
-    /// When the file can not be written, or holds another key.
-    pub fn file_of(&self, k: &NamedKey, dir: &Path) -> Result<(PathBuf, Option<PathBuf>), RpcError> {
+    /// -2 for an unknown key; when the file can not be written.
+    pub fn files_of(&self, name: &str, dir: &Path) -> Result<(PathBuf, Option<PathBuf>), RpcError> {
+        let mut keys = lock(&self.keys);
+        let Some(k) = keys.iter_mut().find(|k| k.name == name) else {
+            return Err(RpcError::not_found(format!("crypto key \"{name}\"")));
+        };
         if let KeySource::Files(a, b) = &k.source {
             return Ok((a.clone(), b.clone()));
         }
-        let path = dir.join(format!("{}.xts", file_name(&k.name)));
-        if path.exists() {
-            let there = read_key(&path, &[32, 64])?;
-            if there.as_slice() != k.bytes.expose() {
-                return Err(RpcError::exists(format!(
-                    "crypto key \"{}\" can not be saved: {} holds another key; move that file away",
-                    k.name,
-                    path.display()
-                )));
-            }
-        } else {
-            write_key_file(&path, hex_line(k.bytes.expose()).as_bytes())?;
-            tracing::info!(key = k.name, path = %path.display(), "key written to a file for the saved configuration");
-        }
+        let path = free_name(dir, name, "xts")?;
+        write_key_file(&path, hex_line(k.bytes.expose()).as_bytes())?;
+        tracing::info!(key = name, path = %path.display(), "key written to a file for the saved configuration");
+        k.source = KeySource::Files(path.clone(), None);
         Ok((path, None))
     }
+}
+
+/// `DIR/NAME.EXTENSION`, or with a random part when that exists.
+///
+/// # Errors
+/// When the operating system has no random bytes.
+pub fn free_name(dir: &Path, name: &str, extension: &str) -> Result<PathBuf, KeyFileError> {
+    let name = file_name(name);
+    let plain = dir.join(format!("{name}.{extension}"));
+    if !plain.exists() {
+        return Ok(plain);
+    }
+    let suffix = hex_line(&random_key(4)?);
+    Ok(dir.join(format!("{name}-{}.{extension}", suffix.trim())))
 }
 
 /// A name as a file name: anything unusual becomes `%XX`.
@@ -306,15 +314,22 @@ mod tests {
         assert_eq!(s.add("short", &key[..31], KeySource::Inline).unwrap_err().code, -32602);
         assert_eq!(s.add("equal", &[7; 64], KeySource::Inline).unwrap_err().code, -32602);
         let dir = tempfile::tempdir().unwrap();
-        let (path, none) = s.file_of(&s.get("k").unwrap(), dir.path()).unwrap();
+        let (path, none) = s.files_of("k", dir.path()).unwrap();
         assert_eq!((path.file_name().unwrap().to_str(), none), (Some("k.xts"), None));
         assert_eq!(read_key(&path, &[64]).unwrap().as_slice(), key);
-        assert!(s.file_of(&s.get("k").unwrap(), dir.path()).is_ok(), "the same key may be there already");
+        assert_eq!(s.files_of("k", dir.path()).unwrap().0, path, "written once");
         s.remove("k").unwrap();
         assert_eq!(s.remove("k").unwrap_err().code, -2);
         let other: Vec<u8> = (1..65).collect();
         s.add("k", &other, KeySource::Inline).unwrap();
-        assert_eq!(s.file_of(&s.get("k").unwrap(), dir.path()).unwrap_err().code, -17);
+        let (second, _) = s.files_of("k", dir.path()).unwrap();
+        assert_ne!(second, path);
+        assert_eq!(
+            read_key(&path, &[64]).unwrap().as_slice(),
+            key,
+            "an older key of this name is left alone"
+        );
+        assert_eq!(read_key(&second, &[64]).unwrap().as_slice(), other);
     }
 
     #[test]

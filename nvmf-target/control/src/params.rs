@@ -19,7 +19,7 @@ pub struct Param {
     /// Whether it must be given.
     pub required: bool,
     /// What is taken when it is not given, if that is a value.
-    pub default: Option<&'static str>,
+    pub default: Option<String>,
     /// What it is for.
     pub doc: String,
     /// Members, for an object.
@@ -141,12 +141,14 @@ macro_rules! params {
         impl $crate::params::Params for $name {
             fn table() -> Vec<$crate::params::Param> {
                 vec![$( {
-                    let default: &[&'static str] = &[$( stringify!($default) )?];
+                    #[allow(unused_mut, unused_assignments)]
+                    let mut default: Option<String> = None;
+                    $( let value: $ty = $default; default = Some(format!("{value:?}")); )?
                     $crate::params::Param {
                         name: stringify!($field),
                         kind: <$ty as $crate::params::FromJson>::kind(),
-                        required: <$ty as $crate::params::FromJson>::REQUIRED && default.is_empty(),
-                        default: default.first().copied(),
+                        required: <$ty as $crate::params::FromJson>::REQUIRED && default.is_none(),
+                        default,
                         doc: concat!($($doc),*).trim().to_string(),
                         members: <$ty as $crate::params::FromJson>::members(),
                     }
@@ -174,13 +176,18 @@ macro_rules! choices {
         $( $(#[doc = $doc:literal])* $variant:ident = $word:literal ,)*
     })*) => {$(
         $(#[doc = $edoc])*
-        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[derive(Clone, Copy, PartialEq, Eq)]
         pub enum $name { $( $(#[doc = $doc])* $variant, )* }
         impl $name {
             /// The word in requests and replies.
             #[allow(dead_code)]
             pub fn word(self) -> &'static str {
                 match self { $( $name::$variant => $word, )* }
+            }
+        }
+        impl std::fmt::Debug for $name {
+            fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                write!(f, "{:?}", self.word())
             }
         }
         impl $crate::params::FromJson for $name {
@@ -432,7 +439,7 @@ mod tests {
     fn the_table_is_the_declaration() {
         let t = Outer::table();
         assert!(t[0].required && !t[1].required && !t[2].required);
-        assert_eq!(t[1].default, Some("512"));
+        assert_eq!(t[1].default.as_deref(), Some("512"));
         assert_eq!(t[0].doc, "Name to use.");
         assert_eq!(t[4].members[0].name, "traddr");
     }

@@ -231,7 +231,7 @@ fn rows(s: &mut String, prefix: &str, params: &[Param]) {
     for p in params {
         let name = format!("{prefix}{}", p.name);
         let name = if p.required { format!("**{name}**") } else { name };
-        let default = p.default.map(|d| format!("; default {d}")).unwrap_or_default();
+        let default = p.default.as_ref().map(|d| format!("; default {d}")).unwrap_or_default();
         let _ = writeln!(s, "| {name} | {}{default} | {} |", p.kind.replace('|', "\\|"), p.doc);
         rows(s, &format!("{prefix}{}.", p.name), &p.members);
     }

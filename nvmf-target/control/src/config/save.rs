@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::control::{Control, lock};
 use crate::jsonrpc::RpcError;
-use crate::methods::{bdev_config, crypto_config, sock_config};
+use crate::methods::{bdev_config, crypto_config, nvmf_config, sock_config};
 
 /// Subsystems in the order of initialisation and of the saved file.
 pub const SUBSYSTEMS: &[&str] =
@@ -32,7 +32,7 @@ pub fn save_subsystem(c: &Control, name: &str) -> Result<Vec<(String, Value)>, R
         "accel" => crypto_config(c),
         "bdev" => bdev_config(c),
         "scheduler" | "keyring" | "vmd" | "nbd" => Ok(Vec::new()),
-        "nvmf" => Ok(Vec::new()),
+        "nvmf" => Ok(nvmf_config(c)),
         _ => {
             let known = SUBSYSTEMS.join(", ");
             Err(RpcError::params(format!("name: subsystem \"{name}\" not found; there are {known}")))

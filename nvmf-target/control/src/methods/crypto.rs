@@ -1,14 +1,21 @@
 //! Named XTS keys, and the devices that encrypt with them.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+use cryptfold_bdev_crypto::KeyRef;
+use cryptfold_bdev_crypto::crypto::CryptoOptions;
+use cryptfold_bdev_crypto::engine::XtsKey;
+use cryptfold_bdev_crypto::hostcrypt::HostcryptOptions;
 use serde_json::{Value, json};
+use uuid::Uuid;
 use zeroize::Zeroizing;
 
+use super::devices::delete;
 use crate::control::Control;
 use crate::jsonrpc::{RpcError, RpcResult};
 use crate::keys::{KeySource, NamedKey, read_key};
-use crate::params::{SecretHex, choices, params};
+use crate::params::{FromJson, ParamError, SecretHex, choices, params};
 use crate::table::Method;
 
 choices! {
@@ -21,6 +28,30 @@ choices! {
     pub enum TweakMode {
         /// The block's number, in units of the device's block size.
         SimpleLba = "SIMPLE_LBA",
+    }
+}
+
+choices! {
+    /// Ciphers of hosts.
+    pub enum HostCipher {
+        /// dm-crypt's name.
+        Dm = "aes-xts-plain64",
+        /// SPDK's name.
+        Spdk = "AES_XTS",
+    }
+}
+
+/// A parameter that SPDK gave up; never shown, because it held keys.
+#[derive(Clone, Debug)]
+pub enum Obsolete {}
+
+impl FromJson for Obsolete {
+    const SECRET: bool = true;
+    fn kind() -> String {
+        "nothing (accel_crypto_key_create, then key_name)".into()
+    }
+    fn from_json(_: &Value) -> Result<Self, Option<ParamError>> {
+        Err(None)
     }
 }
 
@@ -52,6 +83,50 @@ params! {
         /// Name of the key; all when not given.
         key_name: Option<String>,
     }
+    /// `bdev_crypto_create`.
+    pub struct CryptoCreate {
+        /// Device below.
+        base_bdev_name: String,
+        /// Name.
+        name: String,
+        /// Name of the key.
+        key_name: Option<String>,
+        /// File with both halves of the key, in place of key_name. Ours.
+        key_file: Option<String>,
+        /// UUID; random when not given. Ours.
+        uuid: Option<Uuid>,
+        /// No effect.
+        crypto_pmd: Option<String>,
+        /// Not taken any more: use accel_crypto_key_create and key_name.
+        key: Option<Obsolete>,
+        /// Not taken any more.
+        key2: Option<Obsolete>,
+        /// Cipher.
+        cipher: Option<Cipher>,
+    }
+    /// `bdev_hostcrypt_create`.
+    pub struct HostcryptCreate {
+        /// Device below, which will hold plaintext.
+        base_bdev_name: String,
+        /// Name.
+        name: String,
+        /// File with the host's volume key (32 or 64 bytes, raw or hexadecimal, mode 0600).
+        key_file: Option<String>,
+        /// Name of the key, in place of key_file.
+        key_name: Option<String>,
+        /// Number of the key in the map of the volume below, 1 to 65535.
+        key_id: u16 = 1,
+        /// Bytes in a data unit of the host's dm-crypt: 512 or 4096.
+        sector_size: u32 = 512,
+        /// Bytes in front of the encrypted payload, which pass as they are (a LUKS header).
+        payload_offset: u64 = 0,
+        /// Number of the payload's first 512-byte sector.
+        iv_offset: u64 = 0,
+        /// The host's cipher: "aes-xts-plain64", or "AES_XTS", which means the same.
+        cipher: Option<HostCipher>,
+        /// UUID; random when not given.
+        uuid: Option<Uuid>,
+    }
 }
 
 pub fn methods() -> Vec<Method> {
@@ -67,7 +142,61 @@ pub fn methods() -> Vec<Method> {
             "The keys by name. Unlike SPDK's, the reply holds no key material; `key_file` says where it is.",
             keys_get,
         ),
+        Method::new(
+            "bdev_crypto_create",
+            "Encrypts its base with XTS; the tweak is the block's number, so disks of SPDK's read back. Replies its name.",
+            crypto_create,
+        ),
+        delete("bdev_crypto_delete", "bdev_crypto_create"),
+        Method::new(
+            "bdev_hostcrypt_create",
+            "A host's dm-crypt layer in reverse: decrypts what the host writes, encrypts what it reads. Replies its \
+             name. Ours.",
+            hostcrypt_create,
+        ),
+        delete("bdev_hostcrypt_delete", "bdev_hostcrypt_create"),
     ]
+}
+
+/// The key of a device, by name or from a file.
+fn device_key(
+    c: &Control,
+    name: Option<String>,
+    file: Option<String>,
+) -> Result<(Arc<XtsKey>, KeyRef), RpcError> {
+    match (name, file) {
+        (Some(n), None) => Ok((c.keys.get(&n)?.key, KeyRef::Name(n))),
+        (None, Some(f)) => {
+            let path = absolute(&f)?;
+            let key = XtsKey::new(&read_key(&path, &[32, 64])?)
+                .map_err(|e| RpcError::params(format!("key_file: {}: {e}", path.display())))?;
+            Ok((Arc::new(key), KeyRef::File(path)))
+        }
+        _ => Err(RpcError::params("key_name: either this or key_file is needed")),
+    }
+}
+
+fn crypto_create(c: &Control, p: CryptoCreate) -> RpcResult {
+    let (key, key_ref) = device_key(c, p.key_name, p.key_file)?;
+    let options =
+        CryptoOptions { name: p.name, base_bdev_name: p.base_bdev_name, key, key_ref, uuid: p.uuid };
+    Ok(json!(cryptfold_bdev_crypto::crypto::create(&c.registry, options)?.name()))
+}
+
+fn hostcrypt_create(c: &Control, p: HostcryptCreate) -> RpcResult {
+    let (key, key_ref) = device_key(c, p.key_name, p.key_file)?;
+    let options = HostcryptOptions {
+        name: p.name,
+        base_bdev_name: p.base_bdev_name,
+        key,
+        key_ref,
+        key_id: p.key_id,
+        sector_size_bytes: p.sector_size,
+        payload_offset_bytes: p.payload_offset,
+        iv_offset: p.iv_offset,
+        uuid: p.uuid,
+    };
+    Ok(json!(cryptfold_bdev_crypto::hostcrypt::create(&c.registry, options)?.name()))
 }
 
 fn key_create(c: &Control, p: KeyCreate) -> RpcResult {
@@ -155,7 +284,7 @@ pub fn config(c: &Control) -> Result<Vec<(String, Value)>, RpcError> {
         .list()
         .iter()
         .map(|k| {
-            let (a, b) = c.keys.file_of(k, &c.config.key_dir)?;
+            let (a, b) = c.keys.files_of(&k.name, &c.config.key_dir)?;
             let mut params = json!({"name": k.name, "cipher": Cipher::Xts.word(), "key_file": a});
             if let Some(b) = b {
                 params["key2_file"] = json!(b);

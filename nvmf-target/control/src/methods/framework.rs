@@ -196,7 +196,7 @@ fn busy_idle(c: &Control, s: &ReactorStats) -> (u64, u64) {
     (s.busy_ns, s.idle_ns.max(elapsed.saturating_sub(s.busy_ns)))
 }
 
-fn thread_name(n: u32) -> String {
+pub fn thread_name(n: u32) -> String {
     if n == 0 { "app_thread".into() } else { format!("reactor_{n}") }
 }
 

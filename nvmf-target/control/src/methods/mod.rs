@@ -7,6 +7,7 @@ mod devices;
 mod framework;
 mod histogram;
 mod log;
+mod nvmf;
 mod options;
 
 use cryptfold_bdev::BdevError;
@@ -17,6 +18,7 @@ use crate::jsonrpc::RpcError;
 use crate::table::Method;
 
 pub(crate) use crypto::config as crypto_config;
+pub(crate) use nvmf::{apply_options as apply_nvmf_options, config as nvmf_config};
 pub(crate) use options::sock_config;
 
 /// The calls that make the devices again, in the order in which they were made.
@@ -39,6 +41,7 @@ pub fn all() -> Vec<Method> {
         bdev::methods(),
         devices::methods(),
         crypto::methods(),
+        nvmf::methods(),
         options::methods(),
     ]
     .into_iter()

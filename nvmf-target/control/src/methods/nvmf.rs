@@ -1,0 +1,794 @@
+//! The target: transport, subsystems, namespaces, listeners, hosts, statistics.
+
+use cryptfold_nvmf_target::{
+    AnaState, DiscoveryFilter, ListenAddr, NsOptions, SubsystemInfo, SubsystemOptions, Target, TargetError,
+    TransportOptions,
+};
+use serde_json::{Map, Value, json};
+use uuid::Uuid;
+
+use super::framework::{TICK_RATE, thread_name};
+use super::options::object;
+use crate::control::{Control, lock};
+use crate::jsonrpc::{RpcError, RpcResult};
+use crate::params::{FromJson, Hex, ParamError, choices, object_params, params};
+use crate::table::{Method, When};
+
+/// Name of the discovery subsystem.
+const DISCOVERY: &str = "nqn.2014-08.org.nvmexpress.discovery";
+
+/// SPDK's name of the one target.
+#[derive(Clone, Debug)]
+pub struct TargetName;
+
+impl FromJson for TargetName {
+    fn kind() -> String {
+        "\"nvmf_tgt\" (there is one target)".into()
+    }
+    fn from_json(v: &Value) -> Result<Self, Option<ParamError>> {
+        if v == "nvmf_tgt" { Ok(TargetName) } else { Err(None) }
+    }
+}
+
+/// A switch that only has one position here.
+#[derive(Clone, Debug)]
+pub struct OnlyFalse;
+
+impl FromJson for OnlyFalse {
+    fn kind() -> String {
+        "false".into()
+    }
+    fn from_json(v: &Value) -> Result<Self, Option<ParamError>> {
+        if v == false { Ok(OnlyFalse) } else { Err(None) }
+    }
+}
+
+/// A list that has to be empty here.
+#[derive(Clone, Debug)]
+pub struct OnlyEmpty;
+
+impl FromJson for OnlyEmpty {
+    fn kind() -> String {
+        "an empty array".into()
+    }
+    fn from_json(v: &Value) -> Result<Self, Option<ParamError>> {
+        if v.as_array().is_some_and(Vec::is_empty) { Ok(OnlyEmpty) } else { Err(None) }
+    }
+}
+
+choices! {
+    /// States of an ANA group.
+    pub enum Ana {
+        /// Optimized.
+        Optimized = "optimized",
+        /// Non-optimized.
+        NonOptimized = "non_optimized",
+        /// Inaccessible.
+        Inaccessible = "inaccessible",
+    }
+    /// What a second connection of a host meets.
+    pub enum DupHostPolicy {
+        /// Nothing.
+        Allow = "allow",
+    }
+}
+
+params! {
+    /// `nvmf_set_config`.
+    pub struct SetConfig {
+        /// No effect: there are no NVMe devices to pass commands to.
+        admin_cmd_passthru: Option<Value>,
+        /// No effect: queues spread over all reactors.
+        poll_groups_mask: Option<String>,
+        /// "match_any", or a list of "transport", "address", "svcid" with commas.
+        discovery_filter: Option<String>,
+        /// The same as an array.
+        discovery_filters: Option<Vec<String>>,
+        /// No effect.
+        dhchap_digests: Option<Vec<String>>,
+        /// No effect.
+        dhchap_dhgroups: Option<Vec<String>>,
+        /// Duplicate hosts.
+        dup_host_policy: Option<DupHostPolicy>,
+    }
+    /// `nvmf_set_max_subsystems`.
+    pub struct MaxSubsystems {
+        /// Subsystems at most, the discovery subsystem included.
+        max_subsystems: u32,
+    }
+    /// `nvmf_set_crdt`.
+    pub struct Crdt {
+        /// First delay, in units of 100 ms.
+        crdt1: u16 = 0,
+        /// Second delay.
+        crdt2: u16 = 0,
+        /// Third delay.
+        crdt3: u16 = 0,
+    }
+    /// `nvmf_create_transport`.
+    pub struct CreateTransport {
+        /// "TCP".
+        trtype: String,
+        /// Target.
+        tgt_name: Option<TargetName>,
+        /// Entries of an I/O queue.
+        max_queue_depth: u16 = TransportOptions::default().max_queue_depth,
+        /// I/O queues of a controller.
+        max_io_qpairs_per_ctrlr: u16 = TransportOptions::default().max_io_qpairs_per_ctrlr,
+        /// Bytes of data in a command capsule of an I/O queue.
+        in_capsule_data_size: u32 = TransportOptions::default().in_capsule_data_size,
+        /// Bytes that a command transfers at most.
+        max_io_size: u32 = TransportOptions::default().max_io_size,
+        /// Shown as given.
+        io_unit_size: u32 = TransportOptions::default().io_unit_size,
+        /// Entries of the admin queue.
+        max_aq_depth: u16 = TransportOptions::default().max_aq_depth,
+        /// Shown as given.
+        num_shared_buffers: u32 = TransportOptions::default().num_shared_buffers,
+        /// Shown as given.
+        buf_cache_size: u32 = TransportOptions::default().buf_cache_size,
+        /// No effect: buffers come from the arena.
+        iobuf_small_cache_size: Option<u32>,
+        /// No effect: buffers come from the arena.
+        iobuf_large_cache_size: Option<u32>,
+        /// Shown as given: there is nothing but zero copy where devices lend buffers.
+        zcopy: bool = false,
+        /// RDMA only; no effect.
+        num_cqe: Option<i32>,
+        /// RDMA only; no effect.
+        max_srq_depth: Option<u32>,
+        /// RDMA only; no effect.
+        no_srq: Option<bool>,
+        /// Let the last data stand for the completion where the host allows it.
+        c2h_success: bool = true,
+        /// Only false is possible.
+        dif_insert_or_strip: bool = false,
+        /// SO_PRIORITY of connections.
+        sock_priority: u32 = 0,
+        /// RDMA only; no effect.
+        acceptor_backlog: Option<i32>,
+        /// Shown as given.
+        abort_timeout_sec: u32 = TransportOptions::default().abort_timeout_sec,
+        /// RDMA only; no effect.
+        no_wr_batching: Option<bool>,
+        /// No effect.
+        control_msg_num: Option<u16>,
+        /// VFIO-USER only; no effect.
+        disable_mappable_bar0: Option<bool>,
+        /// VFIO-USER only; no effect.
+        disable_adaptive_irq: Option<bool>,
+        /// VFIO-USER only; no effect.
+        disable_shadow_doorbells: Option<bool>,
+        /// No effect: connections are accepted as they come.
+        acceptor_poll_rate: Option<u32>,
+        /// Milliseconds after which unacknowledged data ends a connection; 0 = the system's.
+        ack_timeout: u32 = 0,
+        /// RDMA only; no effect.
+        data_wr_pool_size: Option<u32>,
+        /// No effect: no command is passed through.
+        disable_command_passthru: Option<bool>,
+        /// Granularity of keep-alive timers in units of 100 ms.
+        kas: u16 = TransportOptions::default().kas,
+        /// Milliseconds that a keep-alive timer has at least.
+        min_kato: u32 = TransportOptions::default().min_kato,
+        /// Commands to hide.
+        masked_oncs: Option<OnlyEmpty>,
+        /// Fused commands to hide.
+        masked_fuses: Option<OnlyEmpty>,
+        /// Milliseconds in which a new connection has to say who it is. Ours.
+        connect_timeout_ms: u32 = TransportOptions::default().connect_timeout_ms,
+        /// Milliseconds in which a host has to send data that it was asked for. Ours.
+        r2t_timeout_ms: u32 = TransportOptions::default().r2t_timeout_ms,
+    }
+    /// `nvmf_get_transports`.
+    pub struct GetTransports {
+        /// Only this type.
+        trtype: Option<String>,
+        /// Target.
+        tgt_name: Option<TargetName>,
+    }
+    /// `nvmf_get_subsystems`.
+    pub struct GetSubsystems {
+        /// Only this subsystem.
+        nqn: Option<String>,
+        /// Target.
+        tgt_name: Option<TargetName>,
+    }
+    /// `nvmf_create_subsystem`.
+    pub struct CreateSubsystem {
+        /// Name.
+        nqn: String,
+        /// Target.
+        tgt_name: Option<TargetName>,
+        /// Serial number, up to 20 characters.
+        serial_number: Option<String>,
+        /// Model number, up to 40 characters.
+        model_number: Option<String>,
+        /// No effect.
+        admin_label: Option<String>,
+        /// Namespaces at most; 0 = 32.
+        max_namespaces: u32 = 0,
+        /// Any host may connect.
+        allow_any_host: bool = false,
+        /// Report asymmetric namespace access.
+        ana_reporting: bool = false,
+        /// Smallest controller identifier.
+        min_cntlid: u16 = 1,
+        /// Largest controller identifier.
+        max_cntlid: u16 = 0xffef,
+        /// No effect.
+        dmrsl: Option<u32>,
+        /// No effect.
+        wzsl: Option<u8>,
+        /// NVMe pass-through.
+        passthrough: Option<OnlyFalse>,
+        /// Subsystem reset.
+        enable_nssr: Option<OnlyFalse>,
+    }
+    /// A subsystem's name.
+    pub struct Subsystem {
+        /// Name of the subsystem.
+        nqn: String,
+        /// Target.
+        tgt_name: Option<TargetName>,
+    }
+    /// An address.
+    pub struct Address {
+        /// "TCP".
+        trtype: String,
+        /// "IPv4" or "IPv6"; as the address is when not given.
+        adrfam: Option<String>,
+        /// IP address.
+        traddr: String,
+        /// Port; "0" picks a free one.
+        trsvcid: Option<String>,
+    }
+    /// `nvmf_subsystem_add_listener`.
+    pub struct AddListener {
+        /// Name of the subsystem; "discovery" for the discovery subsystem.
+        nqn: String,
+        /// Target.
+        tgt_name: Option<TargetName>,
+        /// Where to listen.
+        listen_address: Address,
+        /// TLS.
+        secure_channel: Option<OnlyFalse>,
+        /// ANA state of all groups there.
+        ana_state: Option<Ana>,
+        /// No effect.
+        sock_impl: Option<String>,
+        /// No effect.
+        numa_id: Option<i32>,
+    }
+    /// `nvmf_subsystem_remove_listener`.
+    pub struct RemoveListener {
+        /// Name of the subsystem; "discovery" for the discovery subsystem.
+        nqn: String,
+        /// Target.
+        tgt_name: Option<TargetName>,
+        /// Where it listens.
+        listen_address: Address,
+    }
+    /// `nvmf_subsystem_listener_set_ana_state`.
+    pub struct SetAna {
+        /// Name of the subsystem.
+        nqn: String,
+        /// Target.
+        tgt_name: Option<TargetName>,
+        /// Where it listens.
+        listen_address: Address,
+        /// New state.
+        ana_state: Ana,
+        /// Group; all of them when not given.
+        anagrpid: Option<u32>,
+    }
+    /// A namespace.
+    pub struct Namespace {
+        /// Identifier; the lowest free one when not given.
+        nsid: Option<u32>,
+        /// Device: name, alias or UUID.
+        bdev_name: String,
+        /// 16-byte identifier; the UUID when not given.
+        nguid: Option<Hex<16>>,
+        /// 8-byte identifier.
+        eui64: Option<Hex<8>>,
+        /// UUID; the device's when not given.
+        uuid: Option<Uuid>,
+        /// ANA group; the namespace's identifier when not given.
+        anagrpid: Option<u32>,
+        /// Hide from hosts.
+        no_auto_visible: Option<OnlyFalse>,
+        /// No effect: there is no metadata.
+        hide_metadata: Option<bool>,
+    }
+    /// `nvmf_subsystem_add_ns`.
+    pub struct AddNs {
+        /// Name of the subsystem.
+        nqn: String,
+        /// What to add.
+        namespace: Namespace,
+        /// Target.
+        tgt_name: Option<TargetName>,
+    }
+    /// `nvmf_subsystem_remove_ns`.
+    pub struct RemoveNs {
+        /// Name of the subsystem.
+        nqn: String,
+        /// Namespace.
+        nsid: u32,
+        /// Target.
+        tgt_name: Option<TargetName>,
+    }
+    /// `nvmf_subsystem_add_host`.
+    pub struct AddHost {
+        /// Name of the subsystem.
+        nqn: String,
+        /// Name of the host.
+        host: String,
+        /// Target.
+        tgt_name: Option<TargetName>,
+    }
+    /// `nvmf_subsystem_remove_host`.
+    pub struct RemoveHost {
+        /// Name of the subsystem.
+        nqn: String,
+        /// Name of the host.
+        host: String,
+        /// Target.
+        tgt_name: Option<TargetName>,
+        /// No effect.
+        timeout_ms: Option<u64>,
+    }
+    /// `nvmf_subsystem_allow_any_host`.
+    pub struct AllowAnyHost {
+        /// Name of the subsystem.
+        nqn: String,
+        /// Any host, or only those of the list.
+        allow_any_host: bool,
+        /// Target.
+        tgt_name: Option<TargetName>,
+    }
+    /// `nvmf_get_stats`, `nvmf_discovery_get_referrals`.
+    pub struct OfTarget {
+        /// Target.
+        tgt_name: Option<TargetName>,
+    }
+}
+object_params!(Address, Namespace);
+
+impl From<TargetError> for RpcError {
+    fn from(e: TargetError) -> RpcError {
+        RpcError::new(e.code().into(), e.to_string())
+    }
+}
+
+const TRUE: Value = Value::Bool(true);
+
+pub fn methods() -> Vec<Method> {
+    vec![
+        Method::new("nvmf_set_config", "Options of the target.", set_config).when(When::Any),
+        Method::new("nvmf_set_max_subsystems", "Limits the number of subsystems.", |c, p: MaxSubsystems| {
+            remember(c, "nvmf_set_max_subsystems", json!({"max_subsystems": p.max_subsystems}))
+        })
+        .when(When::Any),
+        Method::new("nvmf_set_crdt", "Command retry delays that controllers report.", |c, p: Crdt| {
+            remember(c, "nvmf_set_crdt", json!({"crdt1": p.crdt1, "crdt2": p.crdt2, "crdt3": p.crdt3}))
+        })
+        .when(When::Any),
+        Method::new(
+            "nvmf_create_transport",
+            "Creates the transport; TCP is the only type.",
+            create_transport,
+        ),
+        Method::new("nvmf_get_transports", "Transports with their parameters.", get_transports),
+        Method::new("nvmf_create_subsystem", "Creates a subsystem.", create_subsystem),
+        Method::new(
+            "nvmf_delete_subsystem",
+            "Ends a subsystem's controllers and deletes it.",
+            |c, p: Subsystem| {
+                c.target()?.delete_subsystem(&p.nqn)?;
+                Ok(TRUE)
+            },
+        ),
+        Method::new("nvmf_get_subsystems", "Subsystems, the discovery subsystem first.", get_subsystems),
+        Method::new("nvmf_subsystem_add_ns", "Adds a device as a namespace. Replies its identifier.", add_ns),
+        Method::new("nvmf_subsystem_remove_ns", "Takes a namespace out.", |c, p: RemoveNs| {
+            c.target()?.remove_ns(&p.nqn, p.nsid)?;
+            Ok(TRUE)
+        }),
+        Method::new(
+            "nvmf_subsystem_add_listener",
+            "Makes a subsystem reachable at an address.",
+            add_listener,
+        ),
+        Method::new(
+            "nvmf_subsystem_remove_listener",
+            "Ends a listener and its connections.",
+            |c, p: RemoveListener| {
+                c.target()?.remove_listener(nqn(&p.nqn), &p.listen_address.parse()?)?;
+                Ok(TRUE)
+            },
+        ),
+        Method::new(
+            "nvmf_subsystem_listener_set_ana_state",
+            "Sets the ANA state behind a listener.",
+            |c, p: SetAna| {
+                c.target()?.set_ana_state(
+                    &p.nqn,
+                    &p.listen_address.parse()?,
+                    p.ana_state.state(),
+                    p.anagrpid,
+                )?;
+                Ok(TRUE)
+            },
+        ),
+        Method::new("nvmf_subsystem_get_listeners", "Listeners of a subsystem.", get_listeners),
+        Method::new("nvmf_subsystem_get_controllers", "Controllers of a subsystem.", get_controllers),
+        Method::new("nvmf_subsystem_get_qpairs", "Queues of a subsystem's controllers.", get_qpairs),
+        Method::new("nvmf_subsystem_add_host", "Lets a host connect.", |c, p: AddHost| {
+            c.target()?.add_host(&p.nqn, &p.host)?;
+            Ok(TRUE)
+        }),
+        Method::new(
+            "nvmf_subsystem_remove_host",
+            "Takes a host out of the list and ends its connections.",
+            |c, p: RemoveHost| {
+                c.target()?.remove_host(&p.nqn, &p.host)?;
+                Ok(TRUE)
+            },
+        ),
+        Method::new(
+            "nvmf_subsystem_allow_any_host",
+            "Lets any host connect, or only those of the list.",
+            |c, p: AllowAnyHost| {
+                c.target()?.allow_any_host(&p.nqn, p.allow_any_host)?;
+                Ok(TRUE)
+            },
+        ),
+        Method::new("nvmf_get_stats", "What each reactor does for hosts.", get_stats),
+        Method::new("nvmf_discovery_get_referrals", "There are none.", |_, _: OfTarget| Ok(json!([]))),
+    ]
+}
+
+fn nqn(name: &str) -> &str {
+    if name == "discovery" { DISCOVERY } else { name }
+}
+
+impl Ana {
+    fn state(self) -> AnaState {
+        match self {
+            Ana::Optimized => AnaState::Optimized,
+            Ana::NonOptimized => AnaState::NonOptimized,
+            Ana::Inaccessible => AnaState::Inaccessible,
+        }
+    }
+}
+
+fn ana_word(s: AnaState) -> &'static str {
+    match s {
+        AnaState::Optimized => "optimized",
+        AnaState::NonOptimized => "non_optimized",
+        _ => "inaccessible",
+    }
+}
+
+impl Address {
+    fn parse(&self) -> Result<ListenAddr, RpcError> {
+        let port =
+            self.trsvcid.as_deref().ok_or_else(|| RpcError::params("trsvcid: missing; TCP needs a port"))?;
+        Ok(ListenAddr::parse(&self.trtype, self.adrfam.as_deref(), &self.traddr, port)?)
+    }
+}
+
+fn address(a: &ListenAddr) -> Value {
+    json!({"trtype": "TCP", "adrfam": a.adrfam(), "traddr": a.ip.to_string(), "trsvcid": a.port.to_string()})
+}
+
+/// Stores options of the target and applies them if it runs.
+fn remember(c: &Control, method: &'static str, params: Value) -> RpcResult {
+    let fresh = object(params);
+    if let Ok(t) = c.target() {
+        apply(t, method, &fresh)?;
+    }
+    lock(&c.options).remember("nvmf", method, fresh);
+    Ok(TRUE)
+}
+
+/// Applies what was set before the target existed.
+pub fn apply_options(c: &Control, t: &Target) -> Result<(), RpcError> {
+    let o = lock(&c.options);
+    for method in ["nvmf_set_config", "nvmf_set_max_subsystems", "nvmf_set_crdt"] {
+        if let Some(params) = o.get(method) {
+            apply(t, method, params)?;
+        }
+    }
+    Ok(())
+}
+
+fn apply(t: &Target, method: &str, params: &Map<String, Value>) -> Result<(), RpcError> {
+    let number = |k: &str| params.get(k).and_then(Value::as_u64).unwrap_or(0);
+    match method {
+        "nvmf_set_max_subsystems" => t.set_max_subsystems(number("max_subsystems") as u32)?,
+        "nvmf_set_crdt" => {
+            t.set_crdt([number("crdt1") as u16, number("crdt2") as u16, number("crdt3") as u16])
+        }
+        _ => {
+            if let Some(f) =
+                params.get("discovery_filter").and_then(Value::as_str).and_then(DiscoveryFilter::parse)
+            {
+                t.set_config(f);
+            }
+        }
+    }
+    Ok(())
+}
+
+fn set_config(c: &Control, p: SetConfig) -> RpcResult {
+    let filter = p.discovery_filter.or(p.discovery_filters.map(|f| f.join(",")));
+    if let Some(f) = &filter
+        && DiscoveryFilter::parse(f).is_none()
+    {
+        let what = "\"match_any\", or a list of \"transport\", \"address\" and \"svcid\" is needed";
+        return Err(RpcError::params(format!("discovery_filter: \"{f}\" was given; {what}")));
+    }
+    remember(
+        c,
+        "nvmf_set_config",
+        json!({"discovery_filter": filter, "dup_host_policy": p.dup_host_policy.map(DupHostPolicy::word)}),
+    )
+}
+
+fn create_transport(c: &Control, p: CreateTransport) -> RpcResult {
+    let options = TransportOptions {
+        max_queue_depth: p.max_queue_depth,
+        max_io_qpairs_per_ctrlr: p.max_io_qpairs_per_ctrlr,
+        in_capsule_data_size: p.in_capsule_data_size,
+        max_io_size: p.max_io_size,
+        io_unit_size: p.io_unit_size,
+        max_aq_depth: p.max_aq_depth,
+        num_shared_buffers: p.num_shared_buffers,
+        buf_cache_size: p.buf_cache_size,
+        dif_insert_or_strip: p.dif_insert_or_strip,
+        zcopy: p.zcopy,
+        c2h_success: p.c2h_success,
+        sock_priority: p.sock_priority,
+        ack_timeout: p.ack_timeout,
+        abort_timeout_sec: p.abort_timeout_sec,
+        kas: p.kas,
+        min_kato: p.min_kato,
+        connect_timeout_ms: p.connect_timeout_ms,
+        r2t_timeout_ms: p.r2t_timeout_ms,
+    };
+    c.target()?.create_transport(&p.trtype, options)?;
+    Ok(TRUE)
+}
+
+fn transport(trtype: &str, o: &TransportOptions) -> Value {
+    json!({
+        "trtype": trtype,
+        "max_queue_depth": o.max_queue_depth,
+        "max_io_qpairs_per_ctrlr": o.max_io_qpairs_per_ctrlr,
+        "in_capsule_data_size": o.in_capsule_data_size,
+        "max_io_size": o.max_io_size,
+        "io_unit_size": o.io_unit_size,
+        "max_aq_depth": o.max_aq_depth,
+        "num_shared_buffers": o.num_shared_buffers,
+        "buf_cache_size": o.buf_cache_size,
+        "dif_insert_or_strip": o.dif_insert_or_strip,
+        "zcopy": o.zcopy,
+        "c2h_success": o.c2h_success,
+        "sock_priority": o.sock_priority,
+        "ack_timeout": o.ack_timeout,
+        "abort_timeout_sec": o.abort_timeout_sec,
+        "kas": o.kas,
+        "min_kato": o.min_kato,
+        "connect_timeout_ms": o.connect_timeout_ms,
+        "r2t_timeout_ms": o.r2t_timeout_ms,
+    })
+}
+
+fn get_transports(c: &Control, p: GetTransports) -> RpcResult {
+    let all = c.target()?.transports();
+    let wanted = |t: &str| p.trtype.as_ref().is_none_or(|w| w.eq_ignore_ascii_case(t));
+    let list: Vec<Value> = all.iter().filter(|(t, _)| wanted(t)).map(|(t, o)| transport(t, o)).collect();
+    match p.trtype {
+        Some(t) if list.is_empty() => Err(TargetError::NoTransport(t).into()),
+        _ => Ok(json!(list)),
+    }
+}
+
+fn create_subsystem(c: &Control, p: CreateSubsystem) -> RpcResult {
+    let d = SubsystemOptions::new(p.nqn);
+    c.target()?.create_subsystem(SubsystemOptions {
+        serial_number: p.serial_number.unwrap_or_else(|| d.serial_number.clone()),
+        model_number: p.model_number.unwrap_or_else(|| d.model_number.clone()),
+        allow_any_host: p.allow_any_host,
+        ana_reporting: p.ana_reporting,
+        max_namespaces: p.max_namespaces,
+        min_cntlid: p.min_cntlid,
+        max_cntlid: p.max_cntlid,
+        ..d
+    })?;
+    Ok(TRUE)
+}
+
+fn hex(bytes: &[u8]) -> String {
+    bytes.iter().map(|b| format!("{b:02X}")).collect()
+}
+
+fn describe(s: &SubsystemInfo) -> Value {
+    let mut v = json!({
+        "nqn": s.options.nqn,
+        "subtype": if s.discovery { "Discovery" } else { "NVMe" },
+        "listen_addresses": s.listeners.iter().map(|l| address(&l.addr)).collect::<Vec<_>>(),
+        "allow_any_host": s.options.allow_any_host,
+        "hosts": s.hosts.iter().map(|h| json!({"nqn": h})).collect::<Vec<_>>(),
+    });
+    if s.discovery {
+        return v;
+    }
+    let o = &s.options;
+    let namespaces: Vec<Value> = s
+        .namespaces
+        .iter()
+        .map(|n| {
+            let mut ns = json!({
+                "nsid": n.nsid, "bdev_name": n.bdev_name, "name": n.bdev_name,
+                "nguid": hex(&n.nguid), "uuid": n.uuid.to_string(), "anagrpid": n.anagrpid,
+            });
+            if n.eui64 != [0; 8] {
+                ns["eui64"] = hex(&n.eui64).into();
+            }
+            ns
+        })
+        .collect();
+    let rest = json!({
+        "serial_number": o.serial_number, "model_number": o.model_number,
+        "max_namespaces": if o.max_namespaces == 0 { 32 } else { o.max_namespaces },
+        "min_cntlid": o.min_cntlid, "max_cntlid": o.max_cntlid, "ana_reporting": o.ana_reporting,
+        "passthrough": false, "enable_nssr": false, "namespaces": namespaces,
+    });
+    if let (Value::Object(v), Value::Object(rest)) = (&mut v, rest) {
+        v.extend(rest);
+    }
+    v
+}
+
+fn get_subsystems(c: &Control, p: GetSubsystems) -> RpcResult {
+    let all = c.target()?.subsystems();
+    let Some(name) = p.nqn else { return Ok(all.iter().map(describe).collect()) };
+    let found = all.iter().find(|s| s.options.nqn == nqn(&name));
+    let found = found.ok_or(TargetError::NoSubsystem(name))?;
+    Ok(json!([describe(found)]))
+}
+
+fn add_ns(c: &Control, p: AddNs) -> RpcResult {
+    let n = p.namespace;
+    let options = NsOptions {
+        bdev_name: n.bdev_name,
+        nsid: n.nsid.filter(|n| *n != 0),
+        nguid: n.nguid.map(|h| h.0),
+        eui64: n.eui64.map(|h| h.0),
+        uuid: n.uuid,
+        anagrpid: n.anagrpid,
+    };
+    Ok(json!(c.target()?.add_ns(&p.nqn, &options)?))
+}
+
+fn add_listener(c: &Control, p: AddListener) -> RpcResult {
+    let t = c.target()?;
+    let (name, addr) = (nqn(&p.nqn), p.listen_address.parse()?);
+    let bound = t.add_listener(name, &addr)?;
+    if let Some(state) = p.ana_state.filter(|s| *s != Ana::Optimized)
+        && let Err(e) = t.set_ana_state(name, &bound, state.state(), None)
+    {
+        // A half-made listener would be worse than none.
+        t.remove_listener(name, &bound)?;
+        return Err(e.into());
+    }
+    Ok(TRUE)
+}
+
+fn get_listeners(c: &Control, p: Subsystem) -> RpcResult {
+    let all = c.target()?.listeners(nqn(&p.nqn))?;
+    let one = |l: &cryptfold_nvmf_target::ListenerInfo| {
+        let states: Vec<Value> =
+            l.ana_states.iter().map(|(g, s)| json!({"ana_group": g, "ana_state": ana_word(*s)})).collect();
+        let first = l.ana_states.first().map_or("optimized", |(_, s)| ana_word(*s));
+        json!({"address": address(&l.addr), "ana_state": first, "ana_states": states})
+    };
+    Ok(all.iter().map(one).collect())
+}
+
+fn get_controllers(c: &Control, p: Subsystem) -> RpcResult {
+    let all = c.target()?.controllers(nqn(&p.nqn))?;
+    let kind = if nqn(&p.nqn) == DISCOVERY { "discovery" } else { "io" };
+    Ok(all
+        .iter()
+        .map(|k| {
+            json!({
+                "cntlid": k.cntlid, "cntrltype": kind, "hostnqn": k.hostnqn, "hostid": k.hostid.to_string(),
+                "num_io_qpairs": k.num_io_qpairs, "kato_ms": k.kato_ms,
+                "reads": k.totals.reads, "writes": k.totals.writes, "read_bytes": k.totals.read_bytes,
+                "write_bytes": k.totals.write_bytes, "other_commands": k.totals.other, "errors": k.totals.errors,
+            })
+        })
+        .collect())
+}
+
+fn get_qpairs(c: &Control, p: Subsystem) -> RpcResult {
+    let all = c.target()?.qpairs(nqn(&p.nqn))?;
+    Ok(all
+        .iter()
+        .map(|q| {
+            let peer: Option<std::net::SocketAddr> = q.peer_address.parse().ok();
+            let peer = peer.map_or_else(|| json!(q.peer_address), |a| address(&a.into()));
+            json!({
+                "cntlid": q.cntlid, "qid": q.qid, "state": "active", "thread": thread_name(q.reactor),
+                "hostnqn": q.hostnqn, "listen_address": address(&q.listen_address), "peer_address": peer,
+                "queue_depth": q.depth, "reads": q.totals.reads, "writes": q.totals.writes,
+                "errors": q.totals.errors,
+            })
+        })
+        .collect())
+}
+
+fn get_stats(c: &Control, _: OfTarget) -> RpcResult {
+    let groups: Vec<Value> = c
+        .target()?
+        .stats()
+        .iter()
+        .map(|g| {
+            json!({
+                "name": g.name, "admin_qpairs": g.admin_qpairs, "io_qpairs": g.io_qpairs,
+                "current_admin_qpairs": g.current_admin_qpairs, "current_io_qpairs": g.current_io_qpairs,
+                "pending_bdev_io": 0, "completed_nvme_io": g.completed_nvme_io,
+                "transports": [{"trtype": "TCP"}],
+            })
+        })
+        .collect();
+    Ok(json!({"tick_rate": TICK_RATE, "poll_groups": groups}))
+}
+
+/// The calls that make the target's state again.
+pub fn config(c: &Control) -> Vec<(String, Value)> {
+    let mut calls = lock(&c.options).calls("nvmf");
+    let Ok(t) = c.target() else { return calls };
+    let mut add = |m: &str, p: Value| calls.push((m.into(), p));
+    for (trtype, o) in t.transports() {
+        add("nvmf_create_transport", transport(trtype, &o));
+    }
+    for s in t.subsystems() {
+        let (o, name) = (&s.options, &s.options.nqn);
+        if !s.discovery {
+            add(
+                "nvmf_create_subsystem",
+                json!({
+                    "nqn": name, "allow_any_host": o.allow_any_host, "serial_number": o.serial_number,
+                    "model_number": o.model_number, "max_namespaces": o.max_namespaces,
+                    "min_cntlid": o.min_cntlid, "max_cntlid": o.max_cntlid, "ana_reporting": o.ana_reporting,
+                }),
+            );
+        }
+        for h in &s.hosts {
+            add("nvmf_subsystem_add_host", json!({"nqn": name, "host": h}));
+        }
+        for n in &s.namespaces {
+            let mut ns = json!({"nsid": n.nsid, "bdev_name": n.bdev_name, "nguid": hex(&n.nguid),
+                "uuid": n.uuid.to_string(), "anagrpid": n.anagrpid});
+            if n.eui64 != [0; 8] {
+                ns["eui64"] = hex(&n.eui64).into();
+            }
+            add("nvmf_subsystem_add_ns", json!({"nqn": name, "namespace": ns}));
+        }
+        for l in &s.listeners {
+            add("nvmf_subsystem_add_listener", json!({"nqn": name, "listen_address": address(&l.addr)}));
+            for (group, state) in l.ana_states.iter().filter(|(_, s)| *s != AnaState::Optimized) {
+                let p = json!({"nqn": name, "listen_address": address(&l.addr), "ana_state": ana_word(*state),
+                    "anagrpid": group});
+                add("nvmf_subsystem_listener_set_ana_state", p);
+            }
+        }
+    }
+    calls
+}
