@@ -1,0 +1,111 @@
+//! Opening the streams of connections.
+
+use std::future::Future;
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, Waker};
+use std::time::Duration;
+
+use crate::{ConnectOptions, Error, TcpWire, Wire};
+
+/// A stream that is being opened.
+pub type Dialing<'a> = Pin<Box<dyn Future<Output = Result<Box<dyn Wire>, Error>> + 'a>>;
+
+/// Opens streams to one target, on any reactor.
+pub trait Dial: Send + Sync {
+    /// A new stream, for the current reactor.
+    fn dial(&self) -> Dialing<'_>;
+}
+
+/// TCP to an address.
+pub struct TcpDial {
+    traddr: String,
+    trsvcid: String,
+    address: String,
+    limit: Duration,
+}
+
+impl TcpDial {
+    /// To the address of these options.
+    pub fn new(options: &ConnectOptions) -> TcpDial {
+        TcpDial {
+            traddr: options.traddr.clone(),
+            trsvcid: options.trsvcid.clone(),
+            address: options.address(),
+            limit: options.connect_timeout,
+        }
+    }
+}
+
+impl Dial for TcpDial {
+    fn dial(&self) -> Dialing<'_> {
+        let (host, port) = (self.traddr.clone(), self.trsvcid.clone());
+        let (address, limit) = (self.address.clone(), self.limit);
+        Box::pin(async move {
+            let stream = off_reactor(move || connect(&host, &port, &address, limit)).await;
+            let address = || self.address.clone();
+            let stream = stream.unwrap_or_else(|why| Err(Error::Connect { address: address(), why }))?;
+            let wire = TcpWire::new(stream);
+            let wire = wire.map_err(|e| Error::Connect { address: address(), why: e.to_string() })?;
+            Ok(Box::new(wire) as Box<dyn Wire>)
+        })
+    }
+}
+
+fn connect(host: &str, port: &str, address: &str, limit: Duration) -> Result<TcpStream, Error> {
+    let resolve = |why: String| Error::Resolve { address: address.to_owned(), why };
+    let port: u16 = port.parse().map_err(|_| resolve(format!("\"{port}\" is no port")))?;
+    let found: Vec<SocketAddr> =
+        (host, port).to_socket_addrs().map_err(|e| resolve(e.to_string()))?.collect();
+    let mut why = "the name has no address".to_owned();
+    for target in found {
+        match TcpStream::connect_timeout(&target, limit) {
+            Ok(stream) => return Ok(stream),
+            Err(e) => why = e.to_string(),
+        }
+    }
+    Err(Error::Connect { address: address.to_owned(), why })
+}
+
+struct Slot<T> {
+    value: Option<Result<T, String>>,
+    waker: Option<Waker>,
+}
+
+/// Waits for something that blocks, on a thread of its own. The error is that of making the thread.
+struct OffReactor<T>(Arc<Mutex<Slot<T>>>);
+
+fn off_reactor<T: Send + 'static>(f: impl FnOnce() -> T + Send + 'static) -> OffReactor<T> {
+    let slot = Arc::new(Mutex::new(Slot { value: None, waker: None }));
+    let theirs = slot.clone();
+    let thread = std::thread::Builder::new().name("nvmf_dial".into()).spawn(move || {
+        let value = f();
+        let waker = {
+            let mut slot = theirs.lock().unwrap_or_else(PoisonError::into_inner);
+            slot.value = Some(Ok(value));
+            slot.waker.take()
+        };
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    });
+    if let Err(e) = thread {
+        slot.lock().unwrap_or_else(PoisonError::into_inner).value = Some(Err(e.to_string()));
+    }
+    OffReactor(slot)
+}
+
+impl<T> Future for OffReactor<T> {
+    type Output = Result<T, String>;
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut slot = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        match slot.value.take() {
+            Some(value) => Poll::Ready(value),
+            None => {
+                slot.waker = Some(cx.waker().clone());
+                Poll::Pending
+            }
+        }
+    }
+}

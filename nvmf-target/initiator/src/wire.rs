@@ -1,0 +1,59 @@
+//! The byte stream under a connection: TCP, or whatever a simulation puts there.
+
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::fd::AsFd;
+use std::rc::Rc;
+
+/// A non-blocking, ordered byte stream. Errors other than `WouldBlock` and `Interrupted` end it.
+pub trait Wire {
+    /// Receives into the buffers in order; `Ok(0)` is the end of the stream.
+    ///
+    /// # Errors
+    /// As a non-blocking socket's.
+    fn recv(&self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize>;
+    /// Sends a prefix of the buffers.
+    ///
+    /// # Errors
+    /// As a non-blocking socket's.
+    fn send(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize>;
+    /// No more sending (`Write`), or nothing any more (`Both`).
+    fn shutdown(&self, how: Shutdown);
+    /// What to watch for readiness. Without one, the wire calls what [`Wire::on_ready`] gave it.
+    fn descriptor(&self) -> Option<Rc<dyn AsFd>> {
+        None
+    }
+    /// Called once: `wake` is to be called whenever bytes or room may have come.
+    fn on_ready(&self, _wake: Rc<dyn Fn()>) {}
+}
+
+/// TCP.
+pub struct TcpWire(Rc<TcpStream>);
+
+impl TcpWire {
+    /// Takes a connected stream; makes it non-blocking and sends small packets at once.
+    ///
+    /// # Errors
+    /// When the socket's options can not be set.
+    pub fn new(stream: TcpStream) -> io::Result<TcpWire> {
+        stream.set_nonblocking(true)?;
+        stream.set_nodelay(true)?;
+        Ok(TcpWire(Rc::new(stream)))
+    }
+}
+
+impl Wire for TcpWire {
+    fn recv(&self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        (&*self.0).read_vectored(bufs)
+    }
+    fn send(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        (&*self.0).write_vectored(bufs)
+    }
+    fn shutdown(&self, how: Shutdown) {
+        // A peer that is gone already is no news.
+        let _ = self.0.shutdown(how);
+    }
+    fn descriptor(&self) -> Option<Rc<dyn AsFd>> {
+        Some(self.0.clone())
+    }
+}
