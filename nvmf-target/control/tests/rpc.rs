@@ -341,3 +341,169 @@ fn log_levels_and_flags() {
     assert_eq!(t.refused("log_set_flag", json!({"flag": "nothing"})).0, -32602);
     assert_eq!(t.refused("log_set_level", json!({"level": "LOUD"})).0, -32602);
 }
+
+#[test]
+fn subsystems_namespaces_listeners_and_hosts() {
+    let t = start();
+    t.malloc("M0");
+    t.malloc("M1");
+    let nqn = "nqn.2026-01.io.cryptfold:t";
+    assert_eq!(t.call("nvmf_get_subsystems", Value::Null)[0]["nqn"], "nqn.2014-08.org.nvmexpress.discovery");
+    // What spdk-rpc sends for `nvmf_create_transport -t TCP`.
+    let p = json!({"trtype": "TCP", "zcopy": false, "no_srq": false, "c2h_success": true, "dif_insert_or_strip": false,
+        "no_wr_batching": false, "disable_mappable_bar0": false, "disable_adaptive_irq": false,
+        "disable_shadow_doorbells": false, "disable_command_passthru": false});
+    t.call("nvmf_create_transport", p.clone());
+    let (code, what) = t.refused("nvmf_create_transport", p);
+    assert_eq!((code, what.as_str()), (-32603, "Transport type 'TCP' already exists"));
+    assert_eq!(
+        t.refused("nvmf_create_transport", json!({"trtype": "TCP", "masked_oncs": ["reservs"]})).0,
+        -32602
+    );
+    let transport = &t.call("nvmf_get_transports", json!({"trtype": "tcp"}))[0];
+    for (key, value) in [
+        ("max_queue_depth", 128),
+        ("max_io_qpairs_per_ctrlr", 127),
+        ("in_capsule_data_size", 4096),
+        ("max_io_size", 131_072),
+        ("max_aq_depth", 128),
+    ] {
+        assert_eq!(transport[key], value, "{key}");
+    }
+    let p = json!({"nqn": nqn, "serial_number": "S1", "allow_any_host": false, "ana_reporting": true,
+        "passthrough": false, "enable_nssr": false});
+    t.call("nvmf_create_subsystem", p);
+    let (code, what) = t.refused("nvmf_create_subsystem", json!({"nqn": nqn}));
+    assert!(code == -32602 && what.contains("already exists"), "{what}");
+    let ns = |bdev: &str| json!({"nqn": nqn, "namespace": {"bdev_name": bdev, "no_auto_visible": false}});
+    assert_eq!(t.call("nvmf_subsystem_add_ns", ns("M0")), 1);
+    let guid = json!({"nqn": nqn, "namespace": {"bdev_name": "M1", "nsid": 7, "eui64": "0102030405060708",
+        "nguid": "00112233445566778899AABBCCDDEEFF", "uuid": "a0a1a2a3-a4a5-a6a7-a8a9-aaabacadaeaf"}});
+    assert_eq!(t.call("nvmf_subsystem_add_ns", guid), 7);
+    let (code, what) = t.refused(
+        "nvmf_subsystem_add_ns",
+        json!({"nqn": "nqn.2026-01.io.cryptfold:no",
+        "namespace": {"bdev_name": "M0"}}),
+    );
+    assert!(code == -32602 && what.contains("not found"), "{code} {what}");
+    assert_eq!(t.refused("nvmf_subsystem_add_ns", ns("M0")).0, -16, "claimed");
+    assert_eq!(t.refused("nvmf_subsystem_add_ns", ns("none")).0, -19);
+    assert_eq!(t.refused("bdev_passthru_create", json!({"base_bdev_name": "M0", "name": "P"})).0, -16);
+    let addr = json!({"trtype": "TCP", "adrfam": "ipv4", "traddr": "127.0.0.1", "trsvcid": "0"});
+    t.call(
+        "nvmf_subsystem_add_listener",
+        json!({"nqn": nqn, "listen_address": addr, "secure_channel": false}),
+    );
+    let addr = t.call("nvmf_subsystem_get_listeners", json!({"nqn": nqn}))[0]["address"].clone();
+    assert_ne!(addr["trsvcid"], "0");
+    let listener = json!({"nqn": nqn, "listen_address": addr});
+    assert!(t.refused("nvmf_subsystem_add_listener", listener.clone()).1.contains("already exists"));
+    t.call(
+        "nvmf_subsystem_listener_set_ana_state",
+        json!({"nqn": nqn, "listen_address": addr, "ana_state": "inaccessible", "anagrpid": 1}),
+    );
+    let host = json!({"nqn": nqn, "host": "nqn.2026-01.io.cryptfold:host"});
+    t.call("nvmf_subsystem_add_host", host.clone());
+    t.call("nvmf_set_crdt", json!({"crdt1": 3}));
+
+    let all = t.call("nvmf_get_subsystems", json!({"tgt_name": "nvmf_tgt"}));
+    let s = &all[1];
+    assert_eq!((&s["subtype"], &s["serial_number"]), (&json!("NVMe"), &json!("S1")));
+    assert_eq!(s["listen_addresses"][0], addr);
+    assert_eq!(s["hosts"], json!([{"nqn": "nqn.2026-01.io.cryptfold:host"}]));
+    assert_eq!(s["namespaces"][1]["nguid"], "00112233445566778899AABBCCDDEEFF");
+    assert_eq!(t.refused("nvmf_get_subsystems", json!({"tgt_name": "other"})).0, -32602);
+    assert_eq!(t.call("nvmf_get_stats", Value::Null)["poll_groups"][0]["current_io_qpairs"], 0);
+    assert_eq!(t.call("nvmf_subsystem_get_controllers", json!({"nqn": nqn})), json!([]));
+    assert_eq!(t.call("nvmf_subsystem_get_qpairs", json!({"nqn": nqn})), json!([]));
+
+    // The same again from what was saved.
+    let saved = t.call("save_config", Value::Null);
+    drop(t);
+    let t = uninitialised();
+    t.call("load_config", json!({"config": saved}));
+    assert_eq!(t.call("save_config", Value::Null), saved);
+    assert_eq!(&t.call("nvmf_get_subsystems", Value::Null), &all);
+
+    t.call("nvmf_subsystem_remove_host", host);
+    t.call("nvmf_subsystem_remove_listener", listener);
+    t.call("nvmf_subsystem_remove_ns", json!({"nqn": nqn, "nsid": 7}));
+    t.call("bdev_malloc_delete", json!({"name": "M0"}));
+    assert_eq!(t.call("nvmf_get_subsystems", json!({"nqn": nqn}))[0]["namespaces"], json!([]), "hot-removed");
+    t.call("nvmf_delete_subsystem", json!({"nqn": nqn}));
+    assert!(t.refused("nvmf_delete_subsystem", json!({"nqn": nqn})).1.contains("not found"));
+}
+
+#[test]
+fn crypto_devices() {
+    let t = start();
+    t.malloc("M0");
+    t.malloc("M1");
+    let (k, k2) = ("00".repeat(31) + "01", "02".repeat(32));
+    t.call("accel_crypto_key_create", json!({"cipher": "AES_XTS", "name": "k", "key": k, "key2": k2}));
+    let crypto = json!({"base_bdev_name": "M0", "name": "C0", "key_name": "k"});
+    assert_eq!(t.call("bdev_crypto_create", crypto), "C0");
+    assert_eq!(t.refused("accel_crypto_key_destroy", json!({"key_name": "k"})).0, -16);
+    let (code, what) =
+        t.refused("bdev_crypto_create", json!({"base_bdev_name": "M1", "name": "C1", "key": "c0ffee"}));
+    assert!(code == -32602 && what.contains("accel_crypto_key_create") && !what.contains("c0ffee"), "{what}");
+    assert_eq!(
+        t.refused("bdev_crypto_create", json!({"base_bdev_name": "M1", "name": "C1", "key_name": "no"})).0,
+        -2
+    );
+    let file = t.path("host.key");
+    std::fs::write(&file, [[1u8; 32], [2u8; 32]].concat()).unwrap();
+    let host = json!({"base_bdev_name": "M1", "name": "H1", "key_file": file, "sector_size": 4096});
+    assert_eq!(t.refused("bdev_hostcrypt_create", host.clone()).0, -13, "mode 0644");
+    std::fs::set_permissions(&file, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    assert_eq!(t.call("bdev_hostcrypt_create", host), "H1");
+    let saved = t.call("framework_get_config", json!({"name": "bdev"}));
+    let at = |m: &str| saved.as_array().unwrap().iter().find(|c| c["method"] == m).unwrap()["params"].clone();
+    assert_eq!(at("bdev_crypto_create")["key_name"], "k");
+    assert_eq!(at("bdev_hostcrypt_create")["key_file"], json!(file));
+    t.call("bdev_crypto_delete", json!({"name": "C0"}));
+    t.call("bdev_hostcrypt_delete", json!({"name": "H1"}));
+    t.call("accel_crypto_key_destroy", json!({"key_name": "k"}));
+}
+
+/// What SPDK's own saved configurations contain loads, also where there is nothing to set here.
+#[test]
+fn a_configuration_that_spdk_saved() {
+    let text = r#"{"subsystems": [
+      {"subsystem": "scheduler", "config": [{"method": "framework_set_scheduler", "params": {"name": "static"}}]},
+      {"subsystem": "sock", "config": [
+        {"method": "sock_set_default_impl", "params": {"impl_name": "posix"}},
+        {"method": "sock_impl_set_options", "params": {"impl_name": "ssl", "recv_buf_size": 4096, "send_buf_size": 4096,
+          "enable_recv_pipe": true, "enable_quickack": false, "enable_placement_id": 0, "zerocopy_threshold": 0,
+          "enable_zerocopy_send_server": true, "enable_zerocopy_send_client": false, "tls_version": 0,
+          "enable_ktls": false}}]},
+      {"subsystem": "iobuf", "config": [{"method": "iobuf_set_options", "params": {"small_pool_count": 256,
+          "large_pool_count": 16, "small_bufsize": 8192, "large_bufsize": 135168, "enable_numa": false}}]},
+      {"subsystem": "keyring", "config": []}, {"subsystem": "vmd", "config": []},
+      {"subsystem": "accel", "config": [{"method": "accel_set_options", "params": {"small_cache_size": 128}}]},
+      {"subsystem": "bdev", "config": [
+        {"method": "bdev_set_options", "params": {"bdev_io_pool_size": 65535, "bdev_io_cache_size": 256,
+          "bdev_auto_examine": true, "iobuf_small_cache_size": 128, "iobuf_large_cache_size": 16}},
+        {"method": "bdev_nvme_set_options", "params": {"action_on_timeout": "none", "dhchap_digests": ["sha256"]}},
+        {"method": "bdev_nvme_set_hotplug", "params": {"period_us": 100000, "enable": false}},
+        {"method": "bdev_wait_for_examine"}]},
+      {"subsystem": "nvmf", "config": [
+        {"method": "nvmf_set_config", "params": {"discovery_filter": "match_any",
+          "admin_cmd_passthru": {"identify_ctrlr": false}, "dhchap_digests": ["sha256"], "dhchap_dhgroups": ["null"]}},
+        {"method": "nvmf_set_max_subsystems", "params": {"max_subsystems": 1024}},
+        {"method": "nvmf_set_crdt", "params": {"crdt1": 0, "crdt2": 0, "crdt3": 0}}]},
+      {"subsystem": "nbd", "config": []}]}"#;
+    let t = uninitialised();
+    t.call("load_config", json!({"config": serde_json::from_str::<Value>(text).unwrap()}));
+    assert_eq!(t.call("sock_impl_get_options", json!({"impl_name": "ssl"}))["recv_buf_size"], 4096);
+    assert_eq!(t.call("sock_get_default_impl", Value::Null)["impl_name"], "posix");
+}
+
+/// `cryptfold rpc --doc` writes the file that this test compares.
+#[test]
+fn the_documentation_is_up_to_date() {
+    let path = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/rpc.md");
+    let there = std::fs::read_to_string(&path).unwrap_or_default();
+    let now = Control::new(ControlConfig::default()).table().markdown();
+    assert!(there == now, "docs/rpc.md is old; run: cargo run -p cryptfold -- rpc --doc > docs/rpc.md");
+}

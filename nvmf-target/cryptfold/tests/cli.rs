@@ -1,0 +1,189 @@
+//! The program from outside: exit codes, one line per error, start, end, status.
+
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+fn program() -> Command {
+    let mut c = Command::new(env!("CARGO_BIN_EXE_cryptfold"));
+    c.env_remove("CRYPTFOLD_KEYS").stdin(Stdio::null());
+    c
+}
+
+fn run(args: &[&str]) -> Output {
+    program().args(args).output().unwrap()
+}
+
+/// The error is one line, and the code is as promised.
+fn refused(args: &[&str], code: i32, words: &[&str]) {
+    let out = run(args);
+    let err = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(code), "{args:?}: {err}");
+    for w in words {
+        assert!(err.contains(w), "{args:?}: no \"{w}\" in: {err}");
+    }
+    if code == 1 {
+        let lines = err.lines().filter(|l| l.starts_with("cryptfold: ")).count();
+        assert_eq!(lines, 1, "{args:?}: {err}");
+    }
+    assert!(out.stdout.is_empty(), "{args:?}");
+}
+
+struct Target {
+    child: Child,
+    ready: String,
+}
+
+fn start(dir: &Path, more: &[&str]) -> Target {
+    let mut child = program()
+        .args(["target", "--idle", "interrupt", "-r"])
+        .arg(dir.join("s.sock"))
+        .arg("--keys")
+        .arg(dir.join("keys"))
+        .args(more)
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut ready = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut ready).unwrap();
+    Target { child, ready }
+}
+
+impl Target {
+    fn end(mut self, signal: &str) -> Option<i32> {
+        let pid = self.child.id().to_string();
+        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
+        let limit = Instant::now() + Duration::from_secs(20);
+        while Instant::now() < limit {
+            if let Some(status) = self.child.try_wait().unwrap() {
+                return status.code();
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        panic!("the target did not end");
+    }
+}
+
+impl Drop for Target {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+#[test]
+fn wrong_usage_and_wrong_configurations() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |n: &str| dir.path().join(n).to_str().unwrap().to_string();
+    let (sock, conf) = (path("s.sock"), path("c.json"));
+    refused(&["nonsense"], 2, &["unrecognized"]);
+    refused(&["rpc"], 2, &["METHOD"]);
+    refused(&["rpc", "spdk_get_version", "{", "-r", &sock], 2, &["not JSON"]);
+    refused(&["target", "--cores", "x"], 2, &["--cores"]);
+    refused(&["target", "--cores", "1000", "-r", &sock], 1, &["no CPU 1000"]);
+    refused(&["target", "-c", &conf, "-r", &sock], 1, &["c.json", "No such file"]);
+    refused(&["rpc", "spdk_get_version", "-r", &sock], 1, &["s.sock", "no target answers"]);
+    for (text, words) in [
+        ("{", vec!["c.json:1:"]),
+        ("{\"subsystems\": 5}", vec!["c.json", "subsystems"]),
+        (
+            r#"{"subsystems":[{"subsystem":"bdev","config":[{"method":"bdev_maloc_create"}]}]}"#,
+            vec!["config[0] (bdev_maloc_create)", "did you mean bdev_malloc_create?"],
+        ),
+        (
+            r#"{"subsystems":[{"subsystem":"bdev","config":[{"method":"bdev_malloc_create","params":{"name":5}}]}]}"#,
+            vec![
+                "config[0] (bdev_malloc_create)",
+                "Invalid parameters: name: 5 was given; a string is needed",
+            ],
+        ),
+        (
+            r#"{"subsystems":[{"subsystem":"bdev","config":[
+            {"method":"bdev_uring_create","params":{"name":"u","filename":"/nonexistent/disk"}}]}]}"#,
+            vec!["bdev_uring_create", "/nonexistent/disk", "No such file"],
+        ),
+    ] {
+        std::fs::write(&conf, text).unwrap();
+        refused(&["target", "-c", &conf, "-r", &sock], 1, &words);
+        assert!(!Path::new(&sock).exists(), "the socket is gone again");
+    }
+}
+
+#[test]
+fn a_port_in_use_is_named() {
+    let dir = tempfile::tempdir().unwrap();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let port = taken.local_addr().unwrap().port().to_string();
+    let conf = dir.path().join("c.json");
+    let text = r#"{"subsystems":[{"subsystem":"nvmf","config":[
+        {"method":"nvmf_create_transport","params":{"trtype":"TCP"}},
+        {"method":"nvmf_create_subsystem","params":{"nqn":"nqn.2026-01.io.cryptfold:p"}},
+        {"method":"nvmf_subsystem_add_listener","params":{"nqn":"nqn.2026-01.io.cryptfold:p",
+            "listen_address":{"trtype":"TCP","traddr":"127.0.0.1","trsvcid":"PORT"}}}]}]}"#;
+    std::fs::write(&conf, text.replace("PORT", &port)).unwrap();
+    let sock = dir.path().join("s.sock");
+    refused(
+        &["target", "-c", conf.to_str().unwrap(), "-r", sock.to_str().unwrap()],
+        1,
+        &[&port, "config[2]"],
+    );
+}
+
+#[test]
+fn start_status_and_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let conf = dir.path().join("c.json");
+    let text = r#"{"subsystems":[
+        {"subsystem":"bdev","config":[
+            {"method":"bdev_malloc_create","params":{"name":"M0","num_blocks":1024,"block_size":4096}}]},
+        {"subsystem":"nvmf","config":[
+            {"method":"nvmf_create_transport","params":{"trtype":"TCP"}},
+            {"method":"nvmf_create_subsystem","params":{"nqn":"nqn.2026-01.io.cryptfold:s","allow_any_host":true}},
+            {"method":"nvmf_subsystem_add_ns","params":{"nqn":"nqn.2026-01.io.cryptfold:s","namespace":{"bdev_name":"M0"}}},
+            {"method":"nvmf_subsystem_add_listener","params":{"nqn":"nqn.2026-01.io.cryptfold:s",
+                "listen_address":{"trtype":"TCP","traddr":"127.0.0.1","trsvcid":"0"}}}]}]} // fine"#;
+    std::fs::write(&conf, text).unwrap();
+    let sock = dir.path().join("s.sock");
+    let sock = sock.to_str().unwrap();
+    for signal in ["-TERM", "-INT"] {
+        let t = start(dir.path(), &["-c", conf.to_str().unwrap()]);
+        assert!(
+            t.ready.contains("ready; RPC on") && t.ready.contains("nqn.2026-01.io.cryptfold:s on 127.0.0.1:")
+        );
+        refused(&["target", "-r", sock], 1, &["already in use"]);
+        let out = run(&["status", "-r", sock]);
+        let text = String::from_utf8_lossy(&out.stdout);
+        assert!(out.status.success() && text.contains("1=M0") && text.contains("app_thread"), "{text}");
+        let out = run(&["status", "--json", "-r", sock]);
+        assert!(String::from_utf8_lossy(&out.stdout).contains("\"busy_pct\""));
+        refused(
+            &["rpc", "bdev_get_bdevs", r#"{"name":"none"}"#, "-r", sock],
+            1,
+            &["bdev_get_bdevs", "No such device"],
+        );
+        assert_eq!(t.end(signal), Some(0));
+        assert!(!Path::new(sock).exists());
+    }
+}
+
+#[test]
+fn waiting_for_rpc() {
+    let dir = tempfile::tempdir().unwrap();
+    let sock = dir.path().join("s.sock");
+    let sock = sock.to_str().unwrap().to_string();
+    std::thread::scope(|s| {
+        let t = s.spawn(|| start(dir.path(), &["--wait-for-rpc"]));
+        let limit = Instant::now() + Duration::from_secs(20);
+        while !run(&["rpc", "spdk_get_version", "-r", &sock]).status.success() {
+            assert!(Instant::now() < limit);
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        refused(&["rpc", "bdev_get_bdevs", "-r", &sock], 1, &["framework_start_init"]);
+        assert!(run(&["rpc", "framework_start_init", "-r", &sock]).status.success());
+        assert!(run(&["rpc", "framework_wait_init", "-r", &sock]).status.success());
+        assert!(run(&["rpc", "bdev_get_bdevs", "-r", &sock]).status.success());
+        assert_eq!(t.join().unwrap().end("-TERM"), Some(0));
+    });
+}
