@@ -11,7 +11,7 @@ use cryptfold_nvmf_spec as spec;
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::sync::mpsc;
 use cryptfold_reactor::{self as reactor, Task};
-use spec::fabrics::{Connect, ConnectData, ConnectResult, PropertyCommand};
+use spec::fabrics::{Cattr, Connect, ConnectData, ConnectResult, PropertyCommand};
 use spec::features::{AsyncEvent, AsyncEventConfig, Fid, NumberOfQueues};
 use spec::identify::{Cns, IdentifyController, NamespaceIdentify, NamespaceList, oncs};
 use spec::nqn::Nqn;
@@ -352,7 +352,10 @@ async fn open_queue(
     };
     let conn = Conn::open(wire, label, usize::from(entries) - 1, options).await?;
     let kato = if qid.is_admin() { options.kato_ms } else { 0 };
-    let sqe = Sqe::from_view(&Connect::new(Cid(0), qid, entries - 1, kato));
+    let mut connect = Connect::new(Cid(0), qid, entries - 1, kato);
+    // Slots bound what is under way here, not SQHD; only without flow control may C2HData stand for the response.
+    connect.cattr = Cattr::default().with_no_sq_flow_control(u8::from(!qid.is_admin())).0;
+    let sqe = Sqe::from_view(&connect);
     let nqn = |text| Nqn::parse(text).map_err(|e| Error::Option { option: "nqn", why: e.to_string() });
     let data = ConnectData::new(options.hostid, cntlid, nqn(&options.subnqn)?, nqn(&options.hostnqn)?);
     let payload = Payload::Out(Buf::from_slice(data.as_bytes()).into());
