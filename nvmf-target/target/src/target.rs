@@ -690,7 +690,10 @@ impl Target {
         }
         let id = self.shared.id;
         for seat in &self.shared.seats {
-            seat.handle.send(move || Group::stop(id));
+            // In the simulator nobody can wait; there the message does it.
+            if seat.handle.block_on(move || async move { Group::stop(id) }).is_err() {
+                seat.handle.send(move || Group::stop(id));
+            }
         }
         result
     }

@@ -102,7 +102,8 @@ impl RingClient for Client {
             Some(Some(w)) => (w.key, w.ended),
             _ => return,
         };
-        if !more && (ended || self.watcher.strong_count() == 0) {
+        // Also when the reactor ends, which cancels everything.
+        if !more && (ended || result == -libc::ECANCELED || self.watcher.strong_count() == 0) {
             let watch = self.watches.borrow_mut()[token as usize].take();
             drop(watch);
             return;

@@ -85,7 +85,7 @@ struct Inner {
     channels: Vec<Option<Rc<NsChannel>>>,
     channels_generation: u64,
     executing: usize,
-    /// Close when everything is sent.
+    /// Close, or when terminating stop sending, when everything is sent.
     closing: bool,
     /// Start of the current state.
     since: Nanos,
@@ -218,15 +218,12 @@ impl Conn {
                 Err(e) => return self.lost(inner, &e),
             }
         }
-        if inner.out.is_empty() {
-            match self.state.get() {
-                State::Terminating => {
-                    if let Some(wire) = &inner.wire {
-                        wire.shutdown(Shutdown::Write);
-                    }
-                }
-                _ if inner.closing => self.advance(inner, Event::Deleted),
-                _ => {}
+        if inner.out.is_empty() && inner.closing {
+            inner.closing = false;
+            match (self.state.get(), &inner.wire) {
+                // The peer closes when it has read that far. Once: a shutdown is an event on the socket itself.
+                (State::Terminating, Some(wire)) => wire.shutdown(Shutdown::Write),
+                _ => self.advance(inner, Event::Deleted),
             }
         }
     }
@@ -246,7 +243,10 @@ impl Conn {
         match next {
             State::Draining => self.drain(inner),
             State::Closed => self.closed(inner),
-            State::Terminating => self.abandon_input(inner),
+            State::Terminating => {
+                inner.closing = true;
+                self.abandon_input(inner);
+            }
             State::AwaitIcReq | State::AwaitConnect | State::Ready => {}
         }
     }
