@@ -1,1 +1,55 @@
-//! cryptfold-reduce
+//! The pool: deduplication, compression, encryption and thin volumes over one base device, crash-proof.
+//!
+//! ```text
+//!   manager  ordinary threads: create, open, close, volumes, domains, check      info, error: what they say
+//!   volume   a volume as a block device (per-core queue -> the pool's home reactor)
+//!      |-- ingest   write path: hash, look up, compress, seal, journal, apply     log: the open data segments
+//!      |-- read     read path: resolve, fetch, verify, decode
+//!   shard    the state, and the fold of journal records over it                   tree, segments, index: its parts
+//!   load     brings nodes to RAM     commit  group commit     checkpoint, meta  state to disk
+//!   open, anchors, owner, replay     making, opening, recovery                    gc, check, admin
+//! ```
+//!
+//! Write order, in one line: data, flush, journal batch, flush, completion of the flush; a checkpoint is nodes, flush,
+//! superblock, flush. Everything else follows from there; see the heads of `commit` and `checkpoint`.
+//!
+//! All state of a pool belongs to its home reactor. [`PoolManager`] is how other threads reach it.
+
+mod admin;
+mod anchors;
+mod base;
+mod check;
+mod checkpoint;
+mod chunklock;
+mod commit;
+mod error;
+mod gc;
+mod hash;
+mod index;
+mod info;
+mod ingest;
+mod journal;
+mod load;
+mod local;
+mod log;
+mod manager;
+mod meta;
+mod open;
+mod owner;
+mod pool;
+mod read;
+mod replay;
+mod segments;
+mod shard;
+mod tree;
+mod volume;
+
+pub use cryptfold_reduce_format::codec::Compression;
+pub use cryptfold_reduce_format::ids::{DomainId, VolumeId};
+pub use error::PoolError;
+pub use info::{
+    CheckReport, CreateOptions, DomainInfo, KeySource, PoolInfo, Space, VolumeInfo, VolumeOptions,
+};
+pub use local::LocalPool;
+pub use manager::PoolManager;
+pub use open::{DEFAULT_DOMAIN, MIN_MEMORY_BYTES, MIN_POOL_BYTES};

@@ -1,0 +1,426 @@
+//! Management of a pool's volumes and domains, on its home reactor.
+//!
+//! Every change is a journal record and durable before it is reported done. Deleting goes in two steps: the volume
+//! disappears at once (`VolumeDelete`), its blocks are given back in the background (which goes on after a restart), and
+//! then its record goes (`VolumeGone`).
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use cryptfold_bdev::Status;
+use cryptfold_reactor as reactor;
+use cryptfold_reduce_format::codec::Compression;
+use cryptfold_reduce_format::entry::Record;
+use cryptfold_reduce_format::fingerprint::Fingerprint;
+use cryptfold_reduce_format::ids::{ChunkAddr, ContainerId, DomainId, HostKeyId, VolumeId};
+use cryptfold_reduce_format::journal::Scope;
+use cryptfold_reduce_format::map::Target;
+use cryptfold_reduce_format::node;
+use cryptfold_reduce_format::record::VolumeRecord;
+use uuid::Uuid;
+
+use crate::error::PoolError;
+use crate::index::Key;
+use crate::info::{DomainInfo, PoolInfo, Space, VolumeInfo, VolumeOptions};
+use crate::ingest::Target4k;
+use crate::pool::{Life, Pool};
+use crate::shard::{Domain, Shard, Volume};
+use crate::volume::{VolumeDevice, VolumeFacts};
+
+fn check_name(what: &str, name: &str) -> Result<(), PoolError> {
+    if name.is_empty() || name.len() > 255 || name.contains('/') || name.chars().any(char::is_control) {
+        return Err(PoolError::Invalid(format!(
+            "a {what}'s name has 1 to 255 bytes without '/' and control characters, not {name:?}"
+        )));
+    }
+    Ok(())
+}
+
+impl Pool {
+    fn stopped(&self, status: Status) -> PoolError {
+        if status == Status::CAPACITY_EXCEEDED {
+            return PoolError::NoSpace(self.name());
+        }
+        PoolError::Stopped { pool: self.name(), status }
+    }
+
+    fn no_volume(&self, volume: &str) -> PoolError {
+        PoolError::NoVolume { pool: self.name(), volume: volume.to_owned() }
+    }
+
+    /// The volume with this name or UUID.
+    pub(crate) fn find_volume(&self, name: &str) -> Result<VolumeId, PoolError> {
+        let uuid = Uuid::parse_str(name).ok();
+        let shard = self.shard.borrow();
+        let mut live = shard.volumes.values().filter(|v| !v.is_deleting());
+        live.find(|v| v.record.name == name || uuid == Some(v.record.uuid))
+            .map(|v| v.record.id)
+            .ok_or_else(|| self.no_volume(name))
+    }
+
+    /// Makes a volume; its device is for the caller to register.
+    pub(crate) async fn create_volume(
+        &self,
+        options: &VolumeOptions,
+    ) -> Result<(VolumeInfo, Arc<VolumeDevice>), PoolError> {
+        check_name("volume", &options.name)?;
+        if options.size_bytes == 0 || options.size_bytes > 1 << 52 {
+            return Err(PoolError::Invalid(format!(
+                "volume size {} is not from 1 to 2^52 bytes",
+                options.size_bytes
+            )));
+        }
+        let block_bytes = options.block_size.unwrap_or(4096);
+        if ![512, 4096].contains(&block_bytes) {
+            return Err(PoolError::Invalid(format!("volume block size is 512 or 4096, not {block_bytes}")));
+        }
+        self.throttle().await.map_err(|status| self.stopped(status))?;
+        let id = {
+            let shard = self.shard.borrow();
+            if shard.volumes.values().any(|v| !v.is_deleting() && v.record.name == options.name) {
+                return Err(PoolError::VolumeExists { pool: self.name(), volume: options.name.clone() });
+            }
+            let domain = match &options.domain {
+                None => shard.pool.default_domain,
+                Some(name) => shard
+                    .domains
+                    .values()
+                    .find(|d| d.record.name == *name)
+                    .map(|d| d.record.id)
+                    .ok_or_else(|| PoolError::NoDomain { pool: self.name(), domain: name.clone() })?,
+            };
+            let mut bytes = [0; 16];
+            reactor::fill_random(&mut bytes);
+            let uuid = options.uuid.unwrap_or_else(|| uuid::Builder::from_random_bytes(bytes).into_uuid());
+            let id = shard.pool.next_volume;
+            let mut record =
+                VolumeRecord::new(id, uuid, &options.name, domain, options.size_bytes.div_ceil(4096));
+            record.block_bytes = block_bytes;
+            record.compression = options.compression;
+            record.birth = shard.epoch();
+            drop(shard);
+            let bytes = record.encode().map_err(|error| PoolError::Invalid(error.to_string()))?;
+            self.record(Scope::Pool, &Record::VolumeCreate { record: &bytes })
+                .map_err(|s| self.stopped(s))?;
+            id
+        };
+        self.flush().await.map_err(|status| self.stopped(status))?;
+        let device = self.device(id).ok_or_else(|| self.no_volume(&options.name))?;
+        let info = self.volume_info(id).ok_or_else(|| self.no_volume(&options.name))?;
+        Ok((info, device))
+    }
+
+    /// The device of a volume, for the registry.
+    pub(crate) fn device(&self, id: VolumeId) -> Option<Arc<VolumeDevice>> {
+        let shard = self.shard.borrow();
+        let v = shard.volumes.get(&id.0)?;
+        let domain = shard.domains.get(&v.record.domain.0)?;
+        Some(VolumeDevice::new(
+            self.handle.clone(),
+            &VolumeFacts {
+                id,
+                uuid: v.record.uuid,
+                pool_name: &self.name(),
+                name: &v.record.name,
+                domain: &domain.record.name,
+                block_bytes: v.record.block_bytes,
+                blocks: v.record.blocks,
+                flags: v.record.flags,
+            },
+        ))
+    }
+
+    /// Ids of the volumes that hosts may see.
+    pub(crate) fn live_volumes(&self) -> Vec<VolumeId> {
+        self.shard.borrow().volumes.values().filter(|v| !v.is_deleting()).map(|v| v.record.id).collect()
+    }
+
+    /// Deletes a volume whose device is gone from the registry. Its space comes back in the background.
+    pub(crate) async fn delete_volume(self: &Rc<Self>, id: VolumeId) -> Result<(), PoolError> {
+        self.check_writable().map_err(|status| self.stopped(status))?;
+        if !self.shard.borrow().volumes.contains_key(&id.0) {
+            return Err(self.no_volume(&id.to_string()));
+        }
+        self.record(Scope::Pool, &Record::VolumeDelete { volume: id }).map_err(|s| self.stopped(s))?;
+        self.flush().await.map_err(|status| self.stopped(status))?;
+        self.background(self.clone().finish_deletions());
+        Ok(())
+    }
+
+    /// Gives back the blocks of volumes that are being deleted.
+    pub(crate) async fn finish_deletions(self: Rc<Self>) {
+        let deleting: Vec<VolumeId> =
+            self.shard.borrow().volumes.values().filter(|v| v.is_deleting()).map(|v| v.record.id).collect();
+        for id in deleting {
+            let _busy = self.enter();
+            if self.life.get() != Life::Open || !self.begin_job(id) {
+                continue;
+            }
+            let result = self.empty_volume(id).await;
+            self.end_job(id);
+            if let Err(status) = result {
+                tracing::warn!(pool = %self.name(), volume = %id, %status, "a deletion was interrupted; it goes on when the pool is opened again");
+            }
+        }
+    }
+
+    async fn empty_volume(self: &Rc<Self>, id: VolumeId) -> Result<(), Status> {
+        let target = {
+            let shard = self.shard.borrow();
+            let v = shard.volumes.get(&id.0).ok_or(Status::INVALID_NAMESPACE)?;
+            let d = shard.domains.get(&v.record.domain.0).ok_or(Status::INTERNAL_ERROR)?;
+            Target4k {
+                volume: id,
+                domain: d.record.id,
+                generation: d.generation,
+                blocks: v.record.blocks,
+                epoch: shard.epoch(),
+                compression: Compression::Off,
+                hasher: d.hasher.clone(),
+            }
+        };
+        let mut at = 0;
+        while at < target.blocks {
+            let step = (1 << 20).min(target.blocks - at);
+            self.fill_blocks(&target, at, step, Target::Unmapped, HostKeyId(0)).await?;
+            at += step;
+            reactor::yield_now().await;
+        }
+        self.check_writable()?;
+        self.record(Scope::Pool, &Record::VolumeGone { volume: id })
+    }
+
+    fn begin_job(&self, id: VolumeId) -> bool {
+        self.jobs.borrow_mut().insert(id)
+    }
+
+    fn end_job(&self, id: VolumeId) {
+        self.jobs.borrow_mut().remove(&id);
+    }
+
+    /// Changes a volume's size. What lies beyond a smaller size is given up; the caller keeps hosts away from it.
+    pub(crate) async fn resize_volume(
+        self: &Rc<Self>,
+        id: VolumeId,
+        size_bytes: u64,
+    ) -> Result<u64, PoolError> {
+        if size_bytes == 0 || size_bytes > 1 << 52 {
+            return Err(PoolError::Invalid(format!("volume size {size_bytes} is not from 1 to 2^52 bytes")));
+        }
+        let blocks = size_bytes.div_ceil(4096);
+        let target = self.target(id).map_err(|_| self.no_volume(&id.to_string()))?;
+        let _busy = self.enter();
+        if blocks < target.blocks {
+            self.fill_blocks(&target, blocks, target.blocks - blocks, Target::Unmapped, HostKeyId(0))
+                .await
+                .map_err(|status| self.stopped(status))?;
+        }
+        self.record(Scope::Pool, &Record::VolumeResize { volume: id, blocks })
+            .map_err(|s| self.stopped(s))?;
+        self.flush().await.map_err(|status| self.stopped(status))?;
+        Ok(blocks)
+    }
+
+    /// Changes a volume's name.
+    pub(crate) async fn rename_volume(&self, id: VolumeId, name: &str) -> Result<(), PoolError> {
+        check_name("volume", name)?;
+        self.check_writable().map_err(|status| self.stopped(status))?;
+        let taken = self.shard.borrow().volumes.values().any(|v| !v.is_deleting() && v.record.name == name);
+        if taken {
+            return Err(PoolError::VolumeExists { pool: self.name(), volume: name.to_owned() });
+        }
+        self.record(Scope::Pool, &Record::VolumeRename { volume: id, name }).map_err(|s| self.stopped(s))?;
+        self.flush().await.map_err(|status| self.stopped(status))
+    }
+
+    /// Sets flags of a volume ([`cryptfold_reduce_format::record::volume_flags`]).
+    pub(crate) async fn flag_volume(&self, id: VolumeId, set: u32, clear: u32) -> Result<(), PoolError> {
+        self.check_writable().map_err(|status| self.stopped(status))?;
+        self.record(Scope::Pool, &Record::VolumeFlags { volume: id, set, clear })
+            .map_err(|s| self.stopped(s))?;
+        self.flush().await.map_err(|status| self.stopped(status))
+    }
+
+    /// Makes a domain.
+    pub(crate) async fn create_domain(&self, name: &str) -> Result<DomainInfo, PoolError> {
+        check_name("domain", name)?;
+        self.check_writable().map_err(|status| self.stopped(status))?;
+        if self.shard.borrow().domains.values().any(|d| d.record.name == name) {
+            return Err(PoolError::DomainExists { pool: self.name(), domain: name.to_owned() });
+        }
+        let id = self.add_domain(name)?;
+        self.flush().await.map_err(|status| self.stopped(status))?;
+        let shard = self.shard.borrow();
+        let domain = shard.domain(id).map_err(|_| PoolError::Invalid(format!("no domain {id}")))?;
+        Ok(domain_info(&shard, domain))
+    }
+
+    /// The pool's name, in the superblock.
+    pub(crate) async fn rename(&self, name: &str) -> Result<(), PoolError> {
+        self.check_writable().map_err(|status| self.stopped(status))?;
+        let _no_checkpoint = self.meta.lock().await;
+        self.superblock.borrow_mut().name = name.to_owned();
+        self.write_superblock(None, None).await.map_err(|status| self.stopped(status))
+    }
+
+    /// Sets the compression of volumes that have no setting of their own.
+    pub(crate) async fn set_compression(&self, compression: Compression) -> Result<(), PoolError> {
+        self.check_writable().map_err(|status| self.stopped(status))?;
+        let mut record = self.shard.borrow().pool.clone();
+        record.compression = compression;
+        let bytes = record.encode().map_err(|error| PoolError::Invalid(error.to_string()))?;
+        self.record(Scope::Pool, &Record::PoolUpdate { record: &bytes }).map_err(|s| self.stopped(s))?;
+        self.flush().await.map_err(|status| self.stopped(status))
+    }
+
+    // ---- what there is
+
+    pub(crate) fn volume_info(&self, id: VolumeId) -> Option<VolumeInfo> {
+        let shard = self.shard.borrow();
+        let v = shard.volumes.get(&id.0)?;
+        Some(volume_info(&self.name(), &shard, v))
+    }
+
+    pub(crate) fn volume_infos(&self) -> Vec<VolumeInfo> {
+        let (shard, name) = (self.shard.borrow(), self.name());
+        shard.volumes.values().filter(|v| !v.is_deleting()).map(|v| volume_info(&name, &shard, v)).collect()
+    }
+
+    pub(crate) fn domain_infos(&self) -> Vec<DomainInfo> {
+        let shard = self.shard.borrow();
+        shard.domains.values().map(|d| domain_info(&shard, d)).collect()
+    }
+
+    pub(crate) fn info(&self) -> PoolInfo {
+        let shard = self.shard.borrow();
+        let superblock = self.superblock.borrow();
+        let (host_reserve, _) = shard.segments.reserve();
+        let segment = u64::from(self.segment_bytes);
+        let free = shard.segments.free_count() as u64;
+        let mut space = Space {
+            metadata_bytes: shard.segments.live_meta_bytes,
+            stored_bytes: shard.segments.live_data_bytes,
+            unique_bytes: shard.domains.values().map(|d| d.unique * 4096).sum(),
+            ..Space::default()
+        };
+        for v in shard.volumes.values() {
+            space.logical_bytes += (v.chunks + v.special) * 4096;
+            space.zero_bytes += v.special * 4096;
+        }
+        PoolInfo {
+            name: self.name(),
+            uuid: self.uuid,
+            base_bdev: self.handle.base_name.clone(),
+            device_bytes: superblock.devices[0].blocks * 4096,
+            segment_bytes: self.segment_bytes,
+            segments: shard.segments.usable() as u64,
+            free_segments: free,
+            capacity_bytes: (shard.segments.usable() as u64).saturating_sub(host_reserve as u64) * segment,
+            free_bytes: free.saturating_sub(host_reserve as u64) * segment,
+            dead_bytes: shard.segments.dead_bytes(),
+            space,
+            volumes: shard.volumes.values().filter(|v| !v.is_deleting()).count() as u64,
+            domains: shard.domains.len() as u64,
+            compression: shard.pool.compression.to_string(),
+            memory_budget_bytes: self.memory_budget,
+            memory_bytes: (shard.meter.bytes.get() + shard.index.memory_bytes()) as u64
+                + self.logs.borrow().iter().map(|log| log.memory_bytes() as u64).sum::<u64>(),
+            index_entries: shard.index.len() as u64,
+            index_sampling: 1 << shard.index.hook_bits(),
+            checkpoints: superblock.generation,
+            damaged: self.damaged.get(),
+            failed: self.failure.get().map(|status| status.to_string()),
+            created_ms: superblock.created_ms,
+        }
+    }
+
+    /// Fills the index from the fingerprint lists. I/O goes on meanwhile and finds fewer duplicates.
+    pub(crate) async fn rebuild_index(self: Rc<Self>) {
+        let ends: Vec<(DomainId, u64)> =
+            self.shard.borrow().domains.values().map(|d| (d.record.id, d.next_container)).collect();
+        for (domain, end) in ends {
+            for number in 1..end {
+                if self.life.get() != Life::Open {
+                    return;
+                }
+                // A list that is damaged costs duplicates, nothing else; the loader has reported it.
+                let fine = self.load_leaf(node::Tree::Containers, domain.0, number).await.is_ok()
+                    && self.load_leaf(node::Tree::Fingerprints, domain.0, number).await.is_ok();
+                if fine {
+                    self.index_container(domain, number);
+                }
+                if number % 16 == 0 {
+                    reactor::yield_now().await;
+                }
+            }
+        }
+    }
+
+    fn index_container(&self, domain: DomainId, number: u64) {
+        let mut shard = self.shard.borrow_mut();
+        let Shard { domains, index, emptied, .. } = &mut *shard;
+        let Some(d) = domains.get(&domain.0) else { return };
+        let Some(id) = ContainerId::new(number) else { return };
+        let Some(container) = d.containers.peek(number) else { return };
+        if container.live() == 0 && container.used() > 0 {
+            emptied.push((domain, id));
+            return;
+        }
+        let Some(prints) = d.fingerprints.peek(number).filter(|prints| prints.generation == d.generation)
+        else {
+            return;
+        };
+        for (slot, fingerprint) in prints.slots.iter().enumerate() {
+            if *fingerprint != Fingerprint::NONE
+                && container.refs(slot as u16) > 0
+                && let Some(addr) = ChunkAddr::new(id, slot as u16)
+            {
+                index.insert(Key::new(domain, fingerprint), addr);
+            }
+        }
+    }
+}
+
+fn volume_info(pool: &str, shard: &Shard, v: &Volume) -> VolumeInfo {
+    let domain = shard.domains.get(&v.record.domain.0);
+    VolumeInfo {
+        id: v.record.id,
+        uuid: v.record.uuid,
+        name: v.record.name.clone(),
+        pool: pool.to_owned(),
+        domain: domain.map_or_else(String::new, |d| d.record.name.clone()),
+        size_bytes: v.record.blocks * 4096,
+        block_size: v.record.block_bytes,
+        read_only: v.record.flags & cryptfold_reduce_format::record::volume_flags::READ_ONLY != 0,
+        compression: v.record.compression.map(|c| c.to_string()),
+        logical_bytes: (v.chunks + v.special) * 4096,
+        zero_bytes: v.special * 4096,
+        written_bytes: v.written_bytes,
+        created_ms: v.record.created_ms,
+    }
+}
+
+fn domain_info(shard: &Shard, d: &Domain) -> DomainInfo {
+    let volumes: Vec<&Volume> = shard.volumes.values().filter(|v| v.record.domain == d.record.id).collect();
+    DomainInfo {
+        id: d.record.id,
+        uuid: d.record.uuid,
+        name: d.record.name.clone(),
+        volumes: volumes.iter().filter(|v| !v.is_deleting()).count() as u64,
+        space: Space {
+            logical_bytes: volumes.iter().map(|v| (v.chunks + v.special) * 4096).sum(),
+            zero_bytes: volumes.iter().map(|v| v.special * 4096).sum(),
+            unique_bytes: d.unique * 4096,
+            stored_bytes: d.stored_bytes,
+            metadata_bytes: shard
+                .segments
+                .entries()
+                .filter(|e| {
+                    e.class == Some(cryptfold_reduce_format::segment::Class::Metadata)
+                        && e.domain == d.record.id
+                })
+                .map(|e| u64::from(e.live_bytes))
+                .sum(),
+        },
+    }
+}

@@ -1,0 +1,365 @@
+//! Garbage collection: makes free segments of segments of which little lives.
+//!
+//! Owns the collector task, which sleeps until free segments run short, takes the closed segment with the least live bytes
+//! and empties it: live fragments of a data segment are sealed again elsewhere (`FragmentMove` records, volumes' maps do
+//! not change), live nodes of a metadata segment are marked changed so that the next checkpoint writes them elsewhere.
+//! What lives is found by the plain headers in the segment and decided by the container tables and trees, never by the
+//! headers alone.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use cryptfold_bdev::Status;
+use cryptfold_reactor as reactor;
+use cryptfold_reactor::memory::Buf;
+use cryptfold_reduce_format::block::BLOCK_BYTES;
+use cryptfold_reduce_format::container::FragmentEntry;
+use cryptfold_reduce_format::entry::{FragmentRaw, Record};
+use cryptfold_reduce_format::fragment::{FRAGMENT_HEADER_BYTES, FragmentHeader, MAX_FRAGMENT_BYTES};
+use cryptfold_reduce_format::ids::{ChunkAddr, DomainId, POOL_DOMAIN};
+use cryptfold_reduce_format::journal::Scope;
+use cryptfold_reduce_format::node::{self, FANOUT, MAX_NODE_UNIT_BYTES, NODE_HEADER_BYTES, NodeHeader};
+use cryptfold_reduce_format::segment::Class;
+use cryptfold_reduce_format::segtable::{SEGMENTS_PER_LEAF, SegmentEntry};
+
+use crate::log::{NotAppended, bound};
+use crate::pool::{Life, Pool};
+use crate::segments::{Purpose, Segment};
+
+/// Bytes read at once from a segment that is collected.
+const WINDOW_BYTES: usize = 1 << 20;
+
+/// Segment handles kept in RAM (about 1 KiB each).
+const MOST_HANDLES: usize = 8192;
+
+/// Reads a segment front to back in windows.
+struct Scanner<'a> {
+    pool: &'a Pool,
+    segment: &'a Segment,
+    end: u32,
+    start: u32,
+    window: Buf,
+}
+
+impl<'a> Scanner<'a> {
+    fn new(pool: &'a Pool, segment: &'a Segment, end: u32) -> Self {
+        Scanner { pool, segment, end, start: 0, window: Buf::empty() }
+    }
+
+    /// Up to `len` bytes at `at`; fewer at the end.
+    async fn bytes(&mut self, at: u32, len: usize) -> Result<&[u8], Status> {
+        let len = len.min((self.end.saturating_sub(at)) as usize);
+        let have = self.start as usize + self.window.len();
+        if at < self.start || at as usize + len > have {
+            let take = WINDOW_BYTES.max(len).min((self.end - at) as usize);
+            self.window = self.pool.base.read(self.segment.start_bytes + u64::from(at), take).await?;
+            self.start = at;
+        }
+        let from = (at - self.start) as usize;
+        Ok(&self.window[from..from + len])
+    }
+}
+
+fn next_block(at: u32) -> u32 {
+    (at / BLOCK_BYTES as u32 + 1) * BLOCK_BYTES as u32
+}
+
+impl Pool {
+    /// Whether the collector should work.
+    pub(crate) fn is_short(&self) -> bool {
+        let shard = self.shard.borrow();
+        let (host, _) = shard.segments.reserve();
+        shard.segments.free_count() < host + (shard.segments.usable() / 16).max(4)
+    }
+
+    /// The collector task.
+    pub(crate) async fn run_collector(self: Rc<Self>) {
+        while !matches!(self.life.get(), Life::Closed | Life::Failed) {
+            if !self.is_short() {
+                self.collect.notified().await;
+                continue;
+            }
+            let progress = self.collect_one().await;
+            self.collections.set(self.collections.get() + 1);
+            self.wake_waiters();
+            match progress {
+                Ok(true) => reactor::yield_now().await,
+                Ok(false) => self.collect.notified().await,
+                Err(status) => {
+                    tracing::warn!(pool = %self.name(), %status, "garbage collection was interrupted");
+                    self.collect.notified().await;
+                }
+            }
+        }
+    }
+
+    /// Lets the collector do one segment (or find that there is none worth it) and waits for it.
+    pub(crate) async fn collect_once_or_wait(&self) {
+        let before = self.collections.get();
+        self.collect.notify_one();
+        while self.collections.get() == before && self.is_short() && self.check_alive().is_ok() {
+            self.wait_progress().await;
+        }
+    }
+
+    /// Empties one segment. False: there is none of which enough is dead.
+    async fn collect_one(self: &Rc<Self>) -> Result<bool, Status> {
+        let gain = self.segment_bytes / 8;
+        let Some(number) = self.shard.borrow().segments.emptiest(gain) else { return Ok(false) };
+        let Some(entry) = self.shard.borrow().segments.entry(number).copied() else { return Ok(false) };
+        let segment = match self.segment(number).await {
+            Ok(segment) => segment,
+            Err(status) => {
+                // Its header is damaged: nothing in it can be moved.
+                self.shard.borrow_mut().segments.spoil(number);
+                return if status == Status::UNRECOVERED_READ { Ok(true) } else { Err(status) };
+            }
+        };
+        match entry.class {
+            Some(Class::Metadata) => self.collect_metadata(&segment, &entry).await?,
+            _ => self.collect_data(&segment, &entry).await?,
+        }
+        drop(segment);
+        let left = self.shard.borrow().segments.entry(number).map_or(0, |entry| entry.live_bytes);
+        if left > 0 {
+            tracing::warn!(
+                pool = %self.name(), segment = number, left_bytes = left,
+                "a segment could not be emptied; it is left alone until the pool is opened again"
+            );
+            self.shard.borrow_mut().segments.spoil(number);
+        }
+        Ok(true)
+    }
+
+    async fn collect_data(
+        self: &Rc<Self>,
+        segment: &Arc<Segment>,
+        entry: &SegmentEntry,
+    ) -> Result<(), Status> {
+        let mut scanner = Scanner::new(self, segment, entry.used_bytes.min(self.segment_bytes));
+        let mut at = BLOCK_BYTES as u32;
+        let mut moved = 0u32;
+        while at + (FRAGMENT_HEADER_BYTES as u32) < scanner.end {
+            let head = scanner.bytes(at, FRAGMENT_HEADER_BYTES).await?;
+            let Ok(header) = FragmentHeader::parse(head) else {
+                at = next_block(at);
+                continue;
+            };
+            let unit = header.unit_bytes(&segment.key);
+            if unit > MAX_FRAGMENT_BYTES || at as usize + unit > scanner.end as usize {
+                at = next_block(at);
+                continue;
+            }
+            if self.is_here(entry.domain, segment, at, &header).await? {
+                let mut sealed = scanner.bytes(at, unit).await?.to_vec();
+                self.move_fragment(entry.domain, segment, at, &header, &mut sealed).await?;
+                moved += 1;
+                if moved.is_multiple_of(16) {
+                    self.throttle_background().await?;
+                }
+            }
+            at += unit as u32;
+        }
+        Ok(())
+    }
+
+    /// Whether the fragment that a header at `at` names really lies there (its container is in RAM then).
+    async fn is_here(
+        &self,
+        domain: DomainId,
+        segment: &Segment,
+        at: u32,
+        header: &FragmentHeader,
+    ) -> Result<bool, Status> {
+        self.load_leaf(node::Tree::Containers, domain.0, header.first.container().get()).await?;
+        Ok(self.fragment_at(domain, segment, at, header.first).is_some())
+    }
+
+    fn fragment_at(
+        &self,
+        domain: DomainId,
+        segment: &Segment,
+        at: u32,
+        first: ChunkAddr,
+    ) -> Option<(FragmentEntry, bool)> {
+        let shard = self.shard.borrow();
+        let container = shard.domains.get(&domain.0)?.containers.peek(first.container().get())?;
+        let fragment = container.fragment_of(first.slot())?;
+        let here = fragment.first_slot == first.slot() && fragment.place == segment.key.place(at);
+        here.then(|| (fragment, container.live_in(&fragment) > 0))
+    }
+
+    async fn move_fragment(
+        self: &Rc<Self>,
+        domain: DomainId,
+        segment: &Arc<Segment>,
+        at: u32,
+        header: &FragmentHeader,
+        sealed: &mut [u8],
+    ) -> Result<(), Status> {
+        let lane = self.lane(domain, Purpose::Collector);
+        let number = header.first.container().get();
+        loop {
+            self.make_ready(&lane, bound(header.chunks.into())).await?;
+            self.load_leaf(node::Tree::Containers, domain.0, number).await?;
+            if lane.log.room_for(bound(header.chunks.into())).is_ok() {
+                break;
+            }
+        }
+        self.check_alive()?;
+        // Looked at again: hosts went on meanwhile.
+        let Some((old, live)) = self.fragment_at(domain, segment, at, header.first) else { return Ok(()) };
+        let generation = self.shard.borrow().domains.get(&domain.0).map(|d| d.generation);
+        let Some(generation) = generation else { return Ok(()) };
+        let scope = Scope::Domain { domain, generation };
+        if !live {
+            // Its writer died before it was referenced.
+            return self.record(scope, &Record::FragmentMove { first: header.first, fragments: &[] });
+        }
+        match lane.log.append_moved(segment, at, sealed) {
+            Ok((_, appended)) => {
+                let new = FragmentEntry { place: appended.place, unit_bytes: appended.unit_bytes, ..old };
+                self.record(
+                    scope,
+                    &Record::FragmentMove { first: header.first, fragments: &[FragmentRaw::from(&new)] },
+                )
+            }
+            Err(NotAppended::Failed(error)) => {
+                self.damaged.set(self.damaged.get() + 1);
+                tracing::error!(
+                    pool = %self.name(), segment = segment.number(), offset = at, chunk = ?header.first, %error,
+                    "a damaged fragment stays where it is"
+                );
+                Ok(())
+            }
+            Err(_) => Err(Status::INTERNAL_ERROR),
+        }
+    }
+
+    /// Background work waits while hosts have to wait.
+    async fn throttle_background(self: &Rc<Self>) -> Result<(), Status> {
+        self.check_alive()?;
+        reactor::yield_now().await;
+        if self.dirty_leaves() > 2 * self.dirty_limit {
+            self.checkpoint().await?;
+        }
+        Ok(())
+    }
+
+    async fn collect_metadata(
+        self: &Rc<Self>,
+        segment: &Arc<Segment>,
+        entry: &SegmentEntry,
+    ) -> Result<(), Status> {
+        // Of the pool's own segments the table does not know the end: it is written before they are.
+        let end = if entry.domain == POOL_DOMAIN {
+            self.segment_bytes
+        } else {
+            entry.used_bytes.min(self.segment_bytes)
+        };
+        let mut scanner = Scanner::new(self, segment, end);
+        let mut at = BLOCK_BYTES as u32;
+        while at + (NODE_HEADER_BYTES as u32) < scanner.end {
+            let head = scanner.bytes(at, NODE_HEADER_BYTES).await?;
+            let parsed = NodeHeader::parse(head).ok().map(|header| (header.unit_bytes(&segment.key), header));
+            let Some((unit, header)) = parsed.filter(|(unit, _)| *unit <= MAX_NODE_UNIT_BYTES) else {
+                at = next_block(at);
+                continue;
+            };
+            self.touch_node(segment, at, &header).await?;
+            if self.dirty_leaves() > self.dirty_limit {
+                self.checkpoint().await?;
+            }
+            at += unit as u32;
+        }
+        // Twice: the first moves the nodes, and frees the segment only in the table that the second writes.
+        self.checkpoint().await
+    }
+
+    /// Makes the next checkpoint write the node anew, if it is the current one.
+    async fn touch_node(&self, segment: &Segment, at: u32, header: &NodeHeader) -> Result<(), Status> {
+        let id = header.id;
+        let Ok(owner) = u32::try_from(id.owner) else { return Ok(()) };
+        match id.tree {
+            node::Tree::Segments => {
+                let leaf = id.index << (8 * u32::from(id.level).min(7));
+                if (leaf as usize) < (self.shard.borrow().segments.len() as usize).div_ceil(SEGMENTS_PER_LEAF)
+                {
+                    self.shard.borrow_mut().segments.touch_page(leaf as usize);
+                }
+                return Ok(());
+            }
+            node::Tree::Map | node::Tree::Containers | node::Tree::Fingerprints => {}
+            // The rest of the catalogue is written whole by every checkpoint.
+            _ => return Ok(()),
+        }
+        // The parents decide; loading them is part of the look.
+        let place = segment.key.place(at);
+        let mut level = id.level;
+        let mut index = id.index;
+        match self.stored(id.tree, owner, level, index).await? {
+            Some(ptr) if ptr.place == place => {}
+            _ => return Ok(()),
+        }
+        // An interior node is written when a leaf below it is.
+        while level > 0 {
+            let Some(node) = self.load_inner(id.tree, owner, level, index).await? else { return Ok(()) };
+            let Some((child, _)) = node.iter().next() else { return Ok(()) };
+            index = index * FANOUT as u64 + child as u64;
+            level -= 1;
+        }
+        self.load_leaf(id.tree, owner, index).await?;
+        self.with_tree(id.tree, owner, |tree| {
+            if tree.is_ready(index) {
+                tree.touch(index);
+            }
+        });
+        Ok(())
+    }
+
+    /// Drops containers that have lost their last reference. Runs after each checkpoint.
+    pub(crate) async fn sweep(self: Rc<Self>) {
+        let emptied = std::mem::take(&mut self.shard.borrow_mut().emptied);
+        for (domain, container) in emptied {
+            if self.check_writable().is_err() {
+                return;
+            }
+            if self.is_filling(domain, container) {
+                // It comes again when it is full, or when the pool is opened the next time.
+                self.shard.borrow_mut().emptied.push((domain, container));
+                continue;
+            }
+            if self.load_leaf(node::Tree::Containers, domain.0, container.get()).await.is_err() {
+                continue;
+            }
+            let scope = {
+                let shard = self.shard.borrow();
+                let Some(d) = shard.domains.get(&domain.0) else { continue };
+                match d.containers.peek(container.get()) {
+                    Some(leaf) if leaf.live() == 0 && leaf.used() > 0 => d.scope(),
+                    _ => continue,
+                }
+            };
+            if self.is_filling(domain, container)
+                || self.record(scope, &Record::ContainerDrop { container }).is_err()
+            {
+                continue;
+            }
+        }
+    }
+
+    /// What follows a checkpoint.
+    pub(crate) fn after_checkpoint(self: &Rc<Self>) {
+        if !self.shard.borrow().emptied.is_empty() && self.life.get() == Life::Open {
+            let pool = self.clone();
+            self.background(async move {
+                let _busy = pool.enter();
+                pool.clone().sweep().await;
+            });
+        }
+        self.shard.borrow_mut().segments.bound_handles(MOST_HANDLES);
+        if self.is_short() {
+            self.collect.notify_one();
+        }
+    }
+}

@@ -1,0 +1,274 @@
+//! The fingerprint index: a bounded table in RAM from fingerprints to chunk addresses.
+//!
+//! Owns nothing durable: every hit is a hint that the caller checks against the container's fingerprint leaf, so entries
+//! may be stale, lost or (rarely) false. It is rebuilt from those leaves after an opening.
+//!
+//! Shape: buckets of eight entries of 12 bytes: a 32-bit tag, and 57 bits of address with 7 further tag bits. The bucket
+//! is chosen by the low bits of a 64-bit hash, the tag is bits 10..49 of it, so that the table can double without the
+//! fingerprints. At its largest size the table is *sampled*: with `hook_bits` = n only fingerprints whose n highest tag
+//! bits are zero are kept (hooks); the neighbours of a hook are found through its container.
+//!
+//! Invariants: `used` counts the entries that are not empty; address 0 marks an empty entry (containers count from 1).
+
+use cryptfold_reduce_format::fingerprint::Fingerprint;
+use cryptfold_reduce_format::ids::{ChunkAddr, ContainerId, DomainId};
+use smallvec::SmallVec;
+
+const WAYS: usize = 8;
+/// Lowest hash bit that the tag covers.
+const TAG_AT: u32 = 10;
+const SPARE_BITS: u32 = 7;
+const TAG_BITS: u32 = 32 + SPARE_BITS;
+const ADDR_BITS: u32 = 57;
+const ADDR_MASK: u64 = (1 << ADDR_BITS) - 1;
+/// Most bits of sampling: one in 256 fingerprints.
+const MAX_HOOK_BITS: u32 = 8;
+const MIN_BUCKETS: usize = 1 << TAG_AT;
+
+#[derive(Clone, Copy)]
+#[repr(C, align(32))]
+struct Bucket {
+    tags: [u32; WAYS],
+    /// Spare tag bits above [`ADDR_BITS`], container << 9 | slot below.
+    addrs: [u64; WAYS],
+}
+
+const EMPTY: Bucket = Bucket { tags: [0; WAYS], addrs: [0; WAYS] };
+const _: () = assert!(size_of::<Bucket>() == 96);
+
+/// The table. See the module's head.
+pub(crate) struct Index {
+    buckets: Vec<Bucket>,
+    max_buckets: usize,
+    used: usize,
+    hook_bits: u32,
+}
+
+/// Where a fingerprint of a domain goes in the table.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Key(u64);
+
+impl Key {
+    pub fn new(domain: DomainId, fingerprint: &Fingerprint) -> Key {
+        // Fingerprints are uniform; domains only need to be told apart.
+        Key(fingerprint.prefix() ^ u64::from(domain.0).wrapping_mul(0x9e37_79b9_7f4a_7c15))
+    }
+
+    fn tag(self) -> (u32, u64) {
+        let tag = self.0 >> TAG_AT & ((1 << TAG_BITS) - 1);
+        (tag as u32, tag >> 32)
+    }
+
+    fn is_hook(self, bits: u32) -> bool {
+        bits == 0 || self.0 >> (TAG_AT + TAG_BITS - bits) & ((1 << bits) - 1) == 0
+    }
+}
+
+fn pack(addr: ChunkAddr) -> Option<u64> {
+    let packed = addr.container().get() << 9 | u64::from(addr.slot());
+    (packed & !ADDR_MASK == 0).then_some(packed)
+}
+
+fn unpack(entry: u64) -> Option<ChunkAddr> {
+    let packed = entry & ADDR_MASK;
+    ChunkAddr::new(ContainerId::new(packed >> 9)?, (packed & 511) as u16)
+}
+
+impl Index {
+    /// An empty table that grows up to `budget_bytes` (at least 96 KiB).
+    pub fn new(budget_bytes: usize) -> Index {
+        let most = budget_bytes / size_of::<Bucket>();
+        let max_buckets =
+            (most.max(1).next_power_of_two() / if most.is_power_of_two() { 1 } else { 2 }).max(MIN_BUCKETS);
+        Index { buckets: vec![EMPTY; MIN_BUCKETS], max_buckets, used: 0, hook_bits: 0 }
+    }
+
+    /// Bytes of RAM in use.
+    pub fn memory_bytes(&self) -> usize {
+        self.buckets.len() * size_of::<Bucket>()
+    }
+
+    /// Entries.
+    pub fn len(&self) -> usize {
+        self.used
+    }
+
+    /// One fingerprint in `2^hook_bits` is kept.
+    pub fn hook_bits(&self) -> u32 {
+        self.hook_bits
+    }
+
+    fn at(&self, key: Key) -> usize {
+        key.0 as usize & (self.buckets.len() - 1)
+    }
+
+    /// Addresses that may have this fingerprint; nearly always none or the one.
+    pub fn candidates(&self, key: Key) -> SmallVec<[ChunkAddr; 2]> {
+        let (tag, spare) = key.tag();
+        let bucket = &self.buckets[self.at(key)];
+        let mut found = SmallVec::new();
+        for way in 0..WAYS {
+            let entry = bucket.addrs[way];
+            if bucket.tags[way] == tag && entry >> ADDR_BITS == spare && entry & ADDR_MASK != 0 {
+                found.extend(unpack(entry));
+            }
+        }
+        found
+    }
+
+    /// Remembers `addr`, if the fingerprint is one of those kept. A full bucket gives up one of its entries.
+    pub fn insert(&mut self, key: Key, addr: ChunkAddr) {
+        let Some(packed) = pack(addr) else { return };
+        if !key.is_hook(self.hook_bits) {
+            return;
+        }
+        if self.used * 100 > self.buckets.len() * WAYS * 75 {
+            self.make_room();
+            if !key.is_hook(self.hook_bits) {
+                return;
+            }
+        }
+        let (tag, spare) = key.tag();
+        let at = self.at(key);
+        let bucket = &mut self.buckets[at];
+        let entry = spare << ADDR_BITS | packed;
+        let free = (0..WAYS).find(|&way| bucket.addrs[way] & ADDR_MASK == 0);
+        let same = (0..WAYS).find(|&way| bucket.tags[way] == tag && bucket.addrs[way] == entry);
+        let way = match same.or(free) {
+            Some(way) => way,
+            None => (key.0 >> 56) as usize % WAYS,
+        };
+        if same.is_none() && free.is_some() {
+            self.used += 1;
+        }
+        bucket.tags[way] = tag;
+        bucket.addrs[way] = entry;
+    }
+
+    /// Forgets that `addr` has this fingerprint.
+    pub fn remove(&mut self, key: Key, addr: ChunkAddr) {
+        let Some(packed) = pack(addr) else { return };
+        let (tag, spare) = key.tag();
+        let at = self.at(key);
+        let bucket = &mut self.buckets[at];
+        let entry = spare << ADDR_BITS | packed;
+        if let Some(way) = (0..WAYS).find(|&way| bucket.tags[way] == tag && bucket.addrs[way] == entry) {
+            bucket.tags[way] = 0;
+            bucket.addrs[way] = 0;
+            self.used -= 1;
+        }
+    }
+
+    #[cold]
+    fn make_room(&mut self) {
+        if self.buckets.len() < self.max_buckets {
+            self.double();
+        } else if self.hook_bits < MAX_HOOK_BITS {
+            self.hook_bits += 1;
+            self.drop_others();
+        }
+    }
+
+    /// Each bucket's entries go on to it or to the one `len` further: the next bit of the hash decides, and the tag has it.
+    fn double(&mut self) {
+        let half = self.buckets.len();
+        let bit = half.trailing_zeros() - TAG_AT;
+        self.buckets.resize(2 * half, EMPTY);
+        let (low, high) = self.buckets.split_at_mut(half);
+        for (low, high) in low.iter_mut().zip(high) {
+            for way in 0..WAYS {
+                let spare = low.addrs[way] >> ADDR_BITS;
+                let tag = u64::from(low.tags[way]) | spare << 32;
+                if low.addrs[way] & ADDR_MASK != 0 && tag >> bit & 1 == 1 {
+                    high.tags[way] = std::mem::take(&mut low.tags[way]);
+                    high.addrs[way] = std::mem::take(&mut low.addrs[way]);
+                }
+            }
+        }
+    }
+
+    /// Drops what is no hook at the present sampling rate.
+    fn drop_others(&mut self) {
+        let keep = SPARE_BITS.min(self.hook_bits);
+        for bucket in &mut self.buckets {
+            for way in 0..WAYS {
+                if bucket.addrs[way] & ADDR_MASK == 0 {
+                    continue;
+                }
+                let tag = u64::from(bucket.tags[way]) | bucket.addrs[way] >> ADDR_BITS << 32;
+                let hook = tag >> (TAG_BITS - self.hook_bits) == 0;
+                debug_assert!(keep <= TAG_BITS);
+                if !hook {
+                    bucket.tags[way] = 0;
+                    bucket.addrs[way] = 0;
+                    self.used -= 1;
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+
+    fn key(n: u64) -> Key {
+        // SplitMix64: uniform, as fingerprints are.
+        let mut z = n.wrapping_add(1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        Key(z ^ (z >> 31))
+    }
+
+    fn addr(n: u64) -> ChunkAddr {
+        ChunkAddr::new(ContainerId::new(n / 512 + 1).unwrap(), (n % 512) as u16).unwrap()
+    }
+
+    #[test]
+    fn finds_what_it_keeps_while_it_grows() {
+        let mut index = Index::new(64 << 20);
+        for n in 0..200_000 {
+            index.insert(key(n), addr(n));
+        }
+        assert_eq!(index.hook_bits(), 0);
+        let found = (0..200_000).filter(|&n| index.candidates(key(n)).contains(&addr(n))).count();
+        // Full buckets give entries up; at 75 % load that stays rare.
+        assert!(found > 195_000, "found {found}");
+        let false_hits: usize = (200_000..300_000).map(|n| index.candidates(key(n)).len()).sum();
+        assert!(false_hits < 10, "{false_hits} false hits");
+    }
+
+    #[test]
+    fn agrees_with_a_map_while_buckets_have_room() {
+        let mut index = Index::new(1 << 20);
+        let mut model = HashMap::new();
+        for step in 0..2000u64 {
+            let n = key(step).0 % 500;
+            if key(step).0 >> 32 & 1 == 0 {
+                index.insert(key(n), addr(n));
+                model.insert(n, addr(n));
+            } else {
+                index.remove(key(n), addr(n));
+                model.remove(&n);
+            }
+            assert_eq!(index.len(), model.len());
+        }
+        for n in 0..500 {
+            assert_eq!(index.candidates(key(n)).first(), model.get(&n), "{n}");
+        }
+    }
+
+    #[test]
+    fn keeps_its_budget_by_sampling() {
+        let mut index = Index::new(1 << 20);
+        for n in 0..100_000 {
+            index.insert(key(n), addr(n));
+        }
+        assert!(index.memory_bytes() <= 1 << 20);
+        assert!(index.hook_bits() > 0);
+        let hooks: Vec<u64> = (0..100_000).filter(|&n| key(n).is_hook(index.hook_bits())).collect();
+        let found = hooks.iter().filter(|&&n| index.candidates(key(n)).contains(&addr(n))).count();
+        assert!(found * 100 > hooks.len() * 90, "{found} of {}", hooks.len());
+    }
+}

@@ -1,0 +1,230 @@
+//! What callers ask for and get: options and descriptions of pools, volumes and domains, and the space they take.
+
+use std::path::PathBuf;
+
+use cryptfold_reduce_format::codec::Compression;
+use cryptfold_reduce_format::ids::{DomainId, VolumeId};
+use uuid::Uuid;
+
+/// Where the key-encryption key of a pool comes from.
+#[derive(Clone)]
+pub enum KeySource {
+    /// A file with 32 raw bytes or 64 hexadecimal digits.
+    File(PathBuf),
+    /// The content of such a file.
+    Bytes(Vec<u8>),
+    /// The public key of pools without encryption: same format, no secrecy.
+    Open,
+}
+
+/// The key is not shown.
+impl std::fmt::Debug for KeySource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            KeySource::File(path) => write!(f, "File({})", path.display()),
+            KeySource::Bytes(_) => f.write_str("Bytes(..)"),
+            KeySource::Open => f.write_str("Open"),
+        }
+    }
+}
+
+/// How a pool is made.
+#[derive(Clone, Debug)]
+pub struct CreateOptions {
+    /// Overwrite whatever the device carries.
+    pub force: bool,
+    /// Its key-encryption key.
+    pub key: KeySource,
+    /// Bytes of a segment: a power of two from 1 MiB to 1 GiB; `None` = by the device's size.
+    pub segment_bytes: Option<u32>,
+    /// RAM for index, caches and buffers, at least 16 MiB; `None` = 512 MiB and 250 MiB per TiB.
+    pub memory_budget: Option<u64>,
+    /// Compression of volumes without a setting of their own; `None` = adaptive.
+    pub compression: Option<Compression>,
+}
+
+impl CreateOptions {
+    /// The defaults, with this key.
+    pub fn new(key: KeySource) -> CreateOptions {
+        CreateOptions { force: false, key, segment_bytes: None, memory_budget: None, compression: None }
+    }
+}
+
+/// How a volume is made. Volumes are thin.
+#[derive(Clone, Debug, Default)]
+pub struct VolumeOptions {
+    /// Its name within the pool.
+    pub name: String,
+    /// Its size; rounded up to 4 KiB.
+    pub size_bytes: u64,
+    /// 512 or 4096 (default) bytes.
+    pub block_size: Option<u32>,
+    /// Name of its deduplication domain; `None` = the pool's default domain.
+    pub domain: Option<String>,
+    /// Its compression; `None` = the pool's.
+    pub compression: Option<Compression>,
+    /// Its identity; `None` = drawn.
+    pub uuid: Option<Uuid>,
+}
+
+/// Bytes of data at each step of reduction.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Space {
+    /// Mapped blocks of volumes, zero and pattern blocks included.
+    pub logical_bytes: u64,
+    /// Of these, zero and pattern blocks: they take no space but their map entry.
+    pub zero_bytes: u64,
+    /// Distinct blocks that are stored, before compression.
+    pub unique_bytes: u64,
+    /// Bytes of the stored fragments: compressed, with headers and tags.
+    pub stored_bytes: u64,
+    /// Bytes of maps, reference tables, fingerprints and catalogue, as of the last checkpoint.
+    pub metadata_bytes: u64,
+}
+
+impl Space {
+    /// Logical to stored bytes, metadata counted, zero blocks counted as data. 0 when nothing is stored.
+    pub fn ratio(&self) -> f64 {
+        ratio(self.logical_bytes, self.stored_bytes + self.metadata_bytes)
+    }
+    /// The same with zero and pattern blocks left out.
+    pub fn ratio_without_zeroes(&self) -> f64 {
+        ratio(self.logical_bytes.saturating_sub(self.zero_bytes), self.stored_bytes + self.metadata_bytes)
+    }
+}
+
+fn ratio(logical: u64, stored: u64) -> f64 {
+    if stored == 0 { 0.0 } else { logical as f64 / stored as f64 }
+}
+
+/// A pool, as it is now.
+#[derive(Clone, Debug, PartialEq, serde::Serialize)]
+pub struct PoolInfo {
+    /// Name.
+    pub name: String,
+    /// Identity.
+    pub uuid: Uuid,
+    /// Base device.
+    pub base_bdev: String,
+    /// Bytes of the base device in use.
+    pub device_bytes: u64,
+    /// Bytes of a segment (SPDK's clients see it as the cluster size).
+    pub segment_bytes: u32,
+    /// Segments that can hold data or metadata.
+    pub segments: u64,
+    /// Segments in which nothing lives.
+    pub free_segments: u64,
+    /// Bytes that hosts' data can take, stored.
+    pub capacity_bytes: u64,
+    /// Of these, bytes free now; what garbage collection can win comes on top.
+    pub free_bytes: u64,
+    /// Bytes that garbage collection can win.
+    pub dead_bytes: u64,
+    /// Data and its reduction.
+    pub space: Space,
+    /// Volumes.
+    pub volumes: u64,
+    /// Deduplication domains.
+    pub domains: u64,
+    /// Compression of volumes without a setting.
+    pub compression: String,
+    /// RAM that the pool may take.
+    pub memory_budget_bytes: u64,
+    /// RAM that its caches, index and buffers take.
+    pub memory_bytes: u64,
+    /// Fingerprints in the index.
+    pub index_entries: u64,
+    /// One in so many fingerprints is indexed.
+    pub index_sampling: u64,
+    /// Superblock generation: counts checkpoints and openings.
+    pub checkpoints: u64,
+    /// Damaged nodes and fragments met since the pool was opened.
+    pub damaged: u64,
+    /// Why the pool stopped, if it did.
+    pub failed: Option<String>,
+    /// When it was made, ms since 1970.
+    pub created_ms: u64,
+}
+
+/// A volume, as it is now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VolumeInfo {
+    /// Number within the pool.
+    pub id: VolumeId,
+    /// Identity; also the name of its bdev.
+    pub uuid: Uuid,
+    /// Name; the bdev's alias is `POOL/NAME`.
+    pub name: String,
+    /// Pool.
+    pub pool: String,
+    /// Deduplication domain.
+    pub domain: String,
+    /// Size.
+    pub size_bytes: u64,
+    /// Bytes of a block.
+    pub block_size: u32,
+    /// Writes are refused.
+    pub read_only: bool,
+    /// Its own compression setting.
+    pub compression: Option<String>,
+    /// Mapped bytes, zero and pattern blocks included.
+    pub logical_bytes: u64,
+    /// Of these, zero and pattern blocks.
+    pub zero_bytes: u64,
+    /// Bytes written since it was made.
+    pub written_bytes: u64,
+    /// When it was made, ms since 1970.
+    pub created_ms: u64,
+}
+
+/// A deduplication domain, as it is now.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct DomainInfo {
+    /// Number within the pool.
+    pub id: DomainId,
+    /// Identity.
+    pub uuid: Uuid,
+    /// Name.
+    pub name: String,
+    /// Its volumes.
+    pub volumes: u64,
+    /// Data of its volumes.
+    pub space: Space,
+}
+
+/// What an audit found.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct CheckReport {
+    /// Volumes audited.
+    pub volumes: u64,
+    /// Mapped blocks.
+    pub blocks: u64,
+    /// Containers.
+    pub containers: u64,
+    /// Fragments.
+    pub fragments: u64,
+    /// Fragments whose data was read and verified against their chunks' fingerprints.
+    pub verified: u64,
+    /// Metadata nodes.
+    pub nodes: u64,
+    /// Fragments that nothing refers to (their writer died); harmless.
+    pub orphans: u64,
+    /// Every inconsistency, the first thousand in words.
+    pub problems: Vec<String>,
+    /// Number of inconsistencies.
+    pub problem_count: u64,
+}
+
+impl CheckReport {
+    /// Nothing wrong.
+    pub fn is_clean(&self) -> bool {
+        self.problem_count == 0
+    }
+
+    pub(crate) fn problem(&mut self, text: String) {
+        self.problem_count += 1;
+        if self.problems.len() < 1000 {
+            self.problems.push(text);
+        }
+    }
+}

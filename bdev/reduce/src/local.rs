@@ -1,0 +1,164 @@
+//! A pool for callers that are on its reactor themselves: the simulator, and programs of one thread.
+//!
+//! The same operations as [`crate::PoolManager`]'s, awaited instead of blocking.
+
+use std::rc::Rc;
+use std::sync::Arc;
+
+use cryptfold_bdev::{BdevError, Registry, Removal, Status};
+
+use crate::error::PoolError;
+use crate::info::{CheckReport, CreateOptions, DomainInfo, KeySource, PoolInfo, VolumeInfo, VolumeOptions};
+use crate::manager::kek;
+use crate::open::{self, Making, Opening};
+use crate::pool::Pool;
+
+/// An open pool whose home is the current reactor.
+#[derive(Clone)]
+pub struct LocalPool {
+    pool: Rc<Pool>,
+    registry: Arc<Registry>,
+}
+
+impl LocalPool {
+    /// Makes a pool and opens it.
+    ///
+    /// # Errors
+    /// As [`crate::PoolManager::create`].
+    pub async fn create(
+        registry: &Arc<Registry>,
+        base_bdev: &str,
+        name: &str,
+        options: &CreateOptions,
+    ) -> Result<LocalPool, PoolError> {
+        let (kek, slot, label) = kek(&options.key, base_bdev)?;
+        let descriptor = open::claim(registry, base_bdev)?;
+        let making = Making {
+            name: name.to_owned(),
+            force: options.force,
+            segment_bytes: options.segment_bytes,
+            slot: Some(slot),
+            label,
+        };
+        open::create(&descriptor, &making, &kek).await?;
+        let opening = Opening { memory_bytes: options.memory_budget };
+        let pool = open::open(&descriptor, &kek, &opening).await?;
+        let Some(pool) = pool else { return Err(PoolError::NoPool(making.name)) };
+        if let Some(compression) = options.compression {
+            pool.set_compression(compression).await?;
+        }
+        Ok(LocalPool { pool, registry: registry.clone() })
+    }
+
+    /// Opens the pool on a bdev and registers its volumes. `Ok(None)`: there is no pool on it.
+    ///
+    /// # Errors
+    /// As [`crate::PoolManager::open`].
+    pub async fn open(
+        registry: &Arc<Registry>,
+        base_bdev: &str,
+        key: &KeySource,
+        memory_budget: Option<u64>,
+    ) -> Result<Option<LocalPool>, PoolError> {
+        let (kek, _, _) = kek(key, base_bdev)?;
+        let descriptor = open::claim(registry, base_bdev)?;
+        let opening = Opening { memory_bytes: memory_budget };
+        let Some(pool) = open::open(&descriptor, &kek, &opening).await? else { return Ok(None) };
+        let pool = LocalPool { pool, registry: registry.clone() };
+        for id in pool.pool.live_volumes() {
+            if let Some(device) = pool.pool.device(id) {
+                pool.registry.register(device)?;
+            }
+        }
+        Ok(Some(pool))
+    }
+
+    /// Makes a volume and registers its bdev.
+    ///
+    /// # Errors
+    /// As [`crate::PoolManager::create_volume`].
+    pub async fn create_volume(&self, options: &VolumeOptions) -> Result<VolumeInfo, PoolError> {
+        let (info, device) = self.pool.create_volume(options).await?;
+        self.registry.register(device)?;
+        Ok(info)
+    }
+
+    /// Deletes a volume, which nobody may have open.
+    ///
+    /// # Errors
+    /// There is none, or it is in use.
+    pub async fn delete_volume(&self, volume: &str) -> Result<(), PoolError> {
+        let id = self.pool.find_volume(volume)?;
+        let Some(info) = self.pool.volume_info(id) else { return Ok(()) };
+        self.unregister(&info)?;
+        self.pool.delete_volume(id).await
+    }
+
+    fn unregister(&self, info: &VolumeInfo) -> Result<(), PoolError> {
+        let removal: Removal = match self.registry.unregister(&info.uuid.to_string()) {
+            Ok(removal) => removal,
+            Err(BdevError::NotFound(_)) => return Ok(()),
+            Err(error) => return Err(error.into()),
+        };
+        if removal.is_done() {
+            Ok(())
+        } else {
+            Err(PoolError::Busy(format!("volume {}/{} is open", info.pool, info.name)))
+        }
+    }
+
+    /// Changes a volume's size.
+    ///
+    /// # Errors
+    /// As [`crate::PoolManager::resize_volume`].
+    pub async fn resize_volume(&self, volume: &str, size_bytes: u64) -> Result<VolumeInfo, PoolError> {
+        let id = self.pool.find_volume(volume)?;
+        self.pool.resize_volume(id, size_bytes).await?;
+        let info = self.pool.volume_info(id);
+        let info =
+            info.ok_or_else(|| PoolError::NoVolume { pool: self.pool.name(), volume: volume.into() })?;
+        let bdev = self.registry.get(&info.uuid.to_string())?;
+        bdev.set_blocks(info.size_bytes / u64::from(info.block_size));
+        Ok(info)
+    }
+
+    /// Makes a deduplication domain.
+    ///
+    /// # Errors
+    /// As [`crate::PoolManager::create_domain`].
+    pub async fn create_domain(&self, name: &str) -> Result<DomainInfo, PoolError> {
+        self.pool.create_domain(name).await
+    }
+
+    /// The pool, its volumes and domains as they are now.
+    pub fn info(&self) -> (PoolInfo, Vec<VolumeInfo>, Vec<DomainInfo>) {
+        (self.pool.info(), self.pool.volume_infos(), self.pool.domain_infos())
+    }
+
+    /// Audits the pool; see [`crate::PoolManager::check`].
+    ///
+    /// # Errors
+    /// The device failed.
+    pub async fn check(&self, data: bool) -> Result<CheckReport, Status> {
+        self.pool.check(data).await
+    }
+
+    /// Writes a checkpoint.
+    ///
+    /// # Errors
+    /// The device failed.
+    pub async fn checkpoint(&self) -> Result<(), Status> {
+        self.pool.checkpoint().await
+    }
+
+    /// Takes the volumes (which nobody may have open) out of the registry and closes the pool.
+    ///
+    /// # Errors
+    /// A volume is in use, or the device failed.
+    pub async fn close(self) -> Result<(), PoolError> {
+        for info in self.pool.volume_infos() {
+            self.unregister(&info)?;
+        }
+        self.pool.close().await
+    }
+}

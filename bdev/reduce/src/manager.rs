@@ -1,0 +1,487 @@
+//! All pools of a process, for ordinary threads.
+//!
+//! Owns the list of open pools. Calls block until the pool's home reactor has done the work; never call them on a
+//! reactor. A pool's volumes are in the registry while it is open.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use cryptfold_bdev::{BdevError, Registry};
+use cryptfold_reactor::Handle;
+use cryptfold_reduce_format::codec::Compression;
+use cryptfold_reduce_format::keys::Kek;
+use cryptfold_reduce_format::record::volume_flags;
+use cryptfold_reduce_format::slots::SlotKind;
+use uuid::Uuid;
+
+use crate::error::PoolError;
+use crate::info::{CheckReport, CreateOptions, DomainInfo, KeySource, PoolInfo, VolumeInfo, VolumeOptions};
+use crate::open::{self, Making, Opening};
+use crate::pool::{Pool, PoolRef};
+
+/// How long a device may take to drain before a removal is given up.
+const DRAIN: Duration = Duration::from_secs(30);
+
+/// All pools of a process. See the module's head.
+pub struct PoolManager {
+    registry: Arc<Registry>,
+    homes: Vec<Handle>,
+    next_home: AtomicUsize,
+    pools: Mutex<Vec<PoolRef>>,
+    /// Opening and closing go one after the other.
+    serial: Mutex<()>,
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The key-encryption key of a source, for the pool on `device`.
+pub(crate) fn kek(source: &KeySource, device: &str) -> Result<(Kek, SlotKind, String), PoolError> {
+    let bad = |reason| PoolError::Key { device: device.to_owned(), reason };
+    match source {
+        KeySource::Open => Ok((Kek::open(), SlotKind::Open, "no encryption".into())),
+        KeySource::Bytes(bytes) => {
+            Ok((Kek::from_file(bytes).map_err(bad)?, SlotKind::KeyFile, String::new()))
+        }
+        KeySource::File(path) => {
+            let mut content = std::fs::read(path)
+                .map_err(|error| PoolError::KeyFile { path: path.clone(), reason: error.to_string() })?;
+            let kek = Kek::from_file(&content).map_err(bad);
+            content.fill(0);
+            let label = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
+            Ok((kek?, SlotKind::KeyFile, label))
+        }
+    }
+}
+
+impl PoolManager {
+    /// A manager without pools. Pools are spread over `homes` (at least one).
+    pub fn new(registry: Arc<Registry>, homes: Vec<Handle>) -> Arc<PoolManager> {
+        Arc::new(PoolManager {
+            registry,
+            homes,
+            next_home: AtomicUsize::new(0),
+            pools: Mutex::default(),
+            serial: Mutex::default(),
+        })
+    }
+
+    fn home(&self) -> Result<Handle, PoolError> {
+        let n = self.next_home.fetch_add(1, Ordering::Relaxed);
+        self.homes.get(n % self.homes.len().max(1)).cloned().ok_or(PoolError::NoReactor)
+    }
+
+    fn find(&self, name: &str) -> Result<PoolRef, PoolError> {
+        let uuid = Uuid::parse_str(name).ok();
+        let pools = locked(&self.pools);
+        let found = pools.iter().find(|p| p.name() == name || uuid == Some(p.uuid));
+        found.cloned().ok_or_else(|| PoolError::NoPool(name.to_owned()))
+    }
+
+    /// Runs `f` with the pool on its home reactor.
+    fn on_home<F, Fut, T>(&self, pool: &PoolRef, f: F) -> Result<T, PoolError>
+    where
+        F: FnOnce(std::rc::Rc<Pool>) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<T, PoolError>> + 'static,
+        T: Send + 'static,
+    {
+        let reference = pool.clone();
+        let result = pool.home.block_on(move || async move {
+            match reference.get() {
+                Some(pool) => f(pool).await,
+                None => Err(PoolError::NoPool(reference.name())),
+            }
+        });
+        result.map_err(|_| PoolError::NoReactor)?
+    }
+
+    /// Makes a pool on a bdev and opens it.
+    ///
+    /// # Errors
+    /// The device is too small, in use, or carries something else and `force` is not set; the name is taken; the key can
+    /// not be used. Nothing is written then.
+    pub fn create(
+        &self,
+        base_bdev: &str,
+        name: &str,
+        options: &CreateOptions,
+    ) -> Result<PoolInfo, PoolError> {
+        let _one = locked(&self.serial);
+        if locked(&self.pools).iter().any(|pool| pool.name() == name) {
+            return Err(PoolError::PoolExists(name.to_owned()));
+        }
+        let (kek, slot, label) = kek(&options.key, base_bdev)?;
+        if options.memory_budget.is_some_and(|budget| budget < open::MIN_MEMORY_BYTES) {
+            return Err(PoolError::Invalid(format!(
+                "memory_budget is at least {} bytes",
+                open::MIN_MEMORY_BYTES
+            )));
+        }
+        let descriptor = open::claim(&self.registry, base_bdev)?;
+        let making = Making {
+            name: name.to_owned(),
+            force: options.force,
+            segment_bytes: options.segment_bytes,
+            slot: Some(slot),
+            label,
+        };
+        let opening = Opening { memory_bytes: options.memory_budget };
+        let compression = options.compression;
+        let opened = self.home()?.block_on(move || async move {
+            open::create(&descriptor, &making, &kek).await?;
+            let Some(pool) = open::open(&descriptor, &kek, &opening).await? else {
+                return Err(PoolError::NoPool(making.name));
+            };
+            if let Some(compression) = compression {
+                pool.set_compression(compression).await?;
+            }
+            Ok((pool.handle.clone(), pool.info()))
+        });
+        let (reference, info) = opened.map_err(|_| PoolError::NoReactor)??;
+        locked(&self.pools).push(reference);
+        Ok(info)
+    }
+
+    /// Opens the pool on a bdev and registers its volumes. `Ok(None)`: there is no pool on it.
+    ///
+    /// # Errors
+    /// The pool is open elsewhere, the key does not fit, it is damaged or of another version; nothing is written then.
+    pub fn open(
+        &self,
+        base_bdev: &str,
+        key: &KeySource,
+        memory_budget: Option<u64>,
+    ) -> Result<Option<PoolInfo>, PoolError> {
+        let _one = locked(&self.serial);
+        let (kek, _, _) = kek(key, base_bdev)?;
+        let descriptor = open::claim(&self.registry, base_bdev)?;
+        let opening = Opening { memory_bytes: memory_budget };
+        let taken: Vec<String> = locked(&self.pools).iter().map(PoolRef::name).collect();
+        let opened = self.home()?.block_on(move || async move {
+            let Some(pool) = open::open(&descriptor, &kek, &opening).await? else { return Ok(None) };
+            let name = pool.name();
+            if taken.contains(&name) {
+                pool.close().await?;
+                return Err(PoolError::PoolExists(name));
+            }
+            let volumes = pool.live_volumes();
+            let mut devices = Vec::new();
+            devices.extend(volumes.into_iter().filter_map(|id| pool.device(id)));
+            Ok(Some((pool.handle.clone(), pool.info(), devices)))
+        });
+        let Some((reference, info, devices)) = opened.map_err(|_| PoolError::NoReactor)?? else {
+            return Ok(None);
+        };
+        locked(&self.pools).push(reference.clone());
+        for device in devices {
+            if let Err(error) = self.registry.register(device) {
+                // The others are served; this one answers to whoever has taken its name.
+                tracing::error!(pool = %reference.name(), %error, "a volume can not be registered");
+            }
+        }
+        Ok(Some(info))
+    }
+
+    /// Takes the pool's volumes out of the registry; they are drained.
+    fn unregister_volumes(&self, pool: &PoolRef) -> Result<(), PoolError> {
+        let volumes = self.on_home(pool, |pool| async move { Ok(pool.volume_infos()) })?;
+        for volume in volumes {
+            self.unregister(&volume.uuid)?;
+        }
+        Ok(())
+    }
+
+    fn unregister(&self, uuid: &Uuid) -> Result<(), PoolError> {
+        match self.registry.unregister(&uuid.to_string()) {
+            Ok(removal) => {
+                if removal.wait(DRAIN) {
+                    Ok(())
+                } else {
+                    Err(PoolError::Busy(format!("volume {uuid} is still in use after {} s", DRAIN.as_secs())))
+                }
+            }
+            Err(BdevError::NotFound(_)) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Drains and unregisters the pool's volumes, makes everything durable and lets go of the device.
+    ///
+    /// # Errors
+    /// A volume stays in use; the device fails.
+    pub fn close(&self, name: &str) -> Result<(), PoolError> {
+        let _one = locked(&self.serial);
+        let pool = self.find(name)?;
+        self.close_ref(&pool)
+    }
+
+    fn close_ref(&self, pool: &PoolRef) -> Result<(), PoolError> {
+        self.unregister_volumes(pool)?;
+        locked(&self.pools).retain(|other| other.id != pool.id);
+        self.on_home(pool, |pool| async move { pool.close().await })
+    }
+
+    /// Closes the pool and makes its device forget it.
+    ///
+    /// # Errors
+    /// As [`PoolManager::close`].
+    pub fn destroy(&self, name: &str) -> Result<(), PoolError> {
+        let _one = locked(&self.serial);
+        let pool = self.find(name)?;
+        self.unregister_volumes(&pool)?;
+        locked(&self.pools).retain(|other| other.id != pool.id);
+        self.on_home(&pool, |pool| async move {
+            pool.close().await?;
+            pool.wipe().await
+        })
+    }
+
+    /// Changes the pool's name.
+    ///
+    /// # Errors
+    /// The new name is taken or not possible, or a volume of the pool is in use (its alias would change).
+    pub fn rename(&self, name: &str, new_name: &str) -> Result<(), PoolError> {
+        let _one = locked(&self.serial);
+        let pool = self.find(name)?;
+        if new_name.is_empty() || new_name.len() > 64 || new_name.chars().any(|c| c.is_control() || c == '/')
+        {
+            return Err(PoolError::Invalid(format!(
+                "a pool's name has 1 to 64 bytes without '/' and control characters, not {new_name:?}"
+            )));
+        }
+        if locked(&self.pools).iter().any(|other| other.name() == new_name) {
+            return Err(PoolError::PoolExists(new_name.to_owned()));
+        }
+        self.check_unused(&self.volumes(name)?)?;
+        self.unregister_volumes(&pool)?;
+        let renamed = new_name.to_owned();
+        let result = self.on_home(&pool, move |pool| async move { pool.rename(&renamed).await });
+        if result.is_ok() {
+            new_name.clone_into(&mut locked(&pool.name));
+        }
+        self.register_volumes(&pool)?;
+        result
+    }
+
+    fn check_unused(&self, volumes: &[VolumeInfo]) -> Result<(), PoolError> {
+        for volume in volumes {
+            if let Ok(bdev) = self.registry.get(&volume.uuid.to_string())
+                && let Some(by) = bdev.claimed_by()
+            {
+                return Err(PoolError::Busy(format!(
+                    "volume {}/{} is claimed by {by}",
+                    volume.pool, volume.name
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    fn register_volumes(&self, pool: &PoolRef) -> Result<(), PoolError> {
+        let devices = self.on_home(pool, |pool| async move {
+            let volumes = pool.live_volumes();
+            Ok(volumes.into_iter().filter_map(|id| pool.device(id)).collect::<Vec<_>>())
+        })?;
+        for device in devices {
+            self.registry.register(device)?;
+        }
+        Ok(())
+    }
+
+    /// All open pools.
+    pub fn list(&self) -> Vec<PoolInfo> {
+        let pools = locked(&self.pools).clone();
+        pools
+            .iter()
+            .filter_map(|pool| self.on_home(pool, |pool| async move { Ok(pool.info()) }).ok())
+            .collect()
+    }
+
+    /// One open pool, by name or UUID.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn info(&self, name: &str) -> Result<PoolInfo, PoolError> {
+        self.on_home(&self.find(name)?, |pool| async move { Ok(pool.info()) })
+    }
+
+    /// Makes a volume and registers its bdev: named by its UUID, alias `POOL/NAME`.
+    ///
+    /// # Errors
+    /// The name is taken, a parameter is not possible, the domain does not exist.
+    pub fn create_volume(&self, pool: &str, options: &VolumeOptions) -> Result<VolumeInfo, PoolError> {
+        let reference = self.find(pool)?;
+        let options = options.clone();
+        let (info, device) =
+            self.on_home(&reference, move |pool| async move { pool.create_volume(&options).await })?;
+        if let Err(error) = self.registry.register(device) {
+            let id = info.id;
+            self.on_home(&reference, move |pool| async move { pool.delete_volume(id).await })?;
+            return Err(error.into());
+        }
+        Ok(info)
+    }
+
+    /// Deletes a volume (by name or UUID). Its space comes back in the background.
+    ///
+    /// # Errors
+    /// There is none, or it is in use.
+    pub fn delete_volume(&self, pool: &str, volume: &str) -> Result<(), PoolError> {
+        let reference = self.find(pool)?;
+        let info = self.volume(pool, volume)?;
+        self.check_unused(std::slice::from_ref(&info))?;
+        self.unregister(&info.uuid)?;
+        self.on_home(&reference, move |pool| async move { pool.delete_volume(info.id).await })
+    }
+
+    /// Changes a volume's size (rounded up to 4 KiB). What lies beyond a smaller size is lost.
+    ///
+    /// # Errors
+    /// There is none, or the size is not possible.
+    pub fn resize_volume(&self, pool: &str, volume: &str, size_bytes: u64) -> Result<VolumeInfo, PoolError> {
+        let reference = self.find(pool)?;
+        let before = self.volume(pool, volume)?;
+        let bdev = self.registry.get(&before.uuid.to_string())?;
+        let per_chunk = u64::from(4096 / before.block_size);
+        let blocks = size_bytes.div_ceil(4096) * per_chunk;
+        if blocks > 0 && size_bytes < before.size_bytes {
+            // Hosts first: nothing may be written behind the new end while it is given up.
+            bdev.set_blocks(blocks);
+        }
+        let id = before.id;
+        let done =
+            self.on_home(&reference, move |pool| async move { pool.resize_volume(id, size_bytes).await });
+        match done {
+            Ok(chunks) => bdev.set_blocks(chunks * per_chunk),
+            Err(_) => bdev.set_blocks(before.size_bytes / u64::from(before.block_size)),
+        }
+        done?;
+        self.volume(pool, &before.uuid.to_string())
+    }
+
+    /// Changes a volume's name.
+    ///
+    /// # Errors
+    /// The name is taken or not possible; the volume is claimed (its alias would change).
+    pub fn rename_volume(&self, pool: &str, volume: &str, new_name: &str) -> Result<VolumeInfo, PoolError> {
+        let reference = self.find(pool)?;
+        let info = self.volume(pool, volume)?;
+        self.check_unused(std::slice::from_ref(&info))?;
+        self.unregister(&info.uuid)?;
+        let (id, name) = (info.id, new_name.to_owned());
+        let result = self.on_home(&reference, move |pool| async move { pool.rename_volume(id, &name).await });
+        self.reregister(&reference, id)?;
+        result?;
+        self.volume(pool, &info.uuid.to_string())
+    }
+
+    /// Makes a volume read-only or writable again.
+    ///
+    /// # Errors
+    /// There is none, or it is claimed.
+    pub fn set_read_only(&self, pool: &str, volume: &str, read_only: bool) -> Result<VolumeInfo, PoolError> {
+        let reference = self.find(pool)?;
+        let info = self.volume(pool, volume)?;
+        self.check_unused(std::slice::from_ref(&info))?;
+        self.unregister(&info.uuid)?;
+        let id = info.id;
+        let (set, clear) =
+            if read_only { (volume_flags::READ_ONLY, 0) } else { (0, volume_flags::READ_ONLY) };
+        let result =
+            self.on_home(&reference, move |pool| async move { pool.flag_volume(id, set, clear).await });
+        self.reregister(&reference, id)?;
+        result?;
+        self.volume(pool, &info.uuid.to_string())
+    }
+
+    fn reregister(
+        &self,
+        pool: &PoolRef,
+        id: cryptfold_reduce_format::ids::VolumeId,
+    ) -> Result<(), PoolError> {
+        let device = self.on_home(pool, move |pool| async move { Ok(pool.device(id)) })?;
+        if let Some(device) = device {
+            self.registry.register(device)?;
+        }
+        Ok(())
+    }
+
+    /// The volumes of a pool.
+    ///
+    /// # Errors
+    /// There is no such pool.
+    pub fn volumes(&self, pool: &str) -> Result<Vec<VolumeInfo>, PoolError> {
+        self.on_home(&self.find(pool)?, |pool| async move { Ok(pool.volume_infos()) })
+    }
+
+    /// A volume, by name or UUID.
+    ///
+    /// # Errors
+    /// There is none.
+    pub fn volume(&self, pool: &str, volume: &str) -> Result<VolumeInfo, PoolError> {
+        let volume = volume.to_owned();
+        self.on_home(&self.find(pool)?, move |pool| async move {
+            let id = pool.find_volume(&volume)?;
+            pool.volume_info(id).ok_or_else(|| PoolError::NoVolume { pool: pool.name(), volume })
+        })
+    }
+
+    /// Makes a deduplication domain with keys of its own.
+    ///
+    /// # Errors
+    /// The name is taken or not possible.
+    pub fn create_domain(&self, pool: &str, name: &str) -> Result<DomainInfo, PoolError> {
+        let name = name.to_owned();
+        self.on_home(&self.find(pool)?, move |pool| async move { pool.create_domain(&name).await })
+    }
+
+    /// The domains of a pool.
+    ///
+    /// # Errors
+    /// There is no such pool.
+    pub fn domains(&self, pool: &str) -> Result<Vec<DomainInfo>, PoolError> {
+        self.on_home(&self.find(pool)?, |pool| async move { Ok(pool.domain_infos()) })
+    }
+
+    /// Sets the compression of volumes without a setting of their own.
+    ///
+    /// # Errors
+    /// There is no such pool.
+    pub fn set_compression(&self, pool: &str, compression: Compression) -> Result<(), PoolError> {
+        self.on_home(&self.find(pool)?, move |pool| async move { pool.set_compression(compression).await })
+    }
+
+    /// Audits a pool: map, references, segments, counters; with `data` also every fragment and its fingerprints. Changes wait
+    /// meanwhile.
+    ///
+    /// # Errors
+    /// There is no such pool, or its device fails.
+    pub fn check(&self, pool: &str, data: bool) -> Result<CheckReport, PoolError> {
+        self.on_home(&self.find(pool)?, move |pool| async move {
+            pool.check(data).await.map_err(|status| PoolError::Stopped { pool: pool.name(), status })
+        })
+    }
+
+    /// Makes everything durable and writes a checkpoint.
+    ///
+    /// # Errors
+    /// There is no such pool, or its device fails.
+    pub fn checkpoint(&self, pool: &str) -> Result<(), PoolError> {
+        self.on_home(&self.find(pool)?, move |pool| async move {
+            pool.checkpoint().await.map_err(|status| PoolError::Stopped { pool: pool.name(), status })
+        })
+    }
+
+    /// Closes all pools. Errors are logged: a shutdown goes on.
+    pub fn shutdown(&self) {
+        let _one = locked(&self.serial);
+        let pools = locked(&self.pools).clone();
+        for pool in pools {
+            if let Err(error) = self.close_ref(&pool) {
+                tracing::error!(pool = %pool.name(), %error, "a pool was not closed in order");
+            }
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! An open pool: everything that lives on its home reactor.
+//!
+//! Owns the shard's state, the journal, the logs, the caches and the background tasks of one pool. Lives in an `Rc` on the
+//! home reactor; other threads reach it through [`PoolRef`].
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::rc::Rc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use cryptfold_bdev::{Descriptor, Status};
+use cryptfold_reactor::sync::{Event, Mutex as AsyncMutex, Notify};
+use cryptfold_reactor::{self as reactor, Handle};
+use cryptfold_reduce_format::codec::{Compressor, Decompressor};
+use cryptfold_reduce_format::ids::DomainId;
+use cryptfold_reduce_format::journal::JournalEpoch;
+use cryptfold_reduce_format::keys::PoolKeys;
+use cryptfold_reduce_format::superblock::{ANCHORS, Superblock};
+use uuid::Uuid;
+
+use crate::base::Base;
+use crate::chunklock::ChunkLocks;
+use crate::commit::Commits;
+use crate::hash::FastMap;
+use crate::ingest::Lane;
+use crate::journal::Journal;
+use crate::load::LoadKey;
+use crate::log::DataLog;
+use crate::meta::Meta;
+use crate::read::FragmentCache;
+use crate::shard::{ApplyError, Shard};
+
+/// How a pool is doing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Life {
+    /// In order.
+    Open,
+    /// No new changes are let in; what is under way ends.
+    Closing,
+    /// The device refused a write for good, or the state makes no sense: reads only.
+    Failed,
+    /// Over.
+    Closed,
+}
+
+/// An open pool, from any thread.
+#[derive(Clone)]
+pub(crate) struct PoolRef {
+    pub id: u64,
+    pub uuid: Uuid,
+    pub home: Handle,
+    pub name: Arc<Mutex<String>>,
+    pub base_name: String,
+}
+
+thread_local! {
+    /// Pools whose home this thread is.
+    static POOLS: RefCell<HashMap<u64, Rc<Pool>>> = RefCell::default();
+}
+
+static NEXT_POOL: AtomicU64 = AtomicU64::new(1);
+
+impl PoolRef {
+    pub fn new(uuid: Uuid, home: Handle, name: &str, base_name: &str) -> PoolRef {
+        PoolRef {
+            id: NEXT_POOL.fetch_add(1, Ordering::Relaxed),
+            uuid,
+            home,
+            name: Arc::new(Mutex::new(name.to_owned())),
+            base_name: base_name.to_owned(),
+        }
+    }
+
+    /// The pool; only on its home reactor, while it is open.
+    pub fn get(&self) -> Option<Rc<Pool>> {
+        POOLS.with_borrow(|pools| pools.get(&self.id).cloned())
+    }
+
+    /// Its name.
+    pub fn name(&self) -> String {
+        self.name.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+}
+
+/// See the module's head.
+pub(crate) struct Pool {
+    pub handle: PoolRef,
+    pub uuid: Uuid,
+    pub descriptor: Arc<Descriptor>,
+    pub base: Base,
+    pub keys: PoolKeys,
+    pub epoch: JournalEpoch,
+    pub owner: [u8; 16],
+    pub anchors: [u64; ANCHORS],
+    pub segment_bytes: u32,
+    pub superblock: RefCell<Superblock>,
+    pub shard: RefCell<Shard>,
+    pub journal: RefCell<Journal>,
+    pub commits: Commits,
+    pub meta: AsyncMutex<Meta>,
+    pub loading: RefCell<FastMap<LoadKey, Rc<Event>>>,
+    pub compressor: RefCell<Compressor>,
+    pub decompressor: RefCell<Decompressor>,
+    pub fragments: RefCell<FragmentCache>,
+    pub lanes: RefCell<FastMap<(DomainId, bool), Rc<Lane>>>,
+    pub logs: RefCell<Vec<Rc<DataLog>>>,
+    pub locks: ChunkLocks,
+    /// Bytes of RAM for the trees' caches.
+    pub cache_bytes: usize,
+    /// Changed leaves at which a checkpoint is made.
+    pub dirty_limit: usize,
+    pub memory_budget: u64,
+    pub life: Cell<Life>,
+    pub failure: Cell<Option<Status>>,
+    /// Damaged nodes and fragments met since the pool was opened.
+    pub damaged: Cell<u64>,
+    /// Wakes the collector.
+    pub collect: Notify,
+    pub collections: Cell<u64>,
+    /// Changes under way; closing waits for them.
+    pub busy: Cell<u64>,
+    pub idle: Notify,
+    /// Volumes that background work is at.
+    pub jobs: RefCell<std::collections::HashSet<cryptfold_reduce_format::ids::VolumeId>>,
+    /// Changes are held back while the pool is audited.
+    pub auditing: Cell<bool>,
+    /// The heartbeat task has ended.
+    pub heart_stopped: Cell<bool>,
+}
+
+impl Pool {
+    /// Makes the pool reachable through its [`PoolRef`] on this (its home) thread.
+    pub fn publish(self: &Rc<Self>) {
+        POOLS.with_borrow_mut(|pools| pools.insert(self.handle.id, self.clone()));
+    }
+
+    /// The reverse of [`Pool::publish`].
+    pub fn unpublish(&self) {
+        let gone = POOLS.with_borrow_mut(|pools| pools.remove(&self.handle.id));
+        drop(gone);
+    }
+
+    /// Its name.
+    pub fn name(&self) -> String {
+        self.handle.name()
+    }
+
+    /// Changed leaves, waiting for a checkpoint.
+    pub fn dirty_leaves(&self) -> usize {
+        self.shard.borrow().meter.dirty.get()
+    }
+
+    /// Stops all changes: what is on the device is the last durable state.
+    pub fn fail(&self, status: Status) {
+        if matches!(self.life.get(), Life::Open | Life::Closing) {
+            tracing::error!(pool = %self.name(), %status, "the pool stops: its device can not be relied on; close and open it again");
+            self.life.set(Life::Failed);
+            self.failure.set(Some(status));
+            self.wake_waiters();
+        }
+    }
+
+    /// A record did not fit the state: a bug or damaged memory. Nothing further may become durable.
+    pub fn inconsistent(&self, error: &ApplyError) -> Status {
+        tracing::error!(pool = %self.name(), %error, "the pool's state is inconsistent");
+        self.fail(Status::INTERNAL_ERROR);
+        Status::INTERNAL_ERROR
+    }
+
+    /// An error when the pool can not make anything durable any more.
+    pub fn check_alive(&self) -> Result<(), Status> {
+        match self.life.get() {
+            Life::Open | Life::Closing => Ok(()),
+            Life::Failed => Err(self.failure.get().unwrap_or(Status::INTERNAL_ERROR)),
+            Life::Closed => Err(Status::INVALID_NAMESPACE),
+        }
+    }
+
+    /// An error when the pool takes no changes.
+    pub fn check_writable(&self) -> Result<(), Status> {
+        self.check_alive()?;
+        if self.life.get() == Life::Closing { Err(Status::INVALID_NAMESPACE) } else { Ok(()) }
+    }
+
+    /// Sends all started buffers of all logs to the device; what to wait for.
+    pub fn cut_logs(&self) -> Vec<(Rc<DataLog>, u64)> {
+        self.logs.borrow().iter().map(|log| (log.clone(), log.cut())).collect()
+    }
+
+    /// Counts a change in; the guard counts it out.
+    pub fn enter(self: &Rc<Self>) -> Busy {
+        self.busy.set(self.busy.get() + 1);
+        Busy(self.clone())
+    }
+
+    /// Waits until no change is under way.
+    pub async fn wait_idle(&self) {
+        while self.busy.get() > 0 {
+            self.idle.notified().await;
+        }
+    }
+
+    /// Starts a background task that lasts as long as the pool.
+    pub fn background(self: &Rc<Self>, task: impl Future<Output = ()> + 'static) {
+        reactor::spawn_local(task).detach();
+    }
+}
+
+/// A change under way.
+pub(crate) struct Busy(Rc<Pool>);
+
+impl Drop for Busy {
+    fn drop(&mut self) {
+        let left = self.0.busy.get() - 1;
+        self.0.busy.set(left);
+        if left == 0 {
+            self.0.idle.notify_waiters();
+        }
+    }
+}

@@ -1,0 +1,422 @@
+//! The read path: from blocks of a volume to plaintext.
+//!
+//! Owns the small cache of decoded fragments that were read in part. First everything is resolved (map, containers,
+//! segment handles) in one step, which pins the segments; then the device is read, neighbouring fragments together; then
+//! fragments are verified, decrypted and decoded, each once, straight to where the data is wanted.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use cryptfold_bdev::{BlockRange, Status, UnmappedRanges};
+use cryptfold_reactor::memory::{Buf, SgList};
+use cryptfold_reduce_format::codec::{Codec, Decompressor};
+use cryptfold_reduce_format::container::FragmentEntry;
+use cryptfold_reduce_format::fragment::{self, CHUNK_BYTES};
+use cryptfold_reduce_format::ids::{ChunkAddr, Incarnation, VolumeId};
+use cryptfold_reduce_format::map::Target;
+use smallvec::SmallVec;
+
+use crate::base::Base;
+use crate::pool::Pool;
+use crate::segments::Segment;
+use crate::shard::{Need, Needs, Shard, leaf_of};
+use crate::tree::{Found, Leaf, Tree};
+
+/// Blocks that are read in one step: 1 MiB.
+const STEP: u64 = 256;
+/// Decoded fragments kept.
+const CACHED: usize = 32;
+/// Device reads of neighbouring fragments are joined across gaps up to this, up to the second.
+const JOIN_GAP_BYTES: u32 = 8 << 10;
+const JOIN_MOST_BYTES: u32 = 512 << 10;
+
+/// A run of blocks of a read that come from one place.
+struct Extent {
+    /// First block, from the start of the read.
+    at: usize,
+    count: usize,
+    source: Source,
+}
+
+enum Source {
+    Unmapped,
+    Zero,
+    Pattern(u64),
+    /// Slots `slot ..` of unit `unit`.
+    Unit {
+        unit: usize,
+        slot: u16,
+    },
+}
+
+/// A fragment that a read needs.
+struct Unit {
+    segment: Arc<Segment>,
+    entry: FragmentEntry,
+    first: ChunkAddr,
+}
+
+struct CacheEntry {
+    segment: u32,
+    incarnation: Incarnation,
+    offset: u32,
+    plain: Buf,
+}
+
+/// Fragments decoded lately.
+#[derive(Default)]
+pub(crate) struct FragmentCache {
+    entries: VecDeque<CacheEntry>,
+    scratch: Vec<u8>,
+}
+
+impl FragmentCache {
+    fn get(&self, segment: &Segment, offset: u32) -> Option<Buf> {
+        let incarnation = segment.key.incarnation();
+        let hit = self
+            .entries
+            .iter()
+            .find(|e| e.offset == offset && e.segment == segment.number() && e.incarnation == incarnation);
+        hit.map(|entry| entry.plain.clone())
+    }
+
+    fn put(&mut self, segment: &Segment, offset: u32, plain: Buf) {
+        if self.entries.len() >= CACHED {
+            self.entries.pop_front();
+        }
+        let (segment, incarnation) = (segment.number(), segment.key.incarnation());
+        self.entries.push_back(CacheEntry { segment, incarnation, offset, plain });
+    }
+}
+
+fn need<L: Leaf>(tree: &Tree<L>, owner: u32, index: u64, needs: &mut Needs) {
+    if let Some(missing) = tree.locate(index)
+        && needs.len() < 64
+    {
+        needs.push(Need::Node { tree: L::TREE, owner, missing });
+    }
+}
+
+impl Pool {
+    /// Reads 4 KiB blocks of a volume: their bytes, and which of them are unmapped.
+    pub(crate) async fn read_blocks(
+        &self,
+        volume: VolumeId,
+        lba: u64,
+        count: u64,
+    ) -> Result<(SgList, UnmappedRanges), Status> {
+        let mut data = SgList::new();
+        let mut unmapped = UnmappedRanges::new();
+        let mut done = 0;
+        while done < count {
+            let step = STEP.min(count - done);
+            let part = self.read_step(volume, lba + done, step as usize, done as u32, &mut unmapped).await?;
+            data.append(part);
+            done += step;
+        }
+        Ok((data, unmapped))
+    }
+
+    async fn read_step(
+        &self,
+        volume: VolumeId,
+        lba: u64,
+        count: usize,
+        base: u32,
+        unmapped: &mut UnmappedRanges,
+    ) -> Result<SgList, Status> {
+        let mut pins = self.pins();
+        let (extents, units) = loop {
+            let mut needs = Needs::new();
+            let resolved = resolve(&self.shard.borrow(), volume, lba, count, &mut needs)?;
+            if needs.is_empty() {
+                break resolved;
+            }
+            self.load_all(needs, &mut pins).await?;
+        };
+        drop(pins);
+        for extent in extents.iter().filter(|extent| matches!(extent.source, Source::Unmapped)) {
+            let (start, blocks) = (base + extent.at as u32, extent.count as u32);
+            match unmapped.last_mut().filter(|last| last.start + last.blocks == start) {
+                Some(last) => last.blocks += blocks,
+                None => unmapped.push(BlockRange { start, blocks }),
+            }
+        }
+        if units.is_empty() && !extents.iter().any(|e| matches!(e.source, Source::Pattern(_))) {
+            return Ok(SgList::zeroes(count * CHUNK_BYTES));
+        }
+        let fetched = self.fetch(&extents, &units).await?;
+        let mut out = Buf::alloc(count * CHUNK_BYTES);
+        let Some(bytes) = out.get_mut() else { return Err(Status::INTERNAL_ERROR) };
+        self.materialise(bytes, &extents, &units, &fetched)?;
+        Ok(out.into())
+    }
+
+    /// Brings the units' bytes, sealed or (from the cache) plain.
+    async fn fetch(&self, extents: &[Extent], units: &[Unit]) -> Result<Vec<Fetched>, Status> {
+        let mut fetched: Vec<Fetched> = Vec::with_capacity(units.len());
+        let mut from_device: SmallVec<[usize; 8]> = SmallVec::new();
+        for (at, unit) in units.iter().enumerate() {
+            let offset = unit.entry.place.offset;
+            let end = offset + unit.entry.unit_bytes;
+            if let Some(plain) = self.fragments.borrow().get(&unit.segment, offset) {
+                fetched.push(Fetched::Plain(plain));
+            } else if unit.segment.is_written(end) {
+                fetched.push(Fetched::Nothing);
+                from_device.push(at);
+            } else {
+                let logs = self.logs.borrow();
+                let found =
+                    logs.iter().find_map(|log| log.unwritten(&unit.segment, offset, unit.entry.unit_bytes));
+                fetched.push(found.map(Fetched::Sealed).ok_or(Status::INTERNAL_ERROR)?);
+            }
+        }
+        let _ = extents;
+        from_device.sort_unstable_by_key(|&at| (units[at].segment.start_bytes, units[at].entry.place.offset));
+        // All reads are started before the first is waited for.
+        let mut reads = Vec::new();
+        let mut rest = from_device.as_slice();
+        while let Some(&first) = rest.first() {
+            let start = units[first].entry.place.offset;
+            let mut end = start;
+            let mut n = 0;
+            for &at in rest {
+                let entry = &units[at].entry;
+                let joins = Arc::ptr_eq(&units[at].segment, &units[first].segment)
+                    && entry.place.offset <= end + JOIN_GAP_BYTES
+                    && entry.place.offset + entry.unit_bytes - start <= JOIN_MOST_BYTES;
+                if n > 0 && !joins {
+                    break;
+                }
+                end = end.max(entry.place.offset + entry.unit_bytes);
+                n += 1;
+            }
+            let (group, others) = rest.split_at(n);
+            rest = others;
+            let at = units[first].segment.start_bytes + u64::from(start);
+            reads.push((group, start, self.base.start_read(at, (end - start) as usize)));
+        }
+        for (group, start, read) in reads {
+            let bytes = Base::finish_read(read).await?;
+            for &at in group {
+                let entry = &units[at].entry;
+                let from = (entry.place.offset - start) as usize;
+                fetched[at] = Fetched::Sealed(bytes.slice(from..from + entry.unit_bytes as usize));
+            }
+        }
+        Ok(fetched)
+    }
+
+    fn materialise(
+        &self,
+        out: &mut [u8],
+        extents: &[Extent],
+        units: &[Unit],
+        fetched: &[Fetched],
+    ) -> Result<(), Status> {
+        let mut plain: SmallVec<[Option<Buf>; 8]> = SmallVec::new();
+        plain.resize(units.len(), None);
+        for extent in extents {
+            let bytes = &mut out[extent.at * CHUNK_BYTES..(extent.at + extent.count) * CHUNK_BYTES];
+            match extent.source {
+                Source::Unmapped | Source::Zero => bytes.fill(0),
+                Source::Pattern(word) => {
+                    let (words, _) = bytes.as_chunks_mut::<8>();
+                    words.fill(word.to_le_bytes());
+                }
+                Source::Unit { unit, slot } => {
+                    let Unit { segment, entry, first } = &units[unit];
+                    let whole = slot == entry.first_slot && extent.count == usize::from(entry.chunks);
+                    match &fetched[unit] {
+                        Fetched::Sealed(sealed) if whole => {
+                            self.decode(segment, entry, *first, sealed, bytes)?
+                        }
+                        Fetched::Sealed(sealed) => {
+                            if plain[unit].is_none() {
+                                let mut buf = Buf::alloc(usize::from(entry.chunks) * CHUNK_BYTES);
+                                let target = buf.get_mut().ok_or(Status::INTERNAL_ERROR)?;
+                                self.decode(segment, entry, *first, sealed, target)?;
+                                self.fragments.borrow_mut().put(segment, entry.place.offset, buf.clone());
+                                plain[unit] = Some(buf);
+                            }
+                            if let Some(buf) = &plain[unit] {
+                                copy_slots(buf, entry, slot, bytes);
+                            }
+                        }
+                        Fetched::Plain(buf) => copy_slots(buf, entry, slot, bytes),
+                        Fetched::Nothing => return Err(Status::INTERNAL_ERROR),
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Verifies, decrypts and decodes a fragment to `out` (all its chunks).
+    fn decode(
+        &self,
+        segment: &Segment,
+        entry: &FragmentEntry,
+        first: ChunkAddr,
+        sealed: &[u8],
+        out: &mut [u8],
+    ) -> Result<(), Status> {
+        let mut cache = self.fragments.borrow_mut();
+        let mut codec = self.decompressor.borrow_mut();
+        decode_fragment(segment, entry, first, sealed, out, &mut cache.scratch, &mut codec).map_err(|error| {
+            self.damaged.set(self.damaged.get() + 1);
+            tracing::error!(
+                pool = %self.name(), place = ?entry.place, chunk = ?first, chunks = entry.chunks, error,
+                "a fragment is damaged: its blocks can not be read"
+            );
+            Status::UNRECOVERED_READ
+        })
+    }
+}
+
+/// Verifies, decrypts and decodes a fragment; the error is for people.
+pub(crate) fn decode_fragment(
+    segment: &Segment,
+    entry: &FragmentEntry,
+    first: ChunkAddr,
+    sealed: &[u8],
+    out: &mut [u8],
+    scratch: &mut Vec<u8>,
+    codec: &mut Decompressor,
+) -> Result<(), String> {
+    let offset = entry.place.offset;
+    let text = |error: &dyn std::fmt::Display| error.to_string();
+    let header = if entry.codec == Codec::Raw {
+        fragment::open_fragment(&segment.key, offset, sealed, out).map_err(|e| text(&e))?
+    } else {
+        scratch.resize(fragment::MAX_FRAGMENT_BYTES, 0);
+        let header = fragment::open_fragment(&segment.key, offset, sealed, scratch).map_err(|e| text(&e))?;
+        if header.plain_bytes() != out.len() {
+            return Err(format!("it has {} bytes, expected {}", header.plain_bytes(), out.len()));
+        }
+        let body = &scratch[..header.body_bytes as usize];
+        codec.decompress(header.codec, body, out).map_err(|e| text(&e))?;
+        header
+    };
+    if header.first != first || header.chunks != entry.chunks || header.codec != entry.codec {
+        return Err(format!("it is {:?} of {} chunks", header.first, header.chunks));
+    }
+    Ok(())
+}
+
+enum Fetched {
+    Nothing,
+    Sealed(Buf),
+    Plain(Buf),
+}
+
+fn copy_slots(plain: &Buf, entry: &FragmentEntry, slot: u16, out: &mut [u8]) {
+    let from = usize::from(slot - entry.first_slot) * CHUNK_BYTES;
+    out.copy_from_slice(&plain[from..from + out.len()]);
+}
+
+/// What blocks `lba .. lba + count` are; incomplete as long as there are `needs`.
+fn resolve(
+    shard: &Shard,
+    volume: VolumeId,
+    lba: u64,
+    count: usize,
+    needs: &mut Needs,
+) -> Result<(Vec<Extent>, Vec<Unit>), Status> {
+    let v = shard.volumes.get(&volume.0).ok_or(Status::INVALID_NAMESPACE)?;
+    let d = shard.domains.get(&v.record.domain.0).ok_or(Status::INTERNAL_ERROR)?;
+    let mut extents: Vec<Extent> = Vec::new();
+    let mut units: Vec<Unit> = Vec::new();
+    let mut at = 0;
+    while at < count {
+        let (index, first) = leaf_of(lba + at as u64);
+        let here = (512 - first).min(count - at);
+        let leaf = match v.tree.find(index) {
+            Found::Here(leaf) => leaf,
+            Found::Absent => {
+                push(&mut extents, at, here, Source::Unmapped);
+                at += here;
+                continue;
+            }
+            Found::Away(_) => {
+                need(&v.tree, volume.0, index, needs);
+                at += here;
+                continue;
+            }
+        };
+        for slot in first..first + here {
+            let source = match leaf.get(slot).target {
+                Target::Unmapped => Some(Source::Unmapped),
+                Target::Zero => Some(Source::Zero),
+                Target::Pattern(word) => Some(Source::Pattern(word)),
+                Target::Chunk(addr) => resolve_chunk(shard, d, addr, &mut units, needs)?,
+                Target::Uncorrectable => return Err(Status::UNRECOVERED_READ),
+            };
+            if let Some(source) = source {
+                push(&mut extents, at, 1, source);
+            }
+            at += 1;
+        }
+    }
+    Ok((extents, units))
+}
+
+fn resolve_chunk(
+    shard: &Shard,
+    d: &crate::shard::Domain,
+    addr: ChunkAddr,
+    units: &mut Vec<Unit>,
+    needs: &mut Needs,
+) -> Result<Option<Source>, Status> {
+    let in_unit = |unit: &Unit| unit.first.container() == addr.container() && unit.entry.holds(addr.slot());
+    if let Some(unit) = units.iter().rposition(in_unit) {
+        return Ok(Some(Source::Unit { unit, slot: addr.slot() }));
+    }
+    let number = addr.container().get();
+    let container = match d.containers.find(number) {
+        Found::Here(container) => container,
+        Found::Absent => {
+            tracing::error!(chunk = ?addr, "a map entry points to a container that is not there");
+            return Err(Status::UNRECOVERED_READ);
+        }
+        Found::Away(_) => {
+            need(&d.containers, d.record.id.0, number, needs);
+            return Ok(None);
+        }
+    };
+    let Some(entry) = container.fragment_of(addr.slot()) else {
+        tracing::error!(chunk = ?addr, "a map entry points to a slot without a fragment");
+        return Err(Status::UNRECOVERED_READ);
+    };
+    let segment = entry.place.segment.segment.0;
+    let Some(handle) = shard.segments.handle(segment) else {
+        if needs.len() < 64 {
+            needs.push(Need::Segment(segment));
+        }
+        return Ok(None);
+    };
+    let first = ChunkAddr::new(addr.container(), entry.first_slot).ok_or(Status::INTERNAL_ERROR)?;
+    units.push(Unit { segment: handle, entry, first });
+    Ok(Some(Source::Unit { unit: units.len() - 1, slot: addr.slot() }))
+}
+
+/// Appends a run, or lengthens the last one.
+fn push(extents: &mut Vec<Extent>, at: usize, count: usize, source: Source) {
+    if let Some(last) = extents.last_mut()
+        && last.at + last.count == at
+    {
+        let goes_on = match (&last.source, &source) {
+            (Source::Unmapped, Source::Unmapped) | (Source::Zero, Source::Zero) => true,
+            (Source::Pattern(a), Source::Pattern(b)) => a == b,
+            (Source::Unit { unit: a, slot: from }, Source::Unit { unit: b, slot }) => {
+                a == b && usize::from(*from) + last.count == usize::from(*slot)
+            }
+            _ => false,
+        };
+        if goes_on {
+            last.count += count;
+            return;
+        }
+    }
+    extents.push(Extent { at, count, source });
+}

@@ -1,0 +1,259 @@
+//! Recovery: the journal's batches, applied in order to the state of the last checkpoint.
+//!
+//! Ends at the first batch that is not the next one. That is the journal's end, or damage: if a later batch opens and calls
+//! the missing one durable, something that was promised is lost, and the pool is refused instead of quietly forgetting it.
+
+use std::collections::{HashMap, hash_map};
+
+use cryptfold_reduce_format::block::BLOCK_BYTES;
+use cryptfold_reduce_format::entry::Record;
+use cryptfold_reduce_format::ids::{DomainId, Generation, Sequence, ShardIx};
+use cryptfold_reduce_format::journal::{
+    BatchHeader, BatchSealer, Cursor, JournalEpoch, JournalKey, OpenBatch, Scope,
+};
+use cryptfold_reduce_format::map::MapEntry;
+
+use crate::anchors::io_error;
+use crate::error::PoolError;
+use crate::journal::Journal;
+use crate::pool::Pool;
+use crate::shard::{Need, Needs};
+use crate::tree::{Leaf, Tree};
+
+/// Blocks read at once.
+const WINDOW_BLOCKS: u64 = 512;
+
+/// The ring, read in windows.
+struct Ring<'a> {
+    pool: &'a Pool,
+    start_bytes: u64,
+    blocks: u64,
+    /// Ring index and content of the window.
+    at: u64,
+    window: Vec<u8>,
+}
+
+impl Ring<'_> {
+    /// The block at `position`.
+    async fn block(&mut self, position: u64) -> Result<&[u8], PoolError> {
+        let index = position % self.blocks;
+        let have = self.window.len() as u64 / BLOCK_BYTES as u64;
+        if self.window.is_empty() || index < self.at || index >= self.at + have {
+            let count = WINDOW_BLOCKS.min(self.blocks - index);
+            let from = self.start_bytes + index * BLOCK_BYTES as u64;
+            let device = self.pool.descriptor.bdev().name();
+            let data = self.pool.base.read(from, count as usize * BLOCK_BYTES).await;
+            self.window = data.map_err(io_error(device, "read of the journal"))?.to_vec();
+            self.at = index;
+        }
+        let from = (index - self.at) as usize * BLOCK_BYTES;
+        Ok(&self.window[from..from + BLOCK_BYTES])
+    }
+
+    /// `count` blocks from `position` on.
+    async fn blocks(&mut self, position: u64, count: u32) -> Result<Vec<u8>, PoolError> {
+        let mut bytes = Vec::with_capacity(count as usize * BLOCK_BYTES);
+        for n in 0..u64::from(count) {
+            bytes.extend_from_slice(self.block(position + n).await?);
+        }
+        Ok(bytes)
+    }
+}
+
+impl Pool {
+    fn broken(&self, what: String) -> PoolError {
+        PoolError::Damaged { device: self.descriptor.bdev().name().to_owned(), what }
+    }
+
+    /// Applies the journal, and readies it for this owner.
+    pub(crate) async fn replay(&self) -> Result<(), PoolError> {
+        let entry = self.superblock.borrow().shards[0].clone();
+        let mut ring = Ring {
+            pool: self,
+            start_bytes: entry.start_block * BLOCK_BYTES as u64,
+            blocks: entry.blocks.into(),
+            at: 0,
+            window: Vec::new(),
+        };
+        let mut cursor = Cursor {
+            pool: self.uuid,
+            shard: ShardIx(0),
+            sequence: entry.tail_sequence,
+            position: entry.tail_position,
+            chain: entry.tail_chain,
+        };
+        let mut keys: HashMap<JournalEpoch, JournalKey> = HashMap::new();
+        let mut group_keys = HashMap::new();
+        let mut batches = 0;
+        while cursor.position - entry.tail_position < u64::from(entry.blocks) {
+            let Some(mut batch) = self.next_batch(&mut ring, &cursor, &mut keys).await? else { break };
+            self.apply_batch(&mut batch, &mut group_keys).await?;
+            cursor = Cursor::after(&batch.header);
+            batches += 1;
+        }
+        self.check_tail(&mut ring, &cursor, &mut keys).await?;
+        if batches > 0 {
+            tracing::info!(pool = %self.name(), batches, blocks = cursor.position - entry.tail_position, "journal replayed");
+        }
+        let sealer = BatchSealer::new(self.keys.journal(), self.epoch, cursor);
+        *self.journal.borrow_mut() = Journal::new(sealer, &entry, entry.tail_position);
+        Ok(())
+    }
+
+    /// The batch at `cursor`, if it is there and whole.
+    async fn next_batch(
+        &self,
+        ring: &mut Ring<'_>,
+        cursor: &Cursor,
+        keys: &mut HashMap<JournalEpoch, JournalKey>,
+    ) -> Result<Option<OpenBatch>, PoolError> {
+        let Ok(header) = BatchHeader::parse(ring.block(cursor.position).await?) else { return Ok(None) };
+        if header.follows(cursor).is_err() {
+            return Ok(None);
+        }
+        self.open_batch(ring, &header, keys).await
+    }
+
+    async fn open_batch(
+        &self,
+        ring: &mut Ring<'_>,
+        header: &BatchHeader,
+        keys: &mut HashMap<JournalEpoch, JournalKey>,
+    ) -> Result<Option<OpenBatch>, PoolError> {
+        if u64::from(header.blocks) > ring.blocks {
+            return Ok(None);
+        }
+        let bytes = ring.blocks(header.position, header.blocks).await?;
+        let epoch = JournalEpoch::of(header);
+        let key = keys.entry(epoch).or_insert_with(|| JournalKey::derive(self.keys.journal(), epoch));
+        Ok(OpenBatch::open(&bytes, key).ok())
+    }
+
+    /// Looks for a later batch that calls the missing one durable.
+    async fn check_tail(
+        &self,
+        ring: &mut Ring<'_>,
+        cursor: &Cursor,
+        keys: &mut HashMap<JournalEpoch, JournalKey>,
+    ) -> Result<(), PoolError> {
+        for distance in 0..ring.blocks {
+            let position = cursor.position + distance;
+            let Ok(header) = BatchHeader::parse(ring.block(position).await?) else { continue };
+            let later = header.pool == cursor.pool
+                && header.shard == cursor.shard
+                && header.sequence >= cursor.sequence
+                && header.position == position
+                && header.durable >= cursor.sequence;
+            if later && self.open_batch(ring, &header, keys).await?.is_some() {
+                return Err(self.broken(format!(
+                    "journal batch {} at block {} of the ring is missing or damaged, but batch {} says that it was durable",
+                    cursor.sequence,
+                    cursor.position % ring.blocks,
+                    header.sequence
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    async fn apply_batch(
+        &self,
+        batch: &mut OpenBatch,
+        keys: &mut HashMap<(JournalEpoch, DomainId, Generation), JournalKey>,
+    ) -> Result<(), PoolError> {
+        let sequence = batch.header.sequence;
+        let epoch = JournalEpoch::of(&batch.header);
+        let scopes: Vec<Scope> = batch.scopes().collect();
+        for (at, scope) in scopes.into_iter().enumerate() {
+            let key = match scope {
+                Scope::Pool => None,
+                Scope::Domain { domain, generation } | Scope::Host { domain, generation, .. } => {
+                    let id = (epoch, domain, generation);
+                    if let hash_map::Entry::Vacant(vacant) = keys.entry(id) {
+                        let shard = self.shard.borrow();
+                        let data = shard.domains.get(&domain.0).and_then(|d| d.data.get(&generation));
+                        // Records of a domain that is erased are gone with it.
+                        let Some(data) = data else { continue };
+                        vacant.insert(JournalKey::derive(&data.journal_root(self.uuid), epoch));
+                    }
+                    keys.get(&id)
+                }
+            };
+            let records = batch.records(at, key).map_err(|error| self.broken(error.to_string()))?;
+            for record in records {
+                let record =
+                    record.map_err(|error| self.broken(format!("journal batch {sequence}: {error}")))?;
+                self.replay_record(scope, &record, sequence).await?;
+            }
+        }
+        Ok(())
+    }
+
+    async fn replay_record(
+        &self,
+        scope: Scope,
+        record: &Record<'_>,
+        sequence: Sequence,
+    ) -> Result<(), PoolError> {
+        let mut pins = self.pins();
+        loop {
+            let mut needs = Needs::new();
+            self.needs_of_record(scope, record, &mut needs)
+                .map_err(|error| self.broken(format!("journal batch {sequence}: {error}")))?;
+            if needs.is_empty() {
+                break;
+            }
+            self.load_all(needs, &mut pins).await.map_err(|status| {
+                self.broken(format!("metadata that journal batch {sequence} changes: {status}"))
+            })?;
+        }
+        self.shard
+            .borrow_mut()
+            .apply(scope, record, self.keys.wrap_key(), sequence)
+            .map_err(|error| self.broken(format!("journal batch {sequence}: {error}")))
+    }
+
+    fn needs_of_record(
+        &self,
+        scope: Scope,
+        record: &Record<'_>,
+        needs: &mut Needs,
+    ) -> Result<(), crate::shard::ApplyError> {
+        let shard = self.shard.borrow();
+        let domain = match scope {
+            Scope::Domain { domain, .. } => Some(domain),
+            _ => None,
+        };
+        match record {
+            Record::FragmentAdd { container, .. } => {
+                if let Some(d) = domain.and_then(|id| shard.domains.get(&id.0)) {
+                    need(&d.containers, d.record.id.0, container.get(), needs);
+                    need(&d.fingerprints, d.record.id.0, container.get(), needs);
+                }
+            }
+            Record::FragmentMove { first, .. } => {
+                if let Some(d) = domain.and_then(|id| shard.domains.get(&id.0)) {
+                    need(&d.containers, d.record.id.0, first.container().get(), needs);
+                }
+            }
+            Record::MapSet { volume, lba, runs } => {
+                let count = runs.iter().map(|run| u64::from(run.count())).sum();
+                shard.needs_of_fill(*volume, lba.0, count, needs)?;
+                let domain = shard.volume(*volume)?.record.domain;
+                let entries: Vec<MapEntry> = runs.iter().flat_map(|run| run.entries()).collect();
+                shard.needs_of_set(domain, &entries, needs)?;
+            }
+            Record::MapFill { volume, lba, count, .. } => {
+                shard.needs_of_fill(*volume, lba.0, *count, needs)?
+            }
+            _ => {}
+        }
+        Ok(())
+    }
+}
+
+fn need<L: Leaf>(tree: &Tree<L>, owner: u32, index: u64, needs: &mut Needs) {
+    if let Some(missing) = tree.locate(index) {
+        needs.push(Need::Node { tree: L::TREE, owner, missing });
+    }
+}

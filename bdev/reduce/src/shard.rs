@@ -1,0 +1,733 @@
+//! The state of a pool: domains, volumes, their trees, the segment table, and the fold of journal records over them.
+//!
+//! Owns everything that a checkpoint makes durable. Changed by records only ([`Shard::apply`] and the typed functions
+//! that it dispatches to), at run time and on recovery alike, so recovery cannot differ from what happened.
+//!
+//! Invariants:
+//! - before a record is applied, every leaf that it touches is in RAM or absent ([`Shard::needs_of_fill`] and
+//!   [`Shard::needs_of_set`] say what is missing);
+//! - a slot has as many references as map entries point to it; a fragment counts as live bytes of its segment while one of
+//!   its slots has references, and leaves its container when the last one loses them;
+//! - a fragment that was never referenced (its writer died in between) stays in its container, dead, and counts nowhere.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use cryptfold_reduce_format::container::{ContainerError, FragmentEntry};
+use cryptfold_reduce_format::entry::{FragmentRaw, MapRun, Record};
+use cryptfold_reduce_format::fingerprint::{Fingerprint, HashId, Hasher};
+use cryptfold_reduce_format::ids::{
+    ChunkAddr, ContainerId, DomainId, Epoch, Generation, Lba, SLOTS, SegmentAddr, Sequence, ShardIx, VolumeId,
+};
+use cryptfold_reduce_format::journal::{JournalEpoch, JournalKey, Scope};
+use cryptfold_reduce_format::keys::{DataKey, FingerprintSecret, Secret};
+use cryptfold_reduce_format::map::{MAP_ENTRIES, MapEntry, MapLeaf, Target};
+use cryptfold_reduce_format::node;
+use cryptfold_reduce_format::record::{
+    DomainRecord, DomainShard, GenerationState, PoolRecord, TreeRoot, UnknownField, VolumeRecord,
+    volume_flags,
+};
+use cryptfold_reduce_format::{container, keys};
+use smallvec::SmallVec;
+use thiserror::Error;
+use uuid::Uuid;
+
+use crate::index::{Index, Key};
+use crate::segments::Segments;
+use crate::tree::{Found, Leaf, Meter, Missing, Tree};
+
+/// Tag of a volume record's field with the number of zero and pattern blocks, u64.
+const TAG_SPECIAL: u16 = 18;
+/// A slot with more references than this is not referenced again: another copy is stored.
+const MAX_REFS: u32 = u32::MAX - (1 << 20);
+
+/// A record does not fit the state: the journal and the checkpoint do not belong together, or a bug.
+#[derive(Debug, Error)]
+pub(crate) enum ApplyError {
+    #[error("no volume {0}")]
+    NoVolume(VolumeId),
+    #[error("no domain {0}")]
+    NoDomain(DomainId),
+    #[error("container {container} of domain {domain}: {error}")]
+    Container { domain: DomainId, container: ContainerId, error: ContainerError },
+    #[error("segment {0:?} does not fit its record")]
+    Segment(SegmentAddr),
+    #[error("block {lba} of volume {volume} is beyond its end")]
+    Beyond { volume: VolumeId, lba: u64 },
+    #[error("record: {0}")]
+    Record(String),
+    #[error("{0} is not supported by this version")]
+    Unsupported(&'static str),
+}
+
+/// What has to be brought to RAM before something can go on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Need {
+    /// A node of a tree.
+    Node { tree: node::Tree, owner: u32, missing: Missing },
+    /// The handle of a segment: its header has to be read.
+    Segment(u32),
+}
+
+/// Needs found in one look; few, unless the cache is cold.
+pub(crate) type Needs = SmallVec<[Need; 4]>;
+
+/// First container of a domain.
+pub(crate) const FIRST_CONTAINER: ContainerId = ContainerId::new(1).expect("1 is in range");
+
+const EMPTY_TABLES: DomainShard = DomainShard {
+    shard: ShardIx(0),
+    containers: TreeRoot { ptr: None, level: 0 },
+    fingerprints: TreeRoot { ptr: None, level: 0 },
+    next_container: FIRST_CONTAINER,
+};
+
+/// A deduplication domain.
+pub(crate) struct Domain {
+    pub record: DomainRecord,
+    /// Plain data keys by generation.
+    pub data: BTreeMap<Generation, DataKey>,
+    /// Generation that new data is sealed with.
+    pub generation: Generation,
+    pub hasher: Arc<Hasher>,
+    pub journal: Option<JournalKey>,
+    pub containers: Tree<container::Container>,
+    pub fingerprints: Tree<container::Fingerprints>,
+    /// Next container that no record has named.
+    pub next_container: u64,
+    /// Next container to hand out; ahead of `next_container`.
+    pub draw_container: u64,
+    /// Map entries that are chunks.
+    pub mapped: u64,
+    /// Slots with references.
+    pub unique: u64,
+    /// Bytes of live fragments.
+    pub stored_bytes: u64,
+}
+
+/// A volume.
+pub(crate) struct Volume {
+    pub record: VolumeRecord,
+    pub tree: Tree<MapLeaf>,
+    /// Blocks that are chunks.
+    pub chunks: u64,
+    /// Blocks that are zeros or patterns.
+    pub special: u64,
+    pub written_bytes: u64,
+}
+
+/// See the module's head.
+pub(crate) struct Shard {
+    pub pool: PoolRecord,
+    pub pool_id: Uuid,
+    pub domains: BTreeMap<u32, Domain>,
+    pub volumes: BTreeMap<u32, Volume>,
+    /// Volumes that are gone, until a checkpoint has given back the nodes of their (empty) maps.
+    pub gone: BTreeMap<u32, Volume>,
+    pub segments: Segments,
+    pub index: Index,
+    pub meter: Meter,
+    /// Containers that lost their last reference, to be dropped by a record.
+    pub emptied: Vec<(DomainId, ContainerId)>,
+}
+
+impl Domain {
+    /// Opens a domain's keys and makes its (empty) caches.
+    pub fn open(record: DomainRecord, wrap: &Secret, pool: Uuid, meter: &Meter) -> Result<Domain, String> {
+        let mut data = BTreeMap::new();
+        let mut current = None;
+        for entry in &record.keys {
+            if entry.state == GenerationState::Erased {
+                continue;
+            }
+            let key = keys::unwrap(wrap, &entry.data).map_err(|e| format!("domain {}: {e}", record.name))?;
+            data.insert(entry.generation, DataKey(key));
+            if entry.state == GenerationState::Current {
+                let secret = keys::unwrap(wrap, &entry.fingerprint)
+                    .map_err(|e| format!("domain {}: {e}", record.name))?;
+                current = Some((entry.generation, FingerprintSecret(secret)));
+            }
+        }
+        let Some((generation, secret)) = current else {
+            return Err(format!("domain {} has no current key", record.name));
+        };
+        let _ = pool;
+        // One shard: a container's number is its leaf.
+        let tables = match record.shards[..] {
+            [] => EMPTY_TABLES,
+            [tables] if tables.shard == ShardIx(0) => tables,
+            _ => return Err(format!("domain {} belongs to several shards", record.name)),
+        };
+        Ok(Domain {
+            data,
+            generation,
+            hasher: Arc::new(Hasher::new(HashId::Blake3, &secret)),
+            journal: None,
+            containers: Tree::new(tables.containers, meter.clone()),
+            fingerprints: Tree::new(tables.fingerprints, meter.clone()),
+            next_container: tables.next_container.get(),
+            draw_container: tables.next_container.get(),
+            mapped: record.counters[0] / 4096,
+            unique: record.counters[1] / 4096,
+            stored_bytes: record.counters[2],
+            record,
+        })
+    }
+
+    /// The scope of this domain's records.
+    pub fn scope(&self) -> Scope {
+        Scope::Domain { domain: self.record.id, generation: self.generation }
+    }
+
+    /// The current data key.
+    pub fn data_key(&self) -> Option<&DataKey> {
+        self.data.get(&self.generation)
+    }
+
+    /// Derives the key of this domain's journal groups in `epoch`.
+    pub fn derive_journal(&mut self, pool: Uuid, epoch: JournalEpoch) {
+        self.journal = self.data_key().map(|key| JournalKey::derive(&key.journal_root(pool), epoch));
+    }
+
+    /// The record as a checkpoint writes it; roots are set by the checkpoint.
+    pub fn to_record(&self) -> DomainRecord {
+        let mut record = self.record.clone();
+        record.shards = vec![DomainShard {
+            shard: ShardIx(0),
+            containers: self.containers.root(),
+            fingerprints: self.fingerprints.root(),
+            next_container: ContainerId::new(self.next_container).unwrap_or(FIRST_CONTAINER),
+        }];
+        record.counters = [self.mapped * 4096, self.unique * 4096, self.stored_bytes];
+        record
+    }
+
+    fn error(&self, container: ContainerId) -> impl FnOnce(ContainerError) -> ApplyError + use<> {
+        let domain = self.record.id;
+        move |error| ApplyError::Container { domain, container, error }
+    }
+}
+
+impl Volume {
+    /// A volume with an empty cache.
+    pub fn open(record: VolumeRecord, meter: &Meter) -> Volume {
+        let special = record.unknown.iter().find(|field| field.tag == TAG_SPECIAL);
+        let special = special.and_then(|f| f.value.as_slice().try_into().ok()).map_or(0, u64::from_le_bytes);
+        Volume {
+            tree: Tree::new(record.map, meter.clone()),
+            chunks: record.counters[0].saturating_sub(special),
+            special,
+            written_bytes: record.counters[1],
+            record,
+        }
+    }
+
+    /// The record as a checkpoint writes it; the root is set by the checkpoint.
+    pub fn to_record(&self) -> VolumeRecord {
+        let mut record = self.record.clone();
+        record.map = self.tree.root();
+        record.counters = [self.chunks + self.special, self.written_bytes, 0];
+        record.unknown.retain(|field| field.tag != TAG_SPECIAL);
+        let value = self.special.to_le_bytes().to_vec();
+        record.unknown.push(UnknownField { tag: TAG_SPECIAL, value });
+        record
+    }
+
+    /// Whether it is being deleted.
+    pub fn is_deleting(&self) -> bool {
+        self.record.flags & volume_flags::DELETING != 0
+    }
+}
+
+/// Leaf and entry of a block.
+#[inline]
+pub(crate) fn leaf_of(lba: u64) -> (u64, usize) {
+    (lba / MAP_ENTRIES as u64, (lba % MAP_ENTRIES as u64) as usize)
+}
+
+impl Shard {
+    pub fn volume(&self, id: VolumeId) -> Result<&Volume, ApplyError> {
+        self.volumes.get(&id.0).ok_or(ApplyError::NoVolume(id))
+    }
+
+    pub fn domain(&self, id: DomainId) -> Result<&Domain, ApplyError> {
+        self.domains.get(&id.0).ok_or(ApplyError::NoDomain(id))
+    }
+
+    // ---- what has to be in RAM
+
+    fn need<L: Leaf>(tree: &Tree<L>, owner: u32, index: u64, needs: &mut Needs) -> bool {
+        match tree.locate(index) {
+            None => true,
+            Some(missing) => {
+                let new = Need::Node { tree: L::TREE, owner, missing };
+                let same = |need: &Need| match need {
+                    Need::Node { tree, owner: o, missing: m } => {
+                        *tree == L::TREE
+                            && *o == owner
+                            && (m.level, m.index) == (missing.level, missing.index)
+                    }
+                    Need::Segment(_) => false,
+                };
+                if needs.len() < 64 && !needs.iter().any(same) {
+                    needs.push(new);
+                }
+                false
+            }
+        }
+    }
+
+    /// Adds what is missing before blocks `lba .. lba + count` of a volume can be changed to anything.
+    pub fn needs_of_fill(
+        &self,
+        volume: VolumeId,
+        lba: u64,
+        count: u64,
+        needs: &mut Needs,
+    ) -> Result<(), ApplyError> {
+        let v = self.volume(volume)?;
+        let domain = self.domain(v.record.domain)?;
+        let mut at = lba;
+        let mut last = None;
+        while at < lba + count {
+            let (index, first) = leaf_of(at);
+            let here = ((MAP_ENTRIES - first) as u64).min(lba + count - at);
+            match v.tree.find(index) {
+                Found::Here(leaf) => {
+                    for entry in first..first + here as usize {
+                        let Some(addr) = leaf.get(entry).chunk() else { continue };
+                        if last != Some(addr.container()) {
+                            last = Some(addr.container());
+                            let number = addr.container().get();
+                            Shard::need(&domain.containers, domain.record.id.0, number, needs);
+                        }
+                    }
+                }
+                Found::Absent => {}
+                Found::Away(_) => {
+                    Shard::need(&v.tree, volume.0, index, needs);
+                }
+            }
+            at += here;
+        }
+        Ok(())
+    }
+
+    /// Adds what is missing before the chunks among `entries` can be referenced.
+    pub fn needs_of_set(
+        &self,
+        domain: DomainId,
+        entries: &[MapEntry],
+        needs: &mut Needs,
+    ) -> Result<(), ApplyError> {
+        let domain = self.domain(domain)?;
+        let mut last = None;
+        for addr in entries.iter().filter_map(MapEntry::chunk) {
+            if last != Some(addr.container()) {
+                last = Some(addr.container());
+                Shard::need(&domain.containers, domain.record.id.0, addr.container().get(), needs);
+            }
+        }
+        Ok(())
+    }
+
+    /// Looks `fingerprints` up. What is found is really there, with references; `None` where nothing is, or not in RAM (then
+    /// `needs` says what to load before asking again).
+    pub fn lookup(
+        &self,
+        domain: DomainId,
+        fingerprints: &[Fingerprint],
+        found: &mut SmallVec<[Option<ChunkAddr>; 32]>,
+        needs: &mut Needs,
+    ) -> Result<(), ApplyError> {
+        let d = self.domain(domain)?;
+        let owner = domain.0;
+        found.clear();
+        let mut next: Option<ChunkAddr> = None;
+        for fingerprint in fingerprints {
+            // Duplicates mostly come in the order in which the originals came.
+            if let Some(addr) = next
+                && d.fingerprints
+                    .peek(addr.container().get())
+                    .is_some_and(|leaf| leaf.slots.get(usize::from(addr.slot())) == Some(fingerprint))
+                && d.containers
+                    .peek(addr.container().get())
+                    .is_some_and(|c| (1..MAX_REFS).contains(&c.refs(addr.slot())))
+            {
+                found.push(Some(addr));
+                next = addr.plus(1);
+                continue;
+            }
+            let mut hit = None;
+            for addr in self.index.candidates(Key::new(domain, fingerprint)) {
+                let number = addr.container().get();
+                let leaf = match d.fingerprints.find(number) {
+                    Found::Here(leaf) => leaf,
+                    Found::Absent => continue,
+                    Found::Away(_) => {
+                        Shard::need(&d.fingerprints, owner, number, needs);
+                        continue;
+                    }
+                };
+                if leaf.generation != d.generation
+                    || leaf.slots.get(usize::from(addr.slot())) != Some(fingerprint)
+                {
+                    continue;
+                }
+                match d.containers.find(number) {
+                    Found::Here(c) if (1..MAX_REFS).contains(&c.refs(addr.slot())) => hit = Some(addr),
+                    Found::Here(_) | Found::Absent => {}
+                    Found::Away(_) => {
+                        Shard::need(&d.containers, owner, number, needs);
+                    }
+                }
+            }
+            found.push(hit);
+            next = hit.and_then(|addr| addr.plus(1));
+        }
+        Ok(())
+    }
+
+    // ---- the fold
+
+    /// Applies a record of scope `scope`; `now` is the journal batch that holds it.
+    pub fn apply(
+        &mut self,
+        scope: Scope,
+        record: &Record<'_>,
+        wrap: &Secret,
+        now: Sequence,
+    ) -> Result<(), ApplyError> {
+        let in_domain = match scope {
+            Scope::Domain { domain, generation } => Some((domain, generation)),
+            Scope::Host { .. } => return Err(ApplyError::Unsupported("a map sealed with its host's key")),
+            Scope::Pool => None,
+        };
+        let need_domain =
+            || in_domain.ok_or(ApplyError::Record("container record outside of a domain".into()));
+        match *record {
+            Record::SegmentOpen { addr, incarnation, domain, generation, .. } => {
+                let ok = self.segments.apply_open(addr.segment.0, incarnation, domain, generation);
+                if ok { Ok(()) } else { Err(ApplyError::Segment(addr)) }
+            }
+            Record::FragmentAdd { container, ref fragment, fingerprints } => {
+                let (domain, generation) = need_domain()?;
+                self.fragment_add(domain, generation, container, fragment, fingerprints)
+            }
+            Record::FragmentMove { first, fragments } => {
+                let (domain, _) = need_domain()?;
+                self.fragment_move(domain, first, fragments, now)
+            }
+            Record::ContainerDrop { container } => {
+                let (domain, _) = need_domain()?;
+                self.container_drop(domain, container)
+            }
+            Record::MapSet { volume, lba, runs } => self.map_set(volume, lba, runs, now),
+            Record::MapFill { volume, lba, count, entry } => self.map_fill(volume, lba, count, entry, now),
+            _ => self.apply_catalogue(record, wrap),
+        }
+    }
+
+    fn apply_catalogue(&mut self, record: &Record<'_>, wrap: &Secret) -> Result<(), ApplyError> {
+        let bad = |error: cryptfold_reduce_format::wire::WireError| ApplyError::Record(error.to_string());
+        match *record {
+            Record::VolumeCreate { record } => {
+                let record = VolumeRecord::decode(record).map_err(bad)?;
+                self.domain(record.domain)?;
+                self.pool.next_volume = VolumeId(self.pool.next_volume.0.max(record.id.0 + 1));
+                self.volumes.insert(record.id.0, Volume::open(record, &self.meter));
+            }
+            Record::VolumeResize { volume, blocks } => self.volume_mut(volume)?.record.blocks = blocks,
+            Record::VolumeRename { volume, name } => self.volume_mut(volume)?.record.name = name.to_owned(),
+            Record::VolumeFlags { volume, set, clear } => {
+                let flags = &mut self.volume_mut(volume)?.record.flags;
+                *flags = *flags & !clear | set;
+            }
+            Record::VolumeUpdate { record } => {
+                let new = VolumeRecord::decode(record).map_err(bad)?;
+                let volume = self.volume_mut(new.id)?;
+                volume.record = new;
+            }
+            Record::VolumeDelete { volume } => {
+                self.volume_mut(volume)?.record.flags |= volume_flags::DELETING;
+            }
+            Record::VolumeGone { volume } => {
+                let gone = self.volumes.remove(&volume.0).ok_or(ApplyError::NoVolume(volume))?;
+                self.gone.insert(volume.0, gone);
+            }
+            Record::DomainCreate { record } => {
+                let record = DomainRecord::decode(record).map_err(bad)?;
+                self.pool.next_domain = DomainId(self.pool.next_domain.0.max(record.id.0 + 1));
+                let domain =
+                    Domain::open(record, wrap, self.pool_id, &self.meter).map_err(ApplyError::Record)?;
+                self.domains.insert(domain.record.id.0, domain);
+            }
+            Record::PoolUpdate { record } => {
+                let new = PoolRecord::decode(record).map_err(bad)?;
+                self.pool.default_domain = new.default_domain;
+                self.pool.compression = new.compression;
+                self.pool.flags = new.flags;
+            }
+            Record::EpochAdvance { epoch } => self.pool.epoch = epoch,
+            _ => return Err(ApplyError::Unsupported("a record of the journal")),
+        }
+        Ok(())
+    }
+
+    fn volume_mut(&mut self, id: VolumeId) -> Result<&mut Volume, ApplyError> {
+        self.volumes.get_mut(&id.0).ok_or(ApplyError::NoVolume(id))
+    }
+
+    /// New chunks, without references.
+    pub fn fragment_add(
+        &mut self,
+        domain: DomainId,
+        generation: Generation,
+        container: ContainerId,
+        fragment: &FragmentEntry,
+        fingerprints: &[Fingerprint],
+    ) -> Result<(), ApplyError> {
+        let d = self.domains.get_mut(&domain.0).ok_or(ApplyError::NoDomain(domain))?;
+        let error = d.error(container);
+        d.containers.get_mut(container.get()).add(fragment).map_err(error)?;
+        d.next_container = d.next_container.max(container.get() + 1);
+        let leaf = d.fingerprints.get_mut(container.get());
+        if leaf.slots.is_empty() {
+            leaf.generation = generation;
+            leaf.slots.reserve_exact(SLOTS);
+        }
+        leaf.slots.resize(usize::from(fragment.first_slot), Fingerprint::NONE);
+        leaf.slots.extend_from_slice(fingerprints);
+        let number = fragment.place.segment.segment.0;
+        if number >= self.segments.len() {
+            return Err(ApplyError::Segment(fragment.place.segment));
+        }
+        self.segments.apply_used(number, fragment.place.offset + fragment.unit_bytes);
+        Ok(())
+    }
+
+    /// A fragment lies elsewhere now.
+    pub fn fragment_move(
+        &mut self,
+        domain: DomainId,
+        first: ChunkAddr,
+        fragments: &[FragmentRaw],
+        now: Sequence,
+    ) -> Result<(), ApplyError> {
+        let d = self.domains.get_mut(&domain.0).ok_or(ApplyError::NoDomain(domain))?;
+        let new: SmallVec<[FragmentEntry; 4]> = fragments
+            .iter()
+            .map(|raw| raw.entry().map_err(|error| ApplyError::Record(error.to_string())))
+            .collect::<Result<_, _>>()?;
+        let error = d.error(first.container());
+        let c = d.containers.get_mut(first.container().get());
+        let live_before = c.fragment_of(first.slot()).is_some_and(|old| c.live_in(&old) > 0);
+        let old = c.replace(first.slot(), &new).map_err(error)?;
+        let live: SmallVec<[bool; 4]> = new.iter().map(|fragment| c.live_in(fragment) > 0).collect();
+        if live_before {
+            d.stored_bytes = d.stored_bytes.saturating_sub(old.unit_bytes.into());
+            if !self.segments.apply_live(old.place.segment.segment.0, old.unit_bytes, false, now) {
+                return Err(ApplyError::Segment(old.place.segment));
+            }
+        }
+        for (fragment, live) in new.iter().zip(live) {
+            let number = fragment.place.segment.segment.0;
+            self.segments.apply_used(number, fragment.place.offset + fragment.unit_bytes);
+            if live {
+                d.stored_bytes += u64::from(fragment.unit_bytes);
+                if !self.segments.apply_live(number, fragment.unit_bytes, true, now) {
+                    return Err(ApplyError::Segment(fragment.place.segment));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A container without references goes.
+    pub fn container_drop(&mut self, domain: DomainId, container: ContainerId) -> Result<(), ApplyError> {
+        let d = self.domains.get_mut(&domain.0).ok_or(ApplyError::NoDomain(domain))?;
+        d.containers.clear(container.get());
+        d.fingerprints.clear(container.get());
+        d.next_container = d.next_container.max(container.get() + 1);
+        Ok(())
+    }
+
+    /// Blocks of a volume become what `runs` say.
+    pub fn map_set(
+        &mut self,
+        volume: VolumeId,
+        lba: Lba,
+        runs: &[MapRun],
+        now: Sequence,
+    ) -> Result<(), ApplyError> {
+        let v = self.volumes.get_mut(&volume.0).ok_or(ApplyError::NoVolume(volume))?;
+        let id = v.record.domain;
+        let d = self.domains.get_mut(&id.0).ok_or(ApplyError::NoDomain(id))?;
+        let count: u64 = runs.iter().map(|run| u64::from(run.count())).sum();
+        if lba.0 + count > v.record.blocks {
+            return Err(ApplyError::Beyond { volume, lba: lba.0 + count });
+        }
+        let mut at = lba.0;
+        let mut old: SmallVec<[ChunkAddr; 32]> = SmallVec::new();
+        for run in runs {
+            let first = run.first();
+            // References first: what replaces itself must not die in between.
+            if let Some(addr) = first.chunk() {
+                for n in 0..run.count() {
+                    let addr = addr.plus(n).ok_or(ApplyError::Record("run leaves its container".into()))?;
+                    take_reference(d, &mut self.segments, addr, now)?;
+                }
+            }
+            for entry in run.entries() {
+                let (index, slot) = leaf_of(at);
+                set_entry(v, d, index, slot, entry, &mut old);
+                at += 1;
+            }
+        }
+        for addr in old {
+            drop_reference(d, &mut self.segments, &mut self.index, &mut self.emptied, addr, now)?;
+        }
+        Ok(())
+    }
+
+    /// Blocks of a volume all become `entry`, which is no chunk.
+    pub fn map_fill(
+        &mut self,
+        volume: VolumeId,
+        lba: Lba,
+        count: u64,
+        entry: MapEntry,
+        now: Sequence,
+    ) -> Result<(), ApplyError> {
+        let v = self.volumes.get_mut(&volume.0).ok_or(ApplyError::NoVolume(volume))?;
+        let id = v.record.domain;
+        let d = self.domains.get_mut(&id.0).ok_or(ApplyError::NoDomain(id))?;
+        let mut at = lba.0;
+        let mut old: SmallVec<[ChunkAddr; 32]> = SmallVec::new();
+        while at < lba.0 + count {
+            let (index, first) = leaf_of(at);
+            let here = ((MAP_ENTRIES - first) as u64).min(lba.0 + count - at);
+            let skip = entry.target == Target::Unmapped && matches!(v.tree.find(index), Found::Absent);
+            if !skip {
+                for slot in first..first + here as usize {
+                    set_entry(v, d, index, slot, entry, &mut old);
+                }
+            }
+            at += here;
+        }
+        for addr in old {
+            drop_reference(d, &mut self.segments, &mut self.index, &mut self.emptied, addr, now)?;
+        }
+        Ok(())
+    }
+
+    /// Remembers fingerprints that have references now.
+    pub fn index_fragment(&mut self, domain: DomainId, first: ChunkAddr, fingerprints: &[Fingerprint]) {
+        for (n, fingerprint) in fingerprints.iter().enumerate() {
+            if let Some(addr) = first.plus(n as u16) {
+                self.index.insert(Key::new(domain, fingerprint), addr);
+            }
+        }
+    }
+
+    /// Epoch that new map entries are born in.
+    pub fn epoch(&self) -> Epoch {
+        self.pool.epoch
+    }
+}
+
+#[inline]
+fn set_entry(
+    v: &mut Volume,
+    d: &mut Domain,
+    index: u64,
+    slot: usize,
+    entry: MapEntry,
+    old: &mut SmallVec<[ChunkAddr; 32]>,
+) {
+    let leaf = v.tree.get_mut(index);
+    let before = leaf.get(slot);
+    // An unmapped block keeps no birth: an empty leaf need not be stored.
+    leaf.set(slot, if entry.target == Target::Unmapped { MapEntry::default() } else { entry });
+    match before.target {
+        Target::Chunk(addr) => {
+            old.push(addr);
+            v.chunks = v.chunks.saturating_sub(1);
+            d.mapped = d.mapped.saturating_sub(1);
+        }
+        Target::Zero | Target::Pattern(_) => v.special = v.special.saturating_sub(1),
+        Target::Unmapped | Target::Uncorrectable => {}
+    }
+    match entry.target {
+        Target::Chunk(_) => {
+            v.chunks += 1;
+            d.mapped += 1;
+        }
+        Target::Zero | Target::Pattern(_) => v.special += 1,
+        Target::Unmapped | Target::Uncorrectable => {}
+    }
+    if entry.target != Target::Unmapped {
+        v.written_bytes += 4096;
+    }
+}
+
+#[inline]
+fn take_reference(
+    d: &mut Domain,
+    segments: &mut Segments,
+    addr: ChunkAddr,
+    now: Sequence,
+) -> Result<(), ApplyError> {
+    let error = d.error(addr.container());
+    let c = d.containers.get_mut(addr.container().get());
+    let refs = c.change_refs(addr.slot(), 1).map_err(error)?;
+    if refs == 1 {
+        d.unique += 1;
+        if let Some(fragment) = c.fragment_of(addr.slot())
+            && c.live_in(&fragment) == 1
+        {
+            d.stored_bytes += u64::from(fragment.unit_bytes);
+            if !segments.apply_live(fragment.place.segment.segment.0, fragment.unit_bytes, true, now) {
+                return Err(ApplyError::Segment(fragment.place.segment));
+            }
+        }
+    }
+    Ok(())
+}
+
+fn drop_reference(
+    d: &mut Domain,
+    segments: &mut Segments,
+    index: &mut Index,
+    emptied: &mut Vec<(DomainId, ContainerId)>,
+    addr: ChunkAddr,
+    now: Sequence,
+) -> Result<(), ApplyError> {
+    let id = d.record.id;
+    let number = addr.container().get();
+    let c = d.containers.get_mut(number);
+    let wrap = |error| ApplyError::Container { domain: id, container: addr.container(), error };
+    if c.change_refs(addr.slot(), -1).map_err(wrap)? > 0 {
+        return Ok(());
+    }
+    d.unique = d.unique.saturating_sub(1);
+    if let Some(fragment) = c.fragment_of(addr.slot())
+        && c.live_in(&fragment) == 0
+    {
+        c.replace(fragment.first_slot, &[]).map_err(wrap)?;
+        d.stored_bytes = d.stored_bytes.saturating_sub(fragment.unit_bytes.into());
+        if !segments.apply_live(fragment.place.segment.segment.0, fragment.unit_bytes, false, now) {
+            return Err(ApplyError::Segment(fragment.place.segment));
+        }
+    }
+    if c.live() == 0 {
+        emptied.push((id, addr.container()));
+    }
+    if index.len() > 0
+        && let Some(fingerprint) =
+            d.fingerprints.peek(number).and_then(|leaf| leaf.slots.get(usize::from(addr.slot())))
+    {
+        index.remove(Key::new(id, fingerprint), addr);
+    }
+    Ok(())
+}

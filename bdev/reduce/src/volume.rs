@@ -1,0 +1,320 @@
+//! A volume as a block device.
+//!
+//! Owns the translation of host I/O (blocks of 512 or 4096 bytes) to whole 4 KiB blocks of the pool. I/O that comes on
+//! another core than the pool's home goes there by message and back, with its buffers, without a copy.
+//!
+//! On a volume with 512-byte blocks every change locks the 4 KiB blocks that it touches: a change of part of a block reads
+//! it, changes it and writes it, and must not undo a change of the rest that came in between.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use cryptfold_bdev::{
+    BdevError, BlockRange, Device, DeviceInfo, Io, Op, OpSet, Queue, Status, UnmappedRanges,
+};
+use cryptfold_reactor as reactor;
+use cryptfold_reduce_format::fragment::CHUNK_BYTES;
+use cryptfold_reduce_format::ids::{HostKeyId, VolumeId};
+use cryptfold_reduce_format::map::Target;
+use cryptfold_reduce_format::record::volume_flags;
+use reactor::memory::{Buf, SgList};
+
+use crate::pool::{Pool, PoolRef};
+
+/// A volume's end in the registry.
+pub(crate) struct VolumeDevice {
+    pool: PoolRef,
+    id: VolumeId,
+    info: DeviceInfo,
+    domain: String,
+}
+
+/// What a volume's device says of itself.
+pub(crate) struct VolumeFacts<'a> {
+    pub id: VolumeId,
+    pub uuid: uuid::Uuid,
+    pub pool_name: &'a str,
+    pub name: &'a str,
+    pub domain: &'a str,
+    pub block_bytes: u32,
+    pub blocks: u64,
+    pub flags: u32,
+}
+
+impl VolumeDevice {
+    /// The device of a volume of `pool`.
+    pub fn new(pool: PoolRef, facts: &VolumeFacts<'_>) -> Arc<VolumeDevice> {
+        let per_chunk = CHUNK_BYTES as u64 / u64::from(facts.block_bytes);
+        let mut info = DeviceInfo::new(
+            facts.uuid.to_string(),
+            "Cryptfold volume",
+            facts.block_bytes,
+            facts.blocks * per_chunk,
+        );
+        info.uuid = facts.uuid;
+        info.aliases = vec![format!("{}/{}", facts.pool_name, facts.name)];
+        info.ops = OpSet::of(&[Op::Read, Op::Write, Op::Flush, Op::Unmap, Op::WriteZeroes, Op::Reset]);
+        info.write_cache = true;
+        info.atomic_blocks = per_chunk as u32;
+        info.optimal_io_blocks = (128 << 10) / facts.block_bytes;
+        info.reports_unmapped = true;
+        info.thin = true;
+        info.read_only = facts.flags & volume_flags::READ_ONLY != 0;
+        Arc::new(VolumeDevice { pool, id: facts.id, info, domain: facts.domain.to_owned() })
+    }
+}
+
+impl Device for VolumeDevice {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+
+    fn open_queue(self: Arc<Self>) -> Result<Rc<dyn Queue>, BdevError> {
+        let local = if self.pool.home.is_current() { self.pool.get() } else { None };
+        Ok(Rc::new(VolumeQueue { local: RefCell::new(local), device: self }))
+    }
+
+    fn driver_specific(&self) -> serde_json::Value {
+        serde_json::json!({
+            "lvol": {
+                "lvol_store_uuid": self.pool.uuid.to_string(),
+                "base_bdev": self.pool.base_name,
+                "thin_provision": true,
+                "snapshot": false,
+                "clone": false,
+                "esnap_clone": false,
+                "domain": self.domain,
+            }
+        })
+    }
+}
+
+struct VolumeQueue {
+    device: Arc<VolumeDevice>,
+    /// The pool, on its home core.
+    local: RefCell<Option<Rc<Pool>>>,
+}
+
+/// An I/O without its way back, so that it can cross cores.
+struct Request {
+    op: Op,
+    fua: bool,
+    host_key: u16,
+    lba: u64,
+    blocks: u64,
+    data: SgList,
+}
+
+struct Answer {
+    status: Status,
+    data: SgList,
+    unmapped: UnmappedRanges,
+}
+
+impl Queue for VolumeQueue {
+    fn submit(self: Rc<Self>, mut io: Box<Io>) {
+        let request = Request {
+            op: io.op,
+            fua: io.fua,
+            host_key: io.host_key,
+            lba: io.lba,
+            blocks: io.blocks,
+            // A read's own buffers stay here; its data is copied into them.
+            data: if io.op == Op::Read { SgList::new() } else { std::mem::take(&mut io.data) },
+        };
+        let (id, block_bytes) = (self.device.id, self.device.info.block_size_bytes);
+        let local = self.local.borrow().clone();
+        reactor::spawn_local(async move {
+            let answer = match local {
+                Some(pool) => execute(pool, id, block_bytes, request).await,
+                None => {
+                    let pool = self.device.pool.clone();
+                    let home = pool.home.clone();
+                    let gone = Answer::failed(Status::INVALID_NAMESPACE.do_not_retry());
+                    let call = home.call(move || async move {
+                        match pool.get() {
+                            Some(pool) => execute(pool, id, block_bytes, request).await,
+                            None => Answer::failed(Status::INVALID_NAMESPACE.do_not_retry()),
+                        }
+                    });
+                    call.await.unwrap_or(gone)
+                }
+            };
+            finish(io, answer);
+        })
+        .detach();
+    }
+}
+
+impl Answer {
+    fn failed(status: Status) -> Answer {
+        Answer { status, data: SgList::new(), unmapped: UnmappedRanges::new() }
+    }
+}
+
+impl From<Result<(), Status>> for Answer {
+    fn from(result: Result<(), Status>) -> Answer {
+        Answer::failed(result.err().unwrap_or(Status::SUCCESS))
+    }
+}
+
+fn finish(mut io: Box<Io>, answer: Answer) {
+    let mut status = answer.status;
+    if io.op == Op::Read && status.is_ok() {
+        io.unmapped = answer.unmapped;
+        if io.data.is_empty() {
+            io.data = answer.data;
+        } else if !copy_into(&mut io.data, &answer.data) {
+            status = Status::INTERNAL_ERROR;
+        }
+    }
+    io.up(status);
+}
+
+/// Copies all bytes of `from` to the buffers of `to`. False: they are shared, or of another length.
+fn copy_into(to: &mut SgList, from: &SgList) -> bool {
+    if to.len_bytes() != from.len_bytes() {
+        return false;
+    }
+    let Some(targets) = to.get_mut_segments() else { return false };
+    let mut rest = from.clone();
+    for target in targets {
+        rest.split_to(target.len()).copy_to_slice(target);
+    }
+    true
+}
+
+async fn execute(pool: Rc<Pool>, id: VolumeId, block_bytes: u32, request: Request) -> Answer {
+    let per_chunk = CHUNK_BYTES as u64 / u64::from(block_bytes);
+    match request.op {
+        Op::Read => {
+            read(&pool, id, per_chunk, request.lba, request.blocks).await.unwrap_or_else(Answer::failed)
+        }
+        Op::Flush | Op::Reset => pool.flush().await.into(),
+        _ => {
+            let _busy = pool.enter();
+            let fua = request.fua;
+            let mut result = change(&pool, id, per_chunk, request).await;
+            if fua && result.is_ok() {
+                result = pool.flush().await;
+            }
+            result.into()
+        }
+    }
+}
+
+async fn read(pool: &Pool, id: VolumeId, per_chunk: u64, lba: u64, blocks: u64) -> Result<Answer, Status> {
+    if blocks == 0 {
+        return Ok(Answer::failed(Status::SUCCESS));
+    }
+    let (first, end) = (lba / per_chunk, (lba + blocks).div_ceil(per_chunk));
+    let (mut data, chunks) = pool.read_blocks(id, first, end - first).await?;
+    if per_chunk == 1 {
+        return Ok(Answer { status: Status::SUCCESS, data, unmapped: chunks });
+    }
+    let block_bytes = CHUNK_BYTES as u64 / per_chunk;
+    let skip = (lba - first * per_chunk) * block_bytes;
+    data = data.slice(skip as usize..(skip + blocks * block_bytes) as usize);
+    // From chunks counted from `first` to blocks counted from `lba`, cut to the I/O.
+    let unmapped = chunks
+        .iter()
+        .filter_map(|range| {
+            let start = ((first + u64::from(range.start)) * per_chunk).max(lba);
+            let stop = ((first + u64::from(range.start + range.blocks)) * per_chunk).min(lba + blocks);
+            (start < stop).then(|| BlockRange { start: (start - lba) as u32, blocks: (stop - start) as u32 })
+        })
+        .collect();
+    Ok(Answer { status: Status::SUCCESS, data, unmapped })
+}
+
+async fn change(pool: &Rc<Pool>, id: VolumeId, per_chunk: u64, request: Request) -> Result<(), Status> {
+    let target = pool.target(id)?;
+    let Request { op, host_key, lba, blocks, data, .. } = request;
+    if blocks == 0 {
+        return Ok(());
+    }
+    let key = HostKeyId(host_key);
+    if per_chunk == 1 {
+        return match op {
+            Op::Write => pool.write_blocks(&target, lba, data, key).await,
+            Op::Unmap | Op::WriteZeroes => {
+                pool.fill_blocks(&target, lba, blocks, Target::Unmapped, HostKeyId(0)).await
+            }
+            _ => Err(Status::INVALID_OPCODE.do_not_retry()),
+        };
+    }
+    let (first, end) = (lba / per_chunk, (lba + blocks).div_ceil(per_chunk));
+    let _guard = pool.locks.lock(id, first, end).await;
+    let block_bytes = CHUNK_BYTES as u64 / per_chunk;
+    match op {
+        Op::Write => {
+            let head = (lba - first * per_chunk) * block_bytes;
+            let tail = (end * per_chunk - lba - blocks) * block_bytes;
+            let whole = widen(pool, id, first, end, head as usize, tail as usize, data).await?;
+            pool.write_blocks(&target, first, whole, key).await
+        }
+        Op::Unmap | Op::WriteZeroes => {
+            // Whole blocks are given up, parts of blocks become zeros.
+            let (inner, inner_end) = (lba.div_ceil(per_chunk), (lba + blocks) / per_chunk);
+            let part = |from: u64, to: u64| zero_part(pool, &target, per_chunk, from, to);
+            if inner >= inner_end {
+                if first + 1 == end {
+                    return part(lba, lba + blocks).await;
+                }
+                part(lba, inner * per_chunk).await?;
+                return part(inner * per_chunk, lba + blocks).await;
+            }
+            part(lba, inner * per_chunk).await?;
+            part(inner_end * per_chunk, lba + blocks).await?;
+            pool.fill_blocks(&target, inner, inner_end - inner, Target::Unmapped, HostKeyId(0)).await
+        }
+        _ => Err(Status::INVALID_OPCODE.do_not_retry()),
+    }
+}
+
+/// Completes a write to whole 4 KiB blocks `first .. end` by what is there: `head` bytes before it and `tail` after it.
+async fn widen(
+    pool: &Rc<Pool>,
+    id: VolumeId,
+    first: u64,
+    end: u64,
+    head: usize,
+    tail: usize,
+    data: SgList,
+) -> Result<SgList, Status> {
+    let mut whole = SgList::new();
+    if head > 0 {
+        let (before, _) = pool.read_blocks(id, first, 1).await?;
+        whole.append(before.slice(0..head));
+    }
+    whole.append(data);
+    if tail > 0 {
+        let (after, _) = pool.read_blocks(id, end - 1, 1).await?;
+        whole.append(after.slice(CHUNK_BYTES - tail..CHUNK_BYTES));
+    }
+    Ok(whole)
+}
+
+/// Zeroes blocks `from .. to`, which lie in one 4 KiB block.
+async fn zero_part(
+    pool: &Rc<Pool>,
+    target: &crate::ingest::Target4k,
+    per_chunk: u64,
+    from: u64,
+    to: u64,
+) -> Result<(), Status> {
+    if from >= to {
+        return Ok(());
+    }
+    let (chunk, size) = (from / per_chunk, CHUNK_BYTES as u64 / per_chunk);
+    let (data, unmapped) = pool.read_blocks(target.volume, chunk, 1).await?;
+    if !unmapped.is_empty() {
+        return Ok(());
+    }
+    let mut whole = vec![0; CHUNK_BYTES];
+    data.copy_to_slice(&mut whole);
+    let start = (from - chunk * per_chunk) * size;
+    whole[start as usize..(start + (to - from) * size) as usize].fill(0);
+    pool.write_blocks(target, chunk, Buf::from_slice(&whole).into(), HostKeyId(0)).await
+}
