@@ -2,6 +2,10 @@
 //!
 //! A module per subcommand, each with its `Args` and `run`; [`report`] has what their reports share.
 
+pub mod bdev;
+pub mod image;
 pub mod load;
+pub mod nvmf;
 pub mod primitives;
 pub mod report;
+pub mod session;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use cryptfold_perf::primitives;
+use cryptfold_perf::{bdev, image, nvmf, primitives};
 
 /// Measures cryptfold and what it is made of.
 #[derive(Parser)]
@@ -16,6 +16,10 @@ struct Cli {
 #[derive(Subcommand)]
 enum Command {
     Primitives(primitives::Args),
+    Bdev(bdev::Args),
+    Nvmf(nvmf::Args),
+    #[command(subcommand)]
+    Image(image::Command),
 }
 
 fn main() -> ExitCode {
@@ -27,6 +31,9 @@ fn main() -> ExitCode {
         .init();
     let ended = match Cli::parse().command {
         Command::Primitives(args) => primitives::run(&args).map_err(|e| e.to_string()),
+        Command::Bdev(args) => bdev::run(&args),
+        Command::Nvmf(args) => nvmf::run(&args),
+        Command::Image(command) => image::run(&command),
     };
     match ended {
         Ok(()) => ExitCode::SUCCESS,

@@ -15,6 +15,7 @@ mod worker;
 
 pub use data::{DataSource, Generator};
 pub use options::{Bytes, Cores, LoadArgs, Rw};
+pub use pattern::Rng;
 pub use result::{Latency, LoadResult};
 pub use run::{Geometry, Opener, plans, run};
 pub use stamp::{Mismatch, Stamper};

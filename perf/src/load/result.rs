@@ -73,6 +73,28 @@ impl LoadResult {
     pub fn is_clean(&self) -> bool {
         self.errors == 0 && self.verified.as_ref().is_none_or(|v| v.1 == 0)
     }
+    /// Prints it, as JSON or for people.
+    ///
+    /// # Errors
+    /// When not everything went right: what, in one line.
+    pub fn report(&self, json: bool) -> Result<(), String> {
+        if json {
+            println!("{}", self.json());
+        } else {
+            println!("{}", self.text());
+        }
+        match &self.verified {
+            _ if self.errors > 0 => Err(format!(
+                "{} I/Os failed; the first: {}",
+                self.errors,
+                self.first_error.as_deref().unwrap_or("unknown")
+            )),
+            Some((_, bad, first)) if *bad > 0 => {
+                Err(format!("{bad} blocks are wrong; the first: {}", first.as_deref().unwrap_or("unknown")))
+            }
+            _ => Ok(()),
+        }
+    }
     /// The object that scripts read.
     pub fn json(&self) -> Value {
         let l = &self.lat_us;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-use cryptfold_reactor::{Handle, ReactorStats, Runtime};
+use cryptfold_reactor::{Handle, ReactorStats};
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -27,8 +27,8 @@ pub trait Opener: Send + Sync + 'static {
     type Sink: Sink;
     /// Opens a sink.
     fn open(&self, job: u32) -> impl Future<Output = Result<Self::Sink, String>>;
-    /// Called on the same reactor when the job is done.
-    fn close(&self, sink: Rc<Self::Sink>) -> impl Future<Output = ()>;
+    /// Called on the same reactor when the job is done; says why the I/O failed, if it was the sink's end.
+    fn close(&self, sink: Rc<Self::Sink>) -> impl Future<Output = Result<(), String>>;
 }
 
 struct Shared<S>(Rc<S>);
@@ -92,12 +92,12 @@ pub fn plans(args: &LoadArgs, geometry: Geometry, seed: u64) -> Result<Vec<Plan>
     Ok((0..jobs).map(plan).collect())
 }
 
-/// Runs the load.
+/// Runs the load on these reactors.
 ///
 /// # Errors
 /// When a sink can not be opened or the options do not suit the device.
 pub fn run<O: Opener>(
-    runtime: &Runtime,
+    handles: &[Handle],
     args: &LoadArgs,
     geometry: Geometry,
     opener: O,
@@ -105,7 +105,6 @@ pub fn run<O: Opener>(
     args.check()?;
     let seed = args.seed.unwrap_or_else(cryptfold_reactor::random_u64);
     let plans = plans(args, geometry, seed)?;
-    let handles = runtime.handles();
     let opener = Arc::new(opener);
     let (tx, rx) = mpsc::channel();
     let before: Vec<ReactorStats> = handles.iter().map(Handle::stats).collect();
@@ -117,8 +116,7 @@ pub fn run<O: Opener>(
                 Ok(sink) => {
                     let sink = Rc::new(sink);
                     let report = run_worker(Shared(sink.clone()), plan).await;
-                    opener.close(sink).await;
-                    report
+                    opener.close(sink).await.and(report)
                 }
                 Err(e) => Err(e),
             };

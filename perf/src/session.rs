@@ -1,0 +1,111 @@
+//! What the subcommands that talk NVMe/TCP share: how a namespace is named, and the association with its controller.
+
+use std::cell::RefCell;
+use std::sync::Arc;
+use std::time::Duration;
+
+use cryptfold_nvmf_initiator::{ConnectOptions, Connector, Controller, NamespaceInfo};
+use cryptfold_nvmf_spec::Nsid;
+use cryptfold_reactor::{Handle, Runtime, RuntimeConfig};
+
+use crate::load::Cores;
+
+/// Where a namespace is.
+#[derive(clap::Args, Clone, Debug)]
+pub struct Namespace {
+    /// Target's address
+    #[arg(long)]
+    pub traddr: String,
+    /// Target's port
+    #[arg(long, default_value = "4420")]
+    pub trsvcid: String,
+    /// Subsystem
+    #[arg(long)]
+    pub subnqn: String,
+    /// Namespace
+    #[arg(long, default_value_t = 1)]
+    pub nsid: u32,
+    /// This host's name [default: drawn at random]
+    #[arg(long)]
+    pub hostnqn: Option<String>,
+    /// Header digests
+    #[arg(long)]
+    pub hdgst: bool,
+    /// Data digests
+    #[arg(long)]
+    pub ddgst: bool,
+    /// Keep Alive timeout, ms; 0 = none
+    #[arg(long, default_value_t = 15_000)]
+    pub kato: u32,
+    /// Seconds after which a command that is not answered ends the run
+    #[arg(long, default_value_t = 30, value_parser = clap::value_parser!(u64).range(1..=86_400))]
+    pub io_timeout: u64,
+}
+
+thread_local! {
+    /// Lives on the reactor that connected it.
+    static CONTROLLER: RefCell<Option<Controller>> = const { RefCell::new(None) };
+}
+
+/// An association, for as long as this lives.
+pub struct Session {
+    handle: Handle,
+    /// Opens I/O queues, on any reactor.
+    pub connector: Arc<Connector>,
+    /// The namespace.
+    pub info: NamespaceInfo,
+}
+
+impl Session {
+    /// Connects on this reactor. `queues`: I/O queues that will be opened; `depth`: commands under way in each.
+    ///
+    /// # Errors
+    /// What failed, in one line.
+    pub fn open(handle: &Handle, ns: &Namespace, queues: u32, depth: u32) -> Result<Session, String> {
+        let mut options = ConnectOptions::new(&ns.traddr, &ns.trsvcid, &ns.subnqn);
+        if let Some(hostnqn) = &ns.hostnqn {
+            options.hostnqn.clone_from(hostnqn);
+        }
+        options.io_queues = u16::try_from(queues).map_err(|_| format!("{queues} I/O queues are too many"))?;
+        // One entry of a queue always stays empty.
+        options.queue_size = (depth + 1).clamp(2, 4096) as u16;
+        (options.hdgst, options.ddgst) = (ns.hdgst, ns.ddgst);
+        options.kato_ms = ns.kato;
+        options.io_timeout = Duration::from_secs(ns.io_timeout);
+        let nsid = Nsid(ns.nsid);
+        let connected = handle.block_on(move || async move {
+            let controller = Controller::connect(&options).await?;
+            let info = controller.namespace(nsid).await?;
+            let connector = controller.connector().clone();
+            CONTROLLER.set(Some(controller));
+            Ok((connector, info))
+        });
+        let connected = connected.map_err(|e| e.to_string())?;
+        let (connector, info) = connected.map_err(|e: cryptfold_nvmf_initiator::Error| e.to_string())?;
+        if u32::from(connector.queues()) < queues {
+            let n = connector.queues();
+            return Err(format!("{} grants {n} I/O queues, {queues} are needed", ns.subnqn));
+        }
+        Ok(Session { handle: handle.clone(), connector, info })
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        // A reactor that has stopped has dropped its controller itself.
+        let _ = self.handle.block_on(|| async {
+            if let Some(controller) = CONTROLLER.take() {
+                controller.shutdown().await;
+            }
+        });
+    }
+}
+
+/// Starts a reactor on each of these CPUs.
+///
+/// # Errors
+/// What the machine does not have.
+pub fn start(cores: &Cores) -> Result<Runtime, String> {
+    let config = RuntimeConfig { cores: cores.0.clone(), ..RuntimeConfig::default() };
+    Runtime::start(config).map_err(|e| e.to_string())
+}
