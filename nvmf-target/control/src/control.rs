@@ -211,7 +211,7 @@ impl Control {
     }
 
     /// The reactors; none before initialisation.
-    pub(crate) fn handles(&self) -> &[Handle] {
+    pub fn handles(&self) -> &[Handle] {
         self.running.get().map_or(&[], |r| &r.handles)
     }
 
