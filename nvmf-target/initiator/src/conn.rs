@@ -26,7 +26,7 @@ use zerocopy::little_endian::U16;
 use crate::output::Output;
 use crate::queue::{self, Ns};
 use crate::slots::{Owner, Reply, ReplySender, Slot, Slots};
-use crate::watch::{OnReady, Watch};
+use crate::watch::{OnReady, Ready, Watch};
 use crate::{CloseReason, ConnectOptions, Error, Wire};
 
 /// Bytes received at once when they have no better place to go.
@@ -136,6 +136,8 @@ pub(crate) struct Conn {
     state: RefCell<State>,
     readable: Cell<bool>,
     writable: Cell<bool>,
+    /// The end was seen: bytes that do not fill the buffers are not the last to come.
+    ending: Cell<bool>,
     watch: RefCell<Option<Watch>>,
     poller: RefCell<Option<PollerGuard>>,
 }
@@ -156,13 +158,10 @@ impl Poller for Pump {
 }
 
 impl OnReady for Conn {
-    fn ready(&self, readable: bool, writable: bool) {
-        if readable {
-            self.readable.set(true);
-        }
-        if writable {
-            self.writable.set(true);
-        }
+    fn ready(&self, ready: Ready) {
+        self.readable.set(self.readable.get() | ready.readable);
+        self.writable.set(self.writable.get() | ready.writable);
+        self.ending.set(self.ending.get() | ready.ending);
     }
 }
 
@@ -202,6 +201,7 @@ impl Conn {
             }),
             readable: Cell::new(true),
             writable: Cell::new(true),
+            ending: Cell::new(false),
             watch: RefCell::new(None),
             poller: RefCell::new(None),
         });
@@ -227,7 +227,7 @@ impl Conn {
                 let me = me.clone();
                 self.wire.on_ready(Rc::new(move || {
                     if let Some(conn) = me.upgrade() {
-                        conn.ready(true, true);
+                        conn.ready(Ready { readable: true, writable: true, ending: true });
                     }
                 }));
             }
@@ -352,7 +352,7 @@ impl Conn {
                 Ok(None) => {}
                 Ok(Some(full)) => {
                     worked = true;
-                    if full {
+                    if full || self.ending.get() {
                         continue;
                     }
                     // The next bytes make an edge.

@@ -10,10 +10,21 @@ use std::rc::{Rc, Weak};
 use cryptfold_reactor::ring::{self, ClientGuard, RingClient};
 use io_uring::{cqueue, opcode, types};
 
+/// What became true of a descriptor. Edges that come close together are told as one.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Ready {
+    /// Bytes, the end or an error wait.
+    pub readable: bool,
+    /// There is room to send.
+    pub writable: bool,
+    /// The end or an error waits, perhaps behind bytes.
+    pub ending: bool,
+}
+
 /// Gets told, inside the reactor's turn.
 pub(crate) trait OnReady {
-    /// Bytes, the end or an error wait (`readable`); there is room to send (`writable`).
-    fn ready(&self, readable: bool, writable: bool);
+    /// What became true.
+    fn ready(&self, ready: Ready);
 }
 
 struct Client {
@@ -29,6 +40,7 @@ pub(crate) struct Watch(Rc<Client>);
 const TOKEN: u32 = 0;
 const MASK: i32 = libc::POLLIN as i32 | libc::POLLOUT as i32 | libc::POLLRDHUP as i32;
 const READABLE: i32 = (libc::POLLIN | libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) as i32;
+const ENDING: i32 = (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) as i32;
 const WRITABLE: i32 = (libc::POLLOUT | libc::POLLHUP | libc::POLLERR) as i32;
 
 impl Watch {
@@ -70,8 +82,12 @@ impl RingClient for Client {
             self.arm();
         }
         match result {
-            r if r < 0 => to.ready(true, true),
-            r => to.ready(r & READABLE != 0, r & WRITABLE != 0),
+            r if r < 0 => to.ready(Ready { readable: true, writable: true, ending: true }),
+            r => to.ready(Ready {
+                readable: r & READABLE != 0,
+                writable: r & WRITABLE != 0,
+                ending: r & ENDING != 0,
+            }),
         }
     }
 }
