@@ -159,10 +159,10 @@ impl Group {
         let me = Rc::downgrade(&conn);
         conn.on_ready(Rc::new(move || {
             if let Some(conn) = me.upgrade() {
-                conn.ready(Ready { readable: true, writable: true });
+                conn.ready(Ready::MAYBE);
             }
         }));
-        conn.ready(Ready { readable: true, writable: true });
+        conn.ready(Ready::MAYBE);
         self.start_ticking();
         conn
     }

@@ -18,6 +18,13 @@ pub(crate) struct Ready {
     pub readable: bool,
     /// There is room to send.
     pub writable: bool,
+    /// The end or an error waits behind the bytes, and will not be told again.
+    pub hangup: bool,
+}
+
+impl Ready {
+    /// Everything may be the case.
+    pub const MAYBE: Ready = Ready { readable: true, writable: true, hangup: false };
 }
 
 /// Gets told.
@@ -48,6 +55,7 @@ pub(crate) struct WatchId(u32);
 
 const MASK: i32 = libc::POLLIN as i32 | libc::POLLOUT as i32 | libc::POLLRDHUP as i32;
 const READABLE: i32 = (libc::POLLIN | libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) as i32;
+const HANGUP: i32 = (libc::POLLRDHUP | libc::POLLHUP | libc::POLLERR) as i32;
 const WRITABLE: i32 = (libc::POLLOUT | libc::POLLHUP | libc::POLLERR) as i32;
 
 impl Watches {
@@ -113,8 +121,8 @@ impl RingClient for Client {
             self.arm(token);
         }
         let ready = match result {
-            r if r < 0 => Ready { readable: true, writable: true },
-            r => Ready { readable: r & READABLE != 0, writable: r & WRITABLE != 0 },
+            r if r < 0 => Ready { hangup: true, ..Ready::MAYBE },
+            r => Ready { readable: r & READABLE != 0, writable: r & WRITABLE != 0, hangup: r & HANGUP != 0 },
         };
         if !ended && let Some(watcher) = self.watcher.upgrade() {
             watcher.ready(key, ready);

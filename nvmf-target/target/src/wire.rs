@@ -9,7 +9,8 @@ use std::rc::Rc;
 
 /// A non-blocking, ordered byte stream. Errors other than `WouldBlock` and `Interrupted` end it.
 pub trait Wire {
-    /// Receives into the buffers in order; `Ok(0)` is the end of the stream.
+    /// Receives into the buffers in order; `Ok(0)` is the end of the stream. With a descriptor, less than
+    /// there is room for means that nothing more was there.
     ///
     /// # Errors
     /// As a non-blocking socket's.

@@ -348,6 +348,25 @@ fn connections_cut_at_every_moment() {
     assert!(fds() < before + 500, "{before} descriptors became {}", fds());
 }
 
+/// A regression: the end of the stream, seen together with the last bytes in front of it, was not looked for once those had
+/// been read, and a half-done write kept its queue until its deadline a minute later.
+#[test]
+fn an_end_right_behind_the_bytes() {
+    let rig = Rig::new();
+    let admin = rig.admin();
+    for round in 0..50 {
+        let mut io = rig.io(&admin, 1, false, false);
+        let cid = io.cid();
+        io.submit(&Sqe { cid: cid.0.into(), ..rw_sqe(Io::Write, 0, 32, Sgl::transport(16_384)) }, &[]);
+        let Pdu::R2t { ttag, .. } = io.recv() else { panic!("an R2T") };
+        let part = DataPart { cid, offset: 0, len: 16_384, last: true };
+        let bytes = io.h2c_data(part, ttag, &[1; 16_384]);
+        io.send(&bytes[..9000 + round]);
+        io.stream.shutdown(std::net::Shutdown::Write).expect("it is open");
+        wait(|| rig.target.qpairs(NQN).is_ok_and(|q| q.len() == 1));
+    }
+}
+
 /// Every opcode in every state of a controller, with whatever in the other fields: an answer, never a lost connection.
 #[test]
 fn every_opcode_in_every_state() {

@@ -70,6 +70,9 @@ struct Inner {
     wire: Option<Box<dyn Wire>>,
     readable: bool,
     writable: bool,
+    /// A short read does not mean that nothing is left: the end waits behind the bytes (or the wire has no descriptor, and
+    /// does not tell).
+    read_on: bool,
     parser: Parser,
     /// How PDUs to the host are built.
     format: Format,
@@ -109,6 +112,7 @@ pub(crate) struct Conn {
 
 impl Conn {
     pub fn new(id: u64, group: &Rc<Group>, wire: Box<dyn Wire>, port: Arc<Port>, peer: String) -> Rc<Conn> {
+        let read_on = wire.descriptor().is_none();
         Rc::new_cyclic(|me| Conn {
             id,
             me: me.clone(),
@@ -124,6 +128,7 @@ impl Conn {
                 wire: Some(wire),
                 readable: false,
                 writable: false,
+                read_on,
                 parser: Parser::new(Role::Controller),
                 format: Format::default(),
                 out: Out::default(),
@@ -161,6 +166,7 @@ impl Conn {
         if let Ok(mut inner) = self.inner.try_borrow_mut() {
             inner.readable |= ready.readable;
             inner.writable |= ready.writable;
+            inner.read_on |= ready.hangup;
         }
         self.list();
     }

@@ -111,7 +111,7 @@ impl Conn {
             _ => (wire.recv(&mut [IoSliceMut::new(staging)])?, 0, limit),
         };
         // Less than there was room for: the stream is empty until it says otherwise.
-        inner.readable = n == asked || n == 0;
+        inner.readable = n == asked || n == 0 || inner.read_on;
         Ok((n.min(first), n.saturating_sub(first)))
     }
 

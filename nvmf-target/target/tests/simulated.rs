@@ -1,0 +1,281 @@
+//! The target in the simulator: admin queue on one core, I/O queue on another, streams in memory that hold little, and an
+//! end at a random moment. Every seed must finish, verify its data and give the device back.
+
+use std::cell::Cell;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::net::Shutdown;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::time::Duration;
+
+use cryptfold_bdev::Registry;
+use cryptfold_bdev_malloc::MallocOptions;
+use cryptfold_nvmf_spec::fabrics::{Connect, ConnectData, PropertyCommand};
+use cryptfold_nvmf_spec::opcode::Io;
+use cryptfold_nvmf_spec::pdu::build::{self, DataPart, Format};
+use cryptfold_nvmf_spec::pdu::{Event, Header, Limits, Parser, Role};
+use cryptfold_nvmf_spec::property::Property;
+use cryptfold_nvmf_spec::sqe::RwControl;
+use cryptfold_nvmf_spec::{Cid, Cntlid, Cqe, Nqn, Nsid, Qid, Sgl, Sqe};
+use cryptfold_nvmf_target::wire::{MemWire, Wire, mem_pair};
+use cryptfold_nvmf_target::{ListenAddr, NsOptions, SubsystemOptions, Target, TransportOptions};
+use cryptfold_reactor::sync::Notify;
+use cryptfold_reactor::{self as reactor, Sim};
+use zerocopy::IntoBytes;
+
+const NQN: &str = "nqn.2024-01.io.cryptfold:sim";
+const HOST: &str = "nqn.2024-01.io.cryptfold:host";
+
+/// The connection was cut.
+#[derive(Debug)]
+struct Cut;
+
+struct Host {
+    wire: MemWire,
+    notify: Rc<Notify>,
+    parser: Parser,
+    input: Vec<u8>,
+    /// System calls left until this end hangs up.
+    fuel: Cell<u64>,
+}
+
+impl Host {
+    fn new(target: &Target, addr: &ListenAddr, fuel: u64) -> Host {
+        let capacity = 200 + (reactor::random_u64() % 9000) as usize;
+        let (mine, theirs) = mem_pair(capacity);
+        let notify = Rc::new(Notify::new());
+        let n = notify.clone();
+        mine.on_ready(Rc::new(move || n.notify_one()));
+        target.attach(addr, Box::new(theirs)).expect("the address listens");
+        Host { wire: mine, notify, parser: Parser::new(Role::Host), input: Vec::new(), fuel: Cell::new(fuel) }
+    }
+
+    fn burn(&self) -> Result<(), Cut> {
+        self.fuel.set(self.fuel.get().checked_sub(1).ok_or(Cut)?);
+        Ok(())
+    }
+
+    async fn send(&self, mut bytes: &[u8]) -> Result<(), Cut> {
+        while !bytes.is_empty() {
+            self.burn()?;
+            match self.wire.send(&[IoSlice::new(bytes)]) {
+                Ok(n) => bytes = &bytes[n..],
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.notify.notified().await,
+                Err(_) => return Err(Cut),
+            }
+        }
+        Ok(())
+    }
+
+    async fn recv(&mut self) -> Result<(Header, Vec<u8>), Cut> {
+        let (mut header, mut data) = (None, Vec::new());
+        loop {
+            let p = self.parser.feed(&self.input).expect("the target speaks the protocol");
+            let rest = self.input.split_off(p.consumed);
+            let taken = std::mem::replace(&mut self.input, rest);
+            match p.event {
+                Event::NeedMore => self.fill().await?,
+                Event::Header(pdu) => {
+                    if let Header::IcResp { .. } = pdu.header {
+                        self.parser.establish(Limits::default());
+                    }
+                    if pdu.layout.data_len == 0 {
+                        return Ok((pdu.header, data));
+                    }
+                    header = Some(pdu.header);
+                }
+                Event::Data { start, len } => data.extend_from_slice(&taken[start..start + len]),
+                Event::End { .. } => return Ok((header.expect("a header"), data)),
+            }
+        }
+    }
+
+    async fn fill(&mut self) -> Result<(), Cut> {
+        loop {
+            self.burn()?;
+            let mut buf = [0; 3000];
+            match self.wire.recv(&mut [IoSliceMut::new(&mut buf)]) {
+                Ok(0) => return Err(Cut),
+                Ok(n) => {
+                    return {
+                        self.input.extend_from_slice(&buf[..n]);
+                        Ok(())
+                    };
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => self.notify.notified().await,
+                Err(_) => return Err(Cut),
+            }
+        }
+    }
+
+    async fn command(&mut self, sqe: Sqe, capsule: &[u8], data: &[u8]) -> Result<(Cqe, Vec<u8>), Cut> {
+        let mut bytes = vec![0; 128];
+        let format = Format::default();
+        let n = build::capsule_cmd(&mut bytes, &sqe, capsule.len() as u32, format).expect("it fits");
+        bytes.truncate(n);
+        bytes.extend_from_slice(capsule);
+        self.send(&bytes).await?;
+        let mut read = Vec::new();
+        loop {
+            match self.recv().await? {
+                (Header::CapsuleResp(cqe), _) => return Ok((cqe, read)),
+                (Header::C2hData { .. }, bytes) => read.extend(bytes),
+                (Header::R2t { cid, ttag, offset, len }, _) => {
+                    let part = DataPart { cid, offset, len, last: true };
+                    let mut bytes = vec![0; 128];
+                    let n = build::h2c_data(&mut bytes, part, ttag, format).expect("it fits");
+                    bytes.truncate(n);
+                    bytes.extend_from_slice(&data[offset as usize..(offset + len) as usize]);
+                    self.send(&bytes).await?;
+                }
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+
+    async fn connect(&mut self, qid: u16, cntlid: Cntlid) -> Result<Cqe, Cut> {
+        let mut buf = [0; 128];
+        let n = build::ic_req(&mut buf, 0, false, false, 0).expect("it fits");
+        self.send(&buf[..n]).await?;
+        self.recv().await?;
+        let name = |n| Nqn::parse(n).expect("a name");
+        let data = ConnectData::new([9; 16], cntlid, name(NQN), name(HOST));
+        let connect = Sqe::from_view(&Connect::new(Cid(0), Qid(qid), 31, 0));
+        Ok(self.command(connect, data.as_bytes(), &[]).await?.0)
+    }
+}
+
+fn fill(lba: u64, blocks: u32, round: u64) -> Vec<u8> {
+    (0..blocks as usize * 512).map(|i| (i as u64 * 7 + lba * 13 + round * 101) as u8).collect()
+}
+
+/// One host's whole life; ends early when its stream is cut.
+async fn admin_queue(t: Arc<Target>, addr: ListenAddr, fuel: u64, cntlid: Arc<AtomicU16>) -> Result<(), Cut> {
+    let mut h = Host::new(&t, &addr, fuel);
+    let cqe = h.connect(0, Cntlid::DYNAMIC).await?;
+    assert!(cqe.status().is_success());
+    let enable = PropertyCommand::set(Cid(1), Property::Cc, 0x0046_0001);
+    assert!(h.command(Sqe::from_view(&enable), &[], &[]).await?.0.status().is_success());
+    cntlid.store(cqe.dw0.get() as u16, Ordering::Relaxed);
+    // Keeps asking until the fuel is gone.
+    loop {
+        let get = PropertyCommand::get(Cid(2), Property::Csts);
+        h.command(Sqe::from_view(&get), &[], &[]).await?;
+        reactor::sleep(Duration::from_micros(50)).await;
+    }
+}
+
+async fn io_queue(
+    t: Arc<Target>,
+    addr: ListenAddr,
+    fuel: u64,
+    cntlid: Arc<AtomicU16>,
+    verified: Arc<AtomicU64>,
+) -> Result<(), Cut> {
+    let mut h = Host::new(&t, &addr, fuel);
+    for _ in 0..1000 {
+        if cntlid.load(Ordering::Relaxed) != 0 {
+            break;
+        }
+        reactor::sleep(Duration::from_micros(10)).await;
+    }
+    let cqe = h.connect(1, Cntlid(cntlid.load(Ordering::Relaxed))).await?;
+    if !cqe.status().is_success() {
+        // The admin queue was cut first.
+        return Ok(());
+    }
+    for round in 0..40u64 {
+        let (lba, blocks) = (reactor::random_u64() % 900, 1 + (reactor::random_u64() % 40) as u32);
+        let data = fill(lba, blocks, round);
+        let mut sqe = Sqe::io(Io::Write, Cid(round as u16), Nsid(1));
+        sqe.set_rw(lba, blocks, RwControl(0));
+        let in_capsule = data.len() <= 4096;
+        let len = data.len() as u32;
+        sqe.sgl = if in_capsule { Sgl::in_capsule(0, len) } else { Sgl::transport(len) };
+        let (cqe, _) = h.command(sqe, if in_capsule { &data } else { &[] }, &data).await?;
+        if !cqe.status().is_success() {
+            return Ok(());
+        }
+        sqe.opcode = Io::Read as u8;
+        sqe.sgl = Sgl::transport(len);
+        let (cqe, read) = h.command(sqe, &[], &[]).await?;
+        if !cqe.status().is_success() {
+            return Ok(());
+        }
+        assert!(read == data, "round {round}");
+        verified.fetch_add(1, Ordering::Relaxed);
+    }
+    h.wire.shutdown(Shutdown::Write);
+    Ok(())
+}
+
+fn run(seed: u64) -> u64 {
+    let mut sim = Sim::new(seed).cores(2);
+    let registry = Registry::new();
+    let disk = MallocOptions {
+        name: "disk".into(),
+        num_blocks: 1000,
+        block_size_bytes: 512,
+        uuid: None,
+        optimal_io_boundary: 0,
+    };
+    cryptfold_bdev_malloc::create(&registry, disk).expect("a RAM disk");
+    let target = Arc::new(Target::new(registry.clone(), sim.handles()));
+    target.create_transport("TCP", TransportOptions::default()).expect("transport");
+    target
+        .create_subsystem(SubsystemOptions { allow_any_host: true, ..SubsystemOptions::new(NQN) })
+        .expect("subsystem");
+    target.add_ns(NQN, &NsOptions { bdev_name: "disk".into(), ..Default::default() }).expect("namespace");
+    let addr = ListenAddr::parse("TCP", None, "192.0.2.1", "4420").expect("an address");
+    target.add_listener_unbound(NQN, &addr).expect("a new address");
+
+    // The reactors take the target in.
+    sim.run_for(10);
+
+    let cntlid = Arc::new(AtomicU16::new(0));
+    let verified = Arc::new(AtomicU64::new(0));
+    // Cut one or the other at a random moment, or neither.
+    let (a, b) = match seed % 4 {
+        0 => (u64::MAX, u64::MAX),
+        1 => (seed.wrapping_mul(0x9e37_79b9) % 400, u64::MAX),
+        2 => (u64::MAX, seed.wrapping_mul(0x9e37_79b9) % 600),
+        _ => (seed % 97, seed % 89),
+    };
+    let admin = sim.spawn(0, {
+        let (t, addr, cntlid) = (target.clone(), addr.clone(), cntlid.clone());
+        move || async move { admin_queue(t, addr, a, cntlid).await.is_err() }
+    });
+    let io = sim.spawn(1, {
+        let (t, v) = (target.clone(), verified.clone());
+        move || async move { io_queue(t, addr, b, cntlid, v).await.is_ok() }
+    });
+    assert!(sim.run_until(|| io.is_finished()), "seed {seed}: stalled");
+    // In mid-life the device is taken away and the subsystem deleted; nothing may hang.
+    let removal = registry.unregister("disk").expect("it exists");
+    assert!(sim.run_until(|| removal.is_done()), "seed {seed}: the device is still held");
+    for c in target.controllers(NQN).expect("it exists") {
+        assert!(c.num_io_qpairs <= 1);
+    }
+    drop(admin);
+    assert!(
+        sim.run_until(|| target.controllers(NQN).is_ok_and(|c| c.is_empty())),
+        "seed {seed}: a controller outlives its connections"
+    );
+    let done = verified.load(Ordering::Relaxed);
+    if seed.is_multiple_of(4) {
+        assert_eq!(done, 40, "seed {seed}: nothing was cut");
+    }
+    done
+}
+
+#[test]
+fn every_seed_ends_clean() {
+    let verified: u64 = (0..300).map(run).sum();
+    assert!(verified > 3000, "only {verified} blocks were verified");
+}
+
+#[test]
+fn a_seed_repeats_itself() {
+    assert_eq!((run(4), run(7)), (run(4), run(7)));
+}
