@@ -213,6 +213,11 @@ impl Pool {
         }
         if freeze && self.commits.checkpointing.get() {
             if self.journal.borrow().has_room() {
+                if !self.journal.borrow().is_dirty() {
+                    // Nothing else to do until it ends; a loop without a wait would keep it from ending.
+                    self.commits.done.notified().await;
+                    return Ok(());
+                }
                 // It will be asked for again.
                 freeze = false;
             } else {

@@ -1,0 +1,162 @@
+//! The pool on a simulated disk that loses power at random events, also while the pool is created, recovers, collects
+//! garbage or closes: every block is what the history allows, and the audit is clean.
+//!
+//! `CRYPTFOLD_SEEDS` sets the number of seeds, `CRYPTFOLD_SEED` runs one.
+
+use std::cell::RefCell;
+use std::rc::Rc;
+
+use cryptfold_bdev_sim::harness::{LocalFuture, Machine, Options, Stack, every_point, life, seeds};
+use cryptfold_reduce::{CreateOptions, KeySource, LocalPool, PoolError, VolumeOptions};
+
+const MIB: u64 = 1 << 20;
+const MEMORY: u64 = 24 * MIB;
+
+fn key() -> KeySource {
+    KeySource::Bytes((0..32).collect())
+}
+
+/// A pool with volumes of both block sizes, two of them in one domain, one in another.
+#[derive(Default)]
+struct PoolStack {
+    pool: Rc<RefCell<Option<LocalPool>>>,
+}
+
+const VOLUMES: [(&str, u64, u32, Option<&str>); 4] = [
+    ("a", 4 * MIB, 4096, None),
+    ("b", 3 * MIB, 4096, None),
+    ("small", MIB, 512, None),
+    ("other", MIB, 4096, Some("tenant")),
+];
+
+fn text(error: PoolError) -> String {
+    error.to_string()
+}
+
+impl PoolStack {
+    fn current(&self) -> Result<LocalPool, String> {
+        self.pool.borrow().clone().ok_or_else(|| "no pool is open".into())
+    }
+}
+
+impl Stack for PoolStack {
+    fn create(&self, machine: Machine) -> LocalFuture<Result<(), String>> {
+        let slot = self.pool.clone();
+        Box::pin(async move {
+            let mut options = CreateOptions::new(key());
+            options.force = true;
+            options.segment_bytes = Some(MIB as u32);
+            options.memory_budget = Some(MEMORY);
+            let pool =
+                LocalPool::create(&machine.registry, &machine.disk, "pool", &options).await.map_err(text)?;
+            *slot.borrow_mut() = Some(pool.clone());
+            pool.create_domain("tenant").await.map_err(text)?;
+            for (name, size_bytes, block, domain) in VOLUMES {
+                let options = VolumeOptions {
+                    name: name.into(),
+                    size_bytes,
+                    block_size: Some(block),
+                    domain: domain.map(str::to_owned),
+                    ..VolumeOptions::default()
+                };
+                pool.create_volume(&options).await.map_err(text)?;
+            }
+            Ok(())
+        })
+    }
+
+    fn open(&self, machine: Machine) -> LocalFuture<Result<(), String>> {
+        let slot = self.pool.clone();
+        Box::pin(async move {
+            let pool = LocalPool::open(&machine.registry, &machine.disk, &key(), Some(MEMORY)).await;
+            let pool = pool.map_err(text)?.ok_or("no pool on the disk")?;
+            *slot.borrow_mut() = Some(pool);
+            Ok(())
+        })
+    }
+
+    fn volumes(&self) -> Vec<String> {
+        VOLUMES.iter().map(|(name, ..)| format!("pool/{name}")).collect()
+    }
+
+    fn check(&self, _: Machine) -> LocalFuture<Result<(), String>> {
+        let pool = self.current();
+        Box::pin(async move {
+            let pool = pool?;
+            let report = pool.check(true).await.map_err(|status| status.to_string())?;
+            let (info, ..) = pool.info();
+            if !report.is_clean() {
+                return Err(format!("{} problems: {:?}", report.problem_count, report.problems));
+            }
+            match (info.damaged, info.failed) {
+                (0, None) => Ok(()),
+                (damaged, failed) => Err(format!("{damaged} damaged, failed: {failed:?}")),
+            }
+        })
+    }
+
+    fn close(&self, _: Machine) -> LocalFuture<Result<(), String>> {
+        let pool = self.pool.borrow_mut().take();
+        Box::pin(async move {
+            let pool = pool.ok_or("no pool is open")?;
+            pool.close().await.map_err(text)
+        })
+    }
+}
+
+fn pool() -> Rc<dyn Stack> {
+    Rc::new(PoolStack::default())
+}
+
+/// Seeds differ in what they stress, too.
+fn options(seed: u64) -> Options {
+    let mut options = Options::new(40 * MIB);
+    options.step_limit = 1_000_000;
+    match seed % 4 {
+        // Large writes: the log wraps and garbage is collected.
+        0 => {
+            options.ops = 400;
+            options.rounds = 2;
+            options.mix.max_bytes = 512 << 10;
+            options.mix.sets = 2000;
+        }
+        // Many small ones over few blocks, often flushed.
+        1 => {
+            options.ops = 200;
+            options.mix.max_bytes = 16 << 10;
+            options.mix.flush = 25;
+        }
+        // A disk with small blocks.
+        2 => options.disk.block_bytes = 512,
+        _ => {}
+    }
+    options
+}
+
+const AGAIN: &str = "cargo test --release -p cryptfold-reduce --test simulation power_cuts";
+
+fn default_seeds() -> u64 {
+    if cfg!(debug_assertions) { 24 } else { 200 }
+}
+
+#[test]
+fn power_cuts_at_random_events() {
+    seeds(AGAIN, default_seeds(), |seed| life(&pool, &options(seed), seed));
+}
+
+#[test]
+fn power_cuts_at_every_event_of_a_recorded_run() {
+    let mut options = options(3);
+    options.ops = 6;
+    let stride = if cfg!(debug_assertions) { 7 } else { 1 };
+    let points = every_point(&pool, &options, 77, stride, 3).unwrap();
+    println!("{points:?}");
+    assert!(points.events > 40 && points.surfaces >= points.events / stride);
+}
+
+#[test]
+fn a_disk_that_ignores_flush_is_caught() {
+    let options = Options { ignore_flush: true, ..options(3) };
+    let failures: Vec<String> = (0..12).filter_map(|seed| life(&pool, &options, seed).err()).collect();
+    assert!(failures.len() >= 6, "{} of 12 seeds: {failures:?}", failures.len());
+}
