@@ -12,12 +12,14 @@ use std::time::{Duration, Instant};
 use cryptfold_bdev::Registry;
 use cryptfold_nvmf_target::Target;
 use cryptfold_reactor::{Handle, IdlePolicy, MemoryConfig, Runtime, RuntimeConfig};
+use cryptfold_reduce::PoolManager;
 use serde_json::{Value, json};
 
 use crate::jsonrpc::{Handler, RpcError, RpcResult};
 use crate::keys::KeyStore;
 use crate::logging::LogControl;
 use crate::options::Options;
+use crate::pools::Pools;
 use crate::table::Table;
 use crate::watch::Watch;
 
@@ -70,6 +72,9 @@ impl Default for ControlConfig {
     }
 }
 
+/// How long the end waits for one device.
+const DEVICE_END: Duration = Duration::from_secs(5);
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     Startup,
@@ -81,6 +86,7 @@ enum Phase {
 pub(crate) struct Running {
     pub handles: Vec<Handle>,
     target: Target,
+    pools: Pools,
     since: Instant,
     runtime: Mutex<Option<Runtime>>,
 }
@@ -176,7 +182,10 @@ impl Control {
         let handles = runtime.handles().to_vec();
         let target = Target::new(self.registry.clone(), &handles);
         crate::methods::apply_nvmf_options(self, &target)?;
-        let running = Running { handles, target, since: Instant::now(), runtime: Mutex::new(Some(runtime)) };
+        let manager = PoolManager::new(self.registry.clone(), handles.clone());
+        let pools = Pools::new(manager, self.registry.clone(), self.config.key_dir.clone());
+        let running =
+            Running { handles, target, pools, since: Instant::now(), runtime: Mutex::new(Some(runtime)) };
         if self.running.set(running).is_err() {
             return Err(RpcError::internal("initialised twice"));
         }
@@ -221,6 +230,12 @@ impl Control {
         self.running.get().map(|r| &r.target).ok_or_else(early)
     }
 
+    /// The pools; there are none before initialisation.
+    pub(crate) fn pools(&self) -> Result<&Pools, RpcError> {
+        let early = || RpcError::new(RpcError::INVALID_STATE, "not initialised yet");
+        self.running.get().map(|r| &r.pools).ok_or_else(early)
+    }
+
     /// `thread_get_io_channels` of one reactor.
     pub(crate) fn channels_on(&self, reactor: &Handle) -> Vec<Value> {
         let Ok(t) = self.target() else { return Vec::new() };
@@ -231,7 +246,15 @@ impl Control {
     }
 
     /// Looks for a pool on a device and opens it if a key is at hand.
-    pub(crate) fn examine(&self, _bdev: &str) -> Result<(), RpcError> {
+    pub(crate) fn examine(&self, name: &str) -> Result<(), RpcError> {
+        let pools = self.pools()?;
+        let bdev = self.registry.get(name)?;
+        if pools.is_candidate(&bdev)
+            && let Some(info) = pools.open(name, None, None)?
+        {
+            tracing::info!(bdev = name, pool = info.name, "pool opened");
+            self.watch.note("pool_open", &info.name);
+        }
         Ok(())
     }
 
@@ -240,7 +263,7 @@ impl Control {
         let new = self.watch.look(&self.registry);
         let auto = lock(&self.options).auto_examine.unwrap_or(true);
         for name in &new {
-            if (self.watch.take_wanted(name) || auto)
+            if (self.watch.take_wanted(name) || (auto && !self.watch.is_spared(name)))
                 && let Err(e) = self.examine(name)
             {
                 tracing::warn!(bdev = name, error = e.message, "examining failed");
@@ -272,6 +295,16 @@ impl Control {
         let Some(running) = self.running.get() else { return Ok(()) };
         let Some(runtime) = lock(&running.runtime).take() else { return Ok(()) };
         let drained = running.target.stop().map_err(RpcError::from);
+        // Also when a host's I/O hangs: what has arrived is made durable.
+        running.pools.manager().shutdown();
+        // Upper devices first; files are closed and their locks given back.
+        for b in self.registry.list().iter().rev() {
+            if let Ok(removal) = self.registry.unregister(b.name())
+                && !removal.wait(DEVICE_END)
+            {
+                tracing::warn!(bdev = b.name(), "still in use at the end");
+            }
+        }
         runtime.stop();
         drained
     }

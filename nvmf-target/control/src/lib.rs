@@ -17,6 +17,7 @@ pub mod logging;
 mod methods;
 mod options;
 pub mod params;
+mod pools;
 pub mod server;
 pub mod table;
 mod watch;

@@ -21,6 +21,8 @@ struct Seen {
     next_id: u64,
     /// Names to be examined as soon as they appear (`bdev_examine`).
     wanted: BTreeSet<String>,
+    /// Names that are left to a later call of the configuration being loaded.
+    spared: BTreeSet<String>,
     examining: u32,
 }
 
@@ -79,6 +81,16 @@ impl Watch {
     /// Asks for a device to be examined when it appears.
     pub fn want(&self, name: &str) {
         lock(&self.seen).wanted.insert(name.into());
+    }
+
+    /// Leaves these devices to later calls, which open their pools as the configuration says.
+    pub fn spare(&self, names: BTreeSet<String>) {
+        lock(&self.seen).spared = names;
+    }
+
+    /// Whether a device is left to a later call.
+    pub fn is_spared(&self, name: &str) -> bool {
+        lock(&self.seen).spared.contains(name)
     }
 
     /// Whether that was asked for; forgets it.

@@ -507,3 +507,119 @@ fn the_documentation_is_up_to_date() {
     let now = Control::new(ControlConfig::default()).table().markdown();
     assert!(there == now, "docs/rpc.md is old; run: cargo run -p cryptfold -- rpc --doc > docs/rpc.md");
 }
+
+fn disk(t: &Target, name: &str, mib: u64) -> PathBuf {
+    let path = t.path(name);
+    std::fs::File::create(&path).unwrap().set_len(mib << 20).unwrap();
+    path
+}
+
+#[test]
+fn pools_and_volumes() {
+    let t = start();
+    let file = disk(&t, "disk", 128);
+    t.call("bdev_uring_create", json!({"name": "u0", "filename": file, "block_size": 4096}));
+    let budget = json!({"bdev_name": "u0", "lvs_name": "p", "memory_budget_mib": 32});
+    let pool = t.call("bdev_lvol_create_lvstore", budget);
+    let (code, what) = t.refused("bdev_lvol_create_lvstore", json!({"bdev_name": "u0", "lvs_name": "p"}));
+    assert!(code == -17 && what.contains("File exists"), "{what}");
+    let again = json!({"bdev_name": "u0", "lvs_name": "p", "exist_ok": true});
+    assert_eq!(t.call("bdev_lvol_create_lvstore", again), pool);
+    assert_eq!(t.refused("bdev_lvol_create_lvstore", json!({"bdev_name": "none", "lvs_name": "q"})).0, -19);
+
+    let one = t.call("bdev_lvol_create", json!({"lvs_name": "p", "lvol_name": "one", "size_in_mib": 64}));
+    // Older clients send bytes and the store's UUID.
+    let old = json!({"uuid": pool, "lvol_name": "two", "size": 32 << 20, "domain": "tenant", "thin_provision": true});
+    let two = t.call("bdev_lvol_create", old);
+    let (code, what) = t.refused("bdev_lvol_create", json!({"lvs_name": "p", "lvol_name": "x"}));
+    assert!(code == -32602 && what.contains("size_in_mib"), "{what}");
+    assert_eq!(
+        t.refused("bdev_lvol_create", json!({"lvs_name": "q", "lvol_name": "x", "size_in_mib": 1})).0,
+        -19
+    );
+    assert_eq!(
+        t.refused("bdev_lvol_create", json!({"lvs_name": "p", "lvol_name": "one", "size_in_mib": 1})).0,
+        -17
+    );
+    let by_alias = t.call("bdev_get_bdevs", json!({"name": "p/one"}));
+    assert_eq!((&by_alias[0]["name"], &by_alias[0]["uuid"]), (&one, &one));
+    assert_eq!(by_alias[0]["aliases"], json!(["p/one"]));
+    let volumes = t.call("bdev_lvol_get_lvols", json!({"lvs_name": "p"}));
+    assert_eq!(volumes[1]["uuid"], two);
+    assert_eq!((&volumes[1]["domain"], &volumes[1]["size_bytes"]), (&json!("tenant"), &json!(32 << 20)));
+    assert_eq!(volumes[1]["lvs"], json!({"name": "p", "uuid": pool}));
+    let domains = t.call("cryptfold_pool_get_domains", json!({"lvs_name": "p"}));
+    assert_eq!(domains.as_array().unwrap().len(), 2);
+    t.call("bdev_lvol_resize", json!({"name": "p/two", "size_in_mib": 48}));
+    t.call("bdev_lvol_rename", json!({"old_name": two, "new_name": "deux"}));
+    assert_eq!(t.call("bdev_get_bdevs", json!({"name": "p/deux"}))[0]["num_blocks"], 48 * 256);
+    let report = t.call("cryptfold_pool_check", json!({"lvs_name": "p", "data": true}));
+    assert_eq!((&report["clean"], &report["problems"]), (&json!(true), &json!([])));
+
+    let store = &t.call("bdev_lvol_get_lvstores", json!({"uuid": pool}))[0];
+    let key = store["key_file"].as_str().unwrap().to_string();
+    assert!(key.ends_with("/keys/p.key"), "{key}");
+    for k in ["free_clusters", "cluster_size", "total_data_clusters", "free_bytes"] {
+        assert!(store[k].as_u64().unwrap() > 0, "{k}");
+    }
+    assert_eq!(t.refused("bdev_lvol_get_lvstores", json!({"lvs_name": "q"})).0, -19);
+    let saved = t.call("save_config", Value::Null);
+
+    // The same process again: closed, found by examining, closed, refused with another key.
+    t.call("cryptfold_pool_close", json!({"lvs_name": "p"}));
+    assert_eq!(t.refused("bdev_get_bdevs", json!({"name": "p/one"})).0, -19);
+    t.call("bdev_examine", json!({"name": "u0"}));
+    assert_eq!(t.call("bdev_get_bdevs", json!({"name": "p/one"}))[0]["uuid"], one);
+    t.call("cryptfold_pool_close", json!({"lvs_name": "p"}));
+    let other = t.path("other.key");
+    std::fs::write(&other, [7, 8].repeat(16)).unwrap();
+    std::fs::set_permissions(&other, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    let (code, what) = t.refused("cryptfold_pool_open", json!({"base_bdev_name": "u0", "key_file": other}));
+    assert!(code == -126 && what.contains("does not fit"), "{code} {what}");
+    assert_eq!(
+        t.refused("cryptfold_pool_open", json!({"base_bdev_name": "u0", "key_file": t.path("no")})).0,
+        -2
+    );
+    // Another pool may not take the device unless it is told to.
+    let (code, what) = t.refused("bdev_lvol_create_lvstore", json!({"bdev_name": "u0", "lvs_name": "q"}));
+    assert!(code == -17 && what.contains("force"), "{what}");
+    assert!(!t.path("keys/q.key").exists(), "no key is left behind");
+
+    // A new process with the saved configuration.
+    t.control.shutdown().unwrap();
+    let t2 = uninitialised();
+    t2.call("load_config", json!({"config": saved}));
+    assert_eq!(t2.call("save_config", Value::Null), saved);
+    assert_eq!(t2.call("bdev_lvol_get_lvstores", Value::Null)[0]["memory_budget_bytes"], 32 << 20);
+    assert_eq!(t2.call("bdev_get_bdevs", json!({"name": "p/one"}))[0]["uuid"], one);
+    t2.call("bdev_lvol_delete", json!({"name": "p/one"}));
+    assert_eq!(t2.refused("bdev_lvol_delete", json!({"name": "p/one"})).0, -19);
+    t2.call("bdev_lvol_delete_lvstore", json!({"lvs_name": "p"}));
+    assert_eq!(t2.call("bdev_lvol_get_lvstores", Value::Null), json!([]));
+    t2.call("bdev_lvol_create_lvstore", json!({"bdev_name": "u0", "lvs_name": "q", "encrypt": false}));
+}
+
+#[test]
+fn devices_that_are_no_good_for_pools() {
+    let t = start();
+    t.call("bdev_malloc_create", json!({"name": "small", "num_blocks": 256, "block_size": 4096}));
+    let (code, what) = t.refused("bdev_lvol_create_lvstore", json!({"bdev_name": "small", "lvs_name": "p"}));
+    assert!(code == -28 && what.contains("small") && what.contains("at least"), "{code} {what}");
+    assert!(!t.path("keys").join("p.key").exists());
+    let file = disk(&t, "ext4", 64);
+    let mut superblock = vec![0; 1080];
+    // ext4's magic number, at 1024 + 56.
+    superblock.extend([0x53, 0xef]);
+    superblock.resize(4096, 0);
+    let f = std::fs::OpenOptions::new().write(true).open(&file).unwrap();
+    std::os::unix::fs::FileExt::write_at(&f, &superblock, 0).unwrap();
+    t.call("bdev_uring_create", json!({"name": "u0", "filename": file, "block_size": 4096}));
+    let (code, what) = t.refused("bdev_lvol_create_lvstore", json!({"bdev_name": "u0", "lvs_name": "p"}));
+    assert!(code == -17 && what.contains("ext") && what.contains("force"), "{what}");
+    let mut now = vec![0; 4096];
+    std::os::unix::fs::FileExt::read_at(&std::fs::File::open(&file).unwrap(), &mut now, 0).unwrap();
+    assert_eq!(now, superblock, "nothing was written");
+    t.call("bdev_lvol_create_lvstore", json!({"bdev_name": "u0", "lvs_name": "p", "force": true}));
+    let (code, what) = t.refused("cryptfold_pool_open", json!({"base_bdev_name": "small"}));
+    assert!(code == -19 && what.contains("no pool"), "{what}");
+}

@@ -104,6 +104,9 @@ pub enum PoolCommand {
     Check {
         /// Name of the pool.
         name: String,
+        /// Also read and verify all stored data.
+        #[arg(long)]
+        data: bool,
         #[command(flatten)]
         socket: SocketArgs,
     },
@@ -168,9 +171,9 @@ pub fn pool(command: PoolCommand) -> Result<(), Failure> {
             }));
             print(&call(&mut connect(&socket)?, "bdev_lvol_create_lvstore", Some(params))?);
         }
-        PoolCommand::Check { name, socket } => {
-            let report =
-                call(&mut connect(&socket)?, "cryptfold_pool_check", Some(json!({"lvs_name": name})))?;
+        PoolCommand::Check { name, data, socket } => {
+            let params = json!({"lvs_name": name, "data": data});
+            let report = call(&mut connect(&socket)?, "cryptfold_pool_check", Some(params))?;
             print(&report);
             if report["clean"] != true {
                 return Err(format!("pool {name} has inconsistencies, listed above").into());

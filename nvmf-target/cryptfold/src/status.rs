@@ -117,19 +117,24 @@ pub fn volumes(v: &Value) -> Table {
     t
 }
 
-fn subsystems(v: &Value) -> Table {
+fn subsystems(v: &Value, volumes: &Value) -> Table {
     let heads = ["SUBSYSTEM", "NAMESPACES", "LISTENS ON", "CONTROLLERS", "HOSTS"];
     let mut t = Table::new(&heads, &[false, false, false, true, false]);
     let join = |v: &Value, f: &dyn Fn(&Value) -> String| -> String {
         let all: Vec<String> = list(v).iter().map(f).collect();
         if all.is_empty() { "-".into() } else { all.join(", ") }
     };
+    // A volume's device is named by its UUID; people know it by its alias.
+    let device = |name: &Value| {
+        let volume = list(volumes).iter().find(|l| l["uuid"] == *name);
+        text(volume.map_or(name, |l| &l["alias"]))
+    };
     for s in list(v).iter().filter(|s| s["subtype"] != "Discovery") {
         let hosts =
             if s["allow_any_host"] == true { "any".into() } else { join(&s["hosts"], &|h| text(&h["nqn"])) };
         t.row(vec![
             text(&s["nqn"]),
-            join(&s["namespaces"], &|n| format!("{}={}", n["nsid"], text(&n["bdev_name"]))),
+            join(&s["namespaces"], &|n| format!("{}={}", n["nsid"], device(&n["bdev_name"]))),
             join(&s["listen_addresses"], &|a| format!("{}:{}", text(&a["traddr"]), text(&a["trsvcid"]))),
             list(&s["controllers"]).len().to_string(),
             hosts,
@@ -188,7 +193,7 @@ pub fn run(args: StatusArgs) -> Result<(), Failure> {
     let sections = [
         pools(&all["pools"]),
         volumes(&all["volumes"]),
-        subsystems(&all["subsystems"]),
+        subsystems(&all["subsystems"], &all["volumes"]),
         reactors(&all["reactors"]),
     ];
     let mut first = true;

@@ -6,6 +6,7 @@
 
 mod save;
 
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value};
@@ -265,10 +266,24 @@ impl Config {
     /// # Errors
     /// The first call that is refused.
     pub fn load_runtime(&self, control: &Control) -> Result<(), ConfigError> {
-        for c in self.calls.iter().filter(|c| !self.is_startup(control, c)) {
-            self.run(control, c)?;
-        }
-        Ok(())
+        control.watch.spare(self.pool_devices());
+        let mut calls = self.calls.iter().filter(|c| !self.is_startup(control, c));
+        let loaded = calls.try_for_each(|c| self.run(control, c));
+        control.watch.spare(BTreeSet::new());
+        loaded
+    }
+
+    /// Devices whose pools this configuration opens or makes itself, with its own parameters.
+    fn pool_devices(&self) -> BTreeSet<String> {
+        let device = |c: &Call| {
+            let name = match c.method.as_str() {
+                "bdev_lvol_create_lvstore" => "bdev_name",
+                "cryptfold_pool_open" => "base_bdev_name",
+                _ => return None,
+            };
+            c.params.as_ref()?.get(name)?.as_str().map(str::to_string)
+        };
+        self.calls.iter().filter_map(device).collect()
     }
 
     fn is_startup(&self, control: &Control, c: &Call) -> bool {

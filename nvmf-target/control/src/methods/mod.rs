@@ -7,6 +7,7 @@ mod devices;
 mod framework;
 mod histogram;
 mod log;
+mod lvol;
 mod nvmf;
 mod options;
 
@@ -26,6 +27,7 @@ pub(crate) fn bdev_config(c: &Control) -> Result<Vec<(String, Value)>, RpcError>
     let mut calls = lock(&c.options).calls("bdev");
     for b in c.registry.list() {
         calls.extend(b.device().config());
+        calls.extend(c.pools().ok().and_then(|p| p.config(b.name())));
         calls.extend(bdev::qos_config(&b));
     }
     calls.push(("bdev_wait_for_examine".into(), Value::Null));
@@ -41,6 +43,7 @@ pub fn all() -> Vec<Method> {
         bdev::methods(),
         devices::methods(),
         crypto::methods(),
+        lvol::methods(),
         nvmf::methods(),
         options::methods(),
     ]

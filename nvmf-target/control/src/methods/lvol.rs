@@ -1,0 +1,501 @@
+//! Pools and volumes under SPDK's names (lvol stores and lvols), and what SPDK has no name for.
+
+use std::time::Instant;
+
+use cryptfold_reduce::{Compression, CreateOptions, PoolInfo, VolumeInfo, VolumeOptions};
+use serde_json::{Value, json};
+
+use super::crypto::absolute;
+use crate::control::Control;
+use crate::jsonrpc::{RpcError, RpcResult};
+use crate::params::{FromJson, ParamError, choices, params};
+use crate::pools::{NewKey, PoolKey, Pools};
+use crate::table::Method;
+
+choices! {
+    /// SPDK's ways to clear a store.
+    pub enum StoreClear {
+        /// Nothing.
+        None = "none",
+        /// Unmap.
+        Unmap = "unmap",
+        /// Zeros.
+        Zeroes = "write_zeroes",
+    }
+    /// SPDK's ways to clear a volume.
+    pub enum VolumeClear {
+        /// The store's.
+        Default = "default",
+        /// Nothing.
+        None = "none",
+        /// Unmap.
+        Unmap = "unmap",
+        /// Zeros.
+        Zeroes = "write_zeroes",
+    }
+}
+
+/// A compression setting.
+#[derive(Clone, Copy, Debug)]
+pub struct Codec(pub Compression);
+
+impl FromJson for Codec {
+    fn kind() -> String {
+        "\"adaptive\", \"off\", \"lz4\" or \"zstd:N\" (N from -7 to 19)".into()
+    }
+    fn from_json(v: &Value) -> Result<Self, Option<ParamError>> {
+        v.as_str().and_then(|s| s.parse().ok()).map(Codec).ok_or(None)
+    }
+}
+
+params! {
+    /// `bdev_lvol_create_lvstore`.
+    pub struct CreateStore {
+        /// Device for the pool.
+        bdev_name: String,
+        /// Name of the pool.
+        lvs_name: String,
+        /// No effect: space is given out by 4 KiB.
+        cluster_sz: Option<u32>,
+        /// No effect: nothing old can be read through a pool.
+        clear_method: Option<StoreClear>,
+        /// No effect.
+        num_md_pages_per_cluster_ratio: Option<u32>,
+        /// No effect.
+        md_page_size: Option<u32>,
+        /// Key file: 32 bytes, raw or hexadecimal, mode 0600. When not given, NAME.key is made in the key directory. Ours.
+        key_file: Option<String>,
+        /// Make key_file, with a random key, if it does not exist. Ours.
+        create_key: bool = false,
+        /// Encrypt the pool; false is for pools on top of something that encrypts. Ours.
+        encrypt: bool = true,
+        /// Also on a device that carries something, which is lost. Ours.
+        force: bool = false,
+        /// RAM for indexes and caches, MiB; 512 + 250 per TiB when not given. Ours.
+        memory_budget_mib: Option<u32>,
+        /// Compression of its volumes. Ours.
+        compression: Option<Codec>,
+        /// MiB in a segment, a power of two. Ours.
+        segment_size_mib: Option<u32>,
+        /// Open the pool if the device has it already. Ours.
+        exist_ok: bool = false,
+    }
+    /// One store.
+    pub struct Store {
+        /// UUID of the pool.
+        uuid: Option<String>,
+        /// Name of the pool.
+        lvs_name: Option<String>,
+    }
+    /// `bdev_lvol_rename_lvstore`, `bdev_lvol_rename`.
+    pub struct Rename {
+        /// Present name (of a volume: UUID or POOL/VOLUME).
+        old_name: String,
+        /// New name.
+        new_name: String,
+    }
+    /// `bdev_lvol_create`.
+    pub struct CreateVolume {
+        /// Name of the volume.
+        lvol_name: String,
+        /// Size in MiB.
+        size_in_mib: Option<u64>,
+        /// Size in bytes, as older clients send it.
+        size: Option<u64>,
+        /// Volumes are always thin.
+        thin_provision: Option<bool>,
+        /// UUID of the pool.
+        uuid: Option<String>,
+        /// Name of the pool.
+        lvs_name: Option<String>,
+        /// No effect.
+        clear_method: Option<VolumeClear>,
+        /// Domain, made if it does not exist: volumes of a domain share data and keys; the pool's default when not
+        /// given. Ours.
+        domain: Option<String>,
+        /// Bytes in a block: 512 or 4096. Ours.
+        block_size: u32 = 4096,
+        /// Compression of this volume; the pool's when not given. Ours.
+        compression: Option<Codec>,
+        /// Succeed if the volume exists with this size. Ours.
+        exist_ok: bool = false,
+    }
+    /// A volume.
+    pub struct Volume {
+        /// UUID or POOL/VOLUME.
+        name: String,
+    }
+    /// `bdev_lvol_resize`.
+    pub struct Resize {
+        /// UUID or POOL/VOLUME.
+        name: String,
+        /// New size in MiB.
+        size_in_mib: Option<u64>,
+        /// New size in bytes, as older clients send it.
+        size: Option<u64>,
+    }
+    /// `bdev_lvol_get_lvols`.
+    pub struct GetVolumes {
+        /// Only of the pool with this UUID.
+        lvs_uuid: Option<String>,
+        /// Only of the pool with this name.
+        lvs_name: Option<String>,
+    }
+    /// `cryptfold_pool_open`.
+    pub struct OpenPool {
+        /// Device with the pool.
+        base_bdev_name: String,
+        /// Key file; all keys at hand are tried when not given.
+        key_file: Option<String>,
+        /// False for a pool without encryption.
+        encrypt: bool = true,
+        /// RAM for indexes and caches, MiB.
+        memory_budget_mib: Option<u32>,
+    }
+    /// `cryptfold_pool_check`.
+    pub struct Check {
+        /// UUID of the pool.
+        uuid: Option<String>,
+        /// Name of the pool.
+        lvs_name: Option<String>,
+        /// Also read and verify all stored data.
+        data: bool = false,
+    }
+    /// `cryptfold_pool_create_domain`.
+    pub struct CreateDomain {
+        /// Name of the pool.
+        lvs_name: String,
+        /// Name of the domain.
+        name: String,
+    }
+}
+
+pub fn methods() -> Vec<Method> {
+    vec![
+        Method::new("bdev_lvol_create_lvstore", "Creates a pool. Replies its UUID.", create_store),
+        Method::new("bdev_lvol_delete_lvstore", "Destroys a pool with its volumes.", delete_store),
+        Method::new(
+            "bdev_lvol_get_lvstores",
+            "Pools. A cluster is a segment; `logical_bytes` and what follows are the pool's accounting.",
+            get_stores,
+        ),
+        Method::new("bdev_lvol_rename_lvstore", "Renames a pool.", |c, p: Rename| {
+            let pools = c.pools()?;
+            pools.manager().rename(&pools.find(&p.old_name)?.name, &p.new_name)?;
+            Ok(json!(true))
+        }),
+        Method::new(
+            "bdev_lvol_create",
+            "Creates a volume. Replies its name, which is its UUID; POOL/VOLUME is its alias.",
+            create_volume,
+        ),
+        Method::new("bdev_lvol_delete", "Deletes a volume and its data.", |c, p: Volume| {
+            let (pools, v) = find_volume(c, &p.name)?;
+            pools.manager().delete_volume(&v.pool, &v.name)?;
+            Ok(json!(true))
+        }),
+        Method::new("bdev_lvol_resize", "Changes a volume's size.", |c, p: Resize| {
+            let (pools, v) = find_volume(c, &p.name)?;
+            pools.manager().resize_volume(&v.pool, &v.name, size(p.size_in_mib, p.size)?)?;
+            Ok(json!(true))
+        }),
+        Method::new("bdev_lvol_rename", "Renames a volume.", |c, p: Rename| {
+            let (pools, v) = find_volume(c, &p.old_name)?;
+            // SPDK's clients give the new name with or without the pool's.
+            let new = p.new_name.strip_prefix(&format!("{}/", v.pool)).unwrap_or(&p.new_name);
+            pools.manager().rename_volume(&v.pool, &v.name, new)?;
+            Ok(json!(true))
+        }),
+        Method::new("bdev_lvol_set_read_only", "Makes a volume read-only.", |c, p: Volume| {
+            let (pools, v) = find_volume(c, &p.name)?;
+            pools.manager().set_read_only(&v.pool, &v.name, true)?;
+            Ok(json!(true))
+        }),
+        Method::new("bdev_lvol_get_lvols", "Volumes.", get_volumes),
+        Method::new("cryptfold_pool_open", "Opens the pool on a device. Replies its UUID. Ours.", open_pool),
+        Method::new(
+            "cryptfold_pool_close",
+            "Closes a pool: flushes, writes a checkpoint, lets go of its device. Ours.",
+            |c, p: Store| {
+                let (pools, info) = find_store(c, p)?;
+                pools.manager().close(&info.name)?;
+                c.watch.note("pool_close", &info.name);
+                Ok(json!(true))
+            },
+        ),
+        Method::new(
+            "cryptfold_pool_check",
+            "Audits a pool: maps against references, segments and fingerprints; changes wait meanwhile. `problems` lists \
+             what is inconsistent. Ours.",
+            check,
+        ),
+        Method::new(
+            "cryptfold_pool_create_domain",
+            "Makes a domain in a pool. Ours.",
+            |c, p: CreateDomain| {
+                let pools = c.pools()?;
+                let info = pools.manager().create_domain(&pools.find(&p.lvs_name)?.name, &p.name)?;
+                Ok(json!(info.uuid.to_string()))
+            },
+        ),
+        Method::new("cryptfold_pool_get_domains", "Domains of a pool. Ours.", get_domains),
+    ]
+}
+
+fn find_store(c: &Control, p: Store) -> Result<(&Pools, PoolInfo), RpcError> {
+    let pools = c.pools()?;
+    match (p.uuid, p.lvs_name) {
+        (Some(n), None) | (None, Some(n)) => Ok((pools, pools.find(&n)?)),
+        _ => Err(RpcError::params("lvs_name: either this or uuid is needed")),
+    }
+}
+
+/// A volume by UUID or alias.
+fn find_volume<'a>(c: &'a Control, name: &str) -> Result<(&'a Pools, VolumeInfo), RpcError> {
+    let pools = c.pools()?;
+    let uuid = uuid::Uuid::parse_str(name).ok();
+    let is =
+        |v: &VolumeInfo| Some(v.uuid) == uuid || name.strip_prefix(&v.pool) == Some(&format!("/{}", v.name));
+    for p in pools.manager().list() {
+        if let Some(v) = pools.manager().volumes(&p.name)?.into_iter().find(is) {
+            return Ok((pools, v));
+        }
+    }
+    Err(RpcError::no_device(name))
+}
+
+fn size(mib: Option<u64>, bytes: Option<u64>) -> Result<u64, RpcError> {
+    let bytes = match (mib, bytes) {
+        (Some(m), None) => m.checked_mul(1 << 20),
+        (None, Some(b)) => Some(b),
+        _ => return Err(RpcError::params("size_in_mib: either this or size (bytes) is needed")),
+    };
+    match bytes {
+        Some(b) if b > 0 && i64::try_from(b).is_ok() => Ok(b),
+        _ => Err(RpcError::params("size_in_mib: a size from 1 MiB to 8 EiB is needed")),
+    }
+}
+
+fn pool_key(key_file: Option<String>, encrypt: bool) -> Result<Option<PoolKey>, RpcError> {
+    match (key_file, encrypt) {
+        (Some(_), false) => Err(RpcError::params("key_file: a pool that does not encrypt has no key")),
+        (Some(f), true) => Ok(Some(PoolKey::File(absolute(&f)?))),
+        (None, false) => Ok(Some(PoolKey::None)),
+        (None, true) => Ok(None),
+    }
+}
+
+fn create_store(c: &Control, p: CreateStore) -> RpcResult {
+    let pools = c.pools()?;
+    let key = pool_key(p.key_file, p.encrypt)?;
+    let budget = p.memory_budget_mib.map(|m| u64::from(m) << 20);
+    if p.exist_ok
+        && let Some(info) = existing(pools, &p.bdev_name, &p.lvs_name, key.clone(), budget)?
+    {
+        return Ok(json!(info.uuid.to_string()));
+    }
+    let new_key = match key {
+        None => NewKey::Own,
+        Some(PoolKey::None) => NewKey::None,
+        Some(PoolKey::File(path)) => NewKey::File { path, create: p.create_key },
+    };
+    let segment_bytes = p.segment_size_mib.map(|m| m.checked_mul(1 << 20)).map(|b| {
+        b.ok_or_else(|| RpcError::params("segment_size_mib: a power of two from 1 to 1024 is needed"))
+    });
+    let segment_bytes = segment_bytes.transpose()?;
+    let info = pools.create(&p.bdev_name, &p.lvs_name, new_key, |source| CreateOptions {
+        force: p.force,
+        segment_bytes,
+        memory_budget: budget,
+        compression: p.compression.map(|k| k.0),
+        ..CreateOptions::new(source)
+    })?;
+    c.watch.note("pool_open", &info.name);
+    Ok(json!(info.uuid.to_string()))
+}
+
+/// The pool of this name on this device, opened if need be.
+fn existing(
+    pools: &Pools,
+    bdev: &str,
+    name: &str,
+    key: Option<PoolKey>,
+    budget: Option<u64>,
+) -> Result<Option<PoolInfo>, RpcError> {
+    // A key file that is yet to be made opens nothing.
+    let key = key.filter(|k| !matches!(k, PoolKey::File(p) if !p.exists()));
+    match pools.open(bdev, key, budget)? {
+        Some(info) if info.name == name => Ok(Some(info)),
+        Some(info) => {
+            Err(RpcError::exists(format!("{bdev} carries the pool \"{}\", not \"{name}\"", info.name)))
+        }
+        None => Ok(None),
+    }
+}
+
+fn delete_store(c: &Control, p: Store) -> RpcResult {
+    let (pools, info) = find_store(c, p)?;
+    pools.manager().destroy(&info.name)?;
+    pools.forget(info.uuid);
+    c.watch.note("pool_close", &info.name);
+    Ok(json!(true))
+}
+
+fn ratio(r: f64) -> Value {
+    if r > 0.0 { json!((r * 1000.0).round() / 1000.0) } else { Value::Null }
+}
+
+fn describe_store(pools: &Pools, p: &PoolInfo) -> Value {
+    let segment = u64::from(p.segment_bytes).max(1);
+    json!({
+        "uuid": p.uuid.to_string(),
+        "name": p.name,
+        "base_bdev": p.base_bdev,
+        "total_data_clusters": p.capacity_bytes / segment,
+        "free_clusters": p.free_bytes / segment,
+        "block_size": 4096,
+        "cluster_size": p.segment_bytes,
+        "max_growable_size": p.device_bytes,
+        "size_bytes": p.capacity_bytes,
+        "free_bytes": p.free_bytes,
+        "reclaimable_bytes": p.dead_bytes,
+        "logical_bytes": p.space.logical_bytes,
+        "zero_bytes": p.space.zero_bytes,
+        "unique_bytes": p.space.unique_bytes,
+        "stored_bytes": p.space.stored_bytes,
+        "metadata_bytes": p.space.metadata_bytes,
+        "ratio": ratio(p.space.ratio()),
+        "ratio_without_zeroes": ratio(p.space.ratio_without_zeroes()),
+        "volumes": p.volumes,
+        "domains": p.domains,
+        "compression": p.compression,
+        "memory_budget_bytes": p.memory_budget_bytes,
+        "memory_bytes": p.memory_bytes,
+        "index_entries": p.index_entries,
+        "index_sampling": p.index_sampling,
+        "damaged": p.damaged,
+        "failed": p.failed,
+        "key_file": pools.key_file(p.uuid),
+    })
+}
+
+fn get_stores(c: &Control, p: Store) -> RpcResult {
+    let pools = c.pools()?;
+    if p.uuid.is_none() && p.lvs_name.is_none() {
+        return Ok(pools.manager().list().iter().map(|i| describe_store(pools, i)).collect());
+    }
+    let (pools, info) = find_store(c, p)?;
+    Ok(json!([describe_store(pools, &info)]))
+}
+
+fn create_volume(c: &Control, p: CreateVolume) -> RpcResult {
+    let size_bytes = size(p.size_in_mib, p.size)?;
+    let (pools, pool) = find_store(c, Store { uuid: p.uuid, lvs_name: p.lvs_name })?;
+    let m = pools.manager();
+    if p.exist_ok
+        && let Some(v) = m.volumes(&pool.name)?.into_iter().find(|v| v.name == p.lvol_name)
+    {
+        if v.size_bytes == size_bytes.next_multiple_of(4096) {
+            return Ok(json!(v.uuid.to_string()));
+        }
+        let what = format!("{}/{} has {} bytes, not {size_bytes}", pool.name, v.name, v.size_bytes);
+        return Err(RpcError::exists(what));
+    }
+    if let Some(d) = &p.domain
+        && !m.domains(&pool.name)?.iter().any(|x| x.name == *d)
+    {
+        m.create_domain(&pool.name, d)?;
+    }
+    let volume = m.create_volume(
+        &pool.name,
+        &VolumeOptions {
+            name: p.lvol_name,
+            size_bytes,
+            block_size: Some(p.block_size),
+            domain: p.domain,
+            compression: p.compression.map(|k| k.0),
+            uuid: None,
+        },
+    )?;
+    Ok(json!(volume.uuid.to_string()))
+}
+
+fn get_volumes(c: &Control, p: GetVolumes) -> RpcResult {
+    let pools = c.pools()?;
+    let stores = match (p.lvs_uuid, p.lvs_name) {
+        (None, None) => pools.manager().list(),
+        (uuid, lvs_name) => vec![find_store(c, Store { uuid, lvs_name })?.1],
+    };
+    let mut list = Vec::new();
+    for s in stores {
+        for v in pools.manager().volumes(&s.name)? {
+            list.push(json!({
+                "alias": format!("{}/{}", v.pool, v.name),
+                "uuid": v.uuid.to_string(),
+                "name": v.name,
+                "is_thin_provisioned": true,
+                "is_snapshot": false,
+                "is_clone": false,
+                "is_esnap_clone": false,
+                "is_degraded": false,
+                "lvs": {"name": s.name, "uuid": s.uuid.to_string()},
+                "size_bytes": v.size_bytes,
+                "block_size": v.block_size,
+                "domain": v.domain,
+                "compression": v.compression,
+                "read_only": v.read_only,
+                "logical_bytes": v.logical_bytes,
+                "zero_bytes": v.zero_bytes,
+                "written_bytes": v.written_bytes,
+            }));
+        }
+    }
+    Ok(Value::Array(list))
+}
+
+fn open_pool(c: &Control, p: OpenPool) -> RpcResult {
+    let pools = c.pools()?;
+    let key = pool_key(p.key_file, p.encrypt)?;
+    let budget = p.memory_budget_mib.map(|m| u64::from(m) << 20);
+    match pools.open(&p.base_bdev_name, key, budget)? {
+        Some(info) => {
+            c.watch.note("pool_open", &info.name);
+            Ok(json!(info.uuid.to_string()))
+        }
+        None => Err(RpcError::new(
+            RpcError::ENODEV,
+            format!(
+                "{} carries no pool: No such device (bdev_lvol_create_lvstore makes one)",
+                p.base_bdev_name
+            ),
+        )),
+    }
+}
+
+fn check(c: &Control, p: Check) -> RpcResult {
+    let (pools, info) = find_store(c, Store { uuid: p.uuid, lvs_name: p.lvs_name })?;
+    let started = Instant::now();
+    let r = pools.manager().check(&info.name, p.data)?;
+    Ok(json!({
+        "pool": info.name, "clean": r.is_clean(), "problem_count": r.problem_count, "problems": r.problems,
+        "volumes": r.volumes, "blocks": r.blocks, "containers": r.containers, "fragments": r.fragments,
+        "verified": r.verified, "nodes": r.nodes, "orphans": r.orphans,
+        "seconds": (started.elapsed().as_secs_f64() * 100.0).round() / 100.0,
+    }))
+}
+
+fn get_domains(c: &Control, p: Store) -> RpcResult {
+    let (pools, info) = find_store(c, p)?;
+    let list = pools.manager().domains(&info.name)?;
+    Ok(list
+        .iter()
+        .map(|d| {
+            json!({
+                "name": d.name, "uuid": d.uuid.to_string(), "volumes": d.volumes,
+                "logical_bytes": d.space.logical_bytes, "zero_bytes": d.space.zero_bytes,
+                "unique_bytes": d.space.unique_bytes, "stored_bytes": d.space.stored_bytes,
+                "ratio": ratio(d.space.ratio()),
+            })
+        })
+        .collect())
+}
