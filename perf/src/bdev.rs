@@ -55,7 +55,7 @@ pub fn run(args: &Args) -> Result<(), String> {
 
 fn loaded(args: &Args, config: &Config, control: &Arc<Control>) -> Result<load::LoadResult, String> {
     config.load(control).map_err(|e| e.to_string())?;
-    let reads_only = args.load.rw.read_pct(args.load.rwmixread) == 100;
+    let reads_only = args.load.verify_only || args.load.rw.read_pct(args.load.rwmixread) == 100;
     let access = if reads_only { Access::ReadOnly } else { Access::ReadWrite };
     let descriptor = control.registry().open(&args.bdev, access, |_| {}).map_err(|e| e.to_string())?;
     let bdev = descriptor.bdev();

@@ -150,6 +150,22 @@ mod tests {
     }
 
     #[test]
+    fn lz4_finds_about_as_much() {
+        for ratio in [1.5, 2.0, 4.0] {
+            let mut rng = Rng::new(7);
+            let (mut raw, mut packed) = (0, 0);
+            for _ in 0..64 {
+                let b = block(&mut rng, ratio);
+                let mut out = Vec::new();
+                raw += b.len();
+                packed += lzzzz::lz4::compress_to_vec(&b, &mut out, 1).expect("compresses").min(BLOCK);
+            }
+            let got = raw as f64 / packed as f64;
+            assert!((got / ratio - 1.0).abs() < 0.1, "asked for {ratio}, got {got}");
+        }
+    }
+
+    #[test]
     fn unique_blocks_are_unique_and_duplicates_repeat() {
         let share = |pct: u8| {
             let source = DataSource::Unique { dedupe_pct: pct, compress_ratio: 2.0 };

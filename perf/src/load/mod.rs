@@ -8,6 +8,7 @@
 mod data;
 mod options;
 mod pattern;
+mod readback;
 mod result;
 mod run;
 mod stamp;
@@ -16,6 +17,7 @@ mod worker;
 pub use data::{DataSource, Generator};
 pub use options::{Bytes, Cores, LoadArgs, Rw};
 pub use pattern::Rng;
+pub use readback::read_back;
 pub use result::{Latency, LoadResult};
 pub use run::{Geometry, Opener, plans, run};
 pub use stamp::{Mismatch, Stamper};

@@ -127,6 +127,9 @@ pub struct LoadArgs {
     /// Write address- and generation-stamped data and check every block that is read; at the end, read all back
     #[arg(long)]
     pub verify: bool,
+    /// Write nothing; read all of the span once and check what a run with --verify and this --seed wrote there
+    #[arg(long, requires = "seed", conflicts_with_all = ["verify", "data", "dedupe_pct", "compress_ratio"])]
+    pub verify_only: bool,
     /// Real data to write, cut at 4 KiB
     #[arg(long, conflicts_with_all = ["dedupe_pct", "compress_ratio", "verify"])]
     pub data: Option<PathBuf>,

@@ -39,6 +39,8 @@ pub struct LoadResult {
     pub busy_pct: f64,
     /// Blocks that `--verify` found right, wrong; the first wrong one.
     pub verified: Option<(u64, u64, Option<String>)>,
+    /// I/Os of `--verify-only` that found no stamp of the run.
+    pub unstamped: u64,
     /// Seed of the run.
     pub seed: u64,
 }
@@ -113,7 +115,8 @@ impl LoadResult {
             out["first_error"] = e.as_str().into();
         }
         if let Some((good, bad, first)) = &self.verified {
-            out["verify"] = json!({"checked": good + bad, "mismatches": bad, "first": first});
+            out["verify"] = json!({"checked": good + bad, "mismatches": bad, "first": first,
+                "unstamped": self.unstamped});
         }
         out
     }
@@ -138,6 +141,9 @@ impl LoadResult {
         }
         if let Some((good, bad, first)) = &self.verified {
             out += &format!("\n  verify: {} blocks checked, {bad} wrong (seed {:#x})", good + bad, self.seed);
+            if self.unstamped > 0 {
+                out += &format!("\n  {} I/Os found nothing of this run", self.unstamped);
+            }
             if let Some(first) = first {
                 out += &format!("\n  first wrong: {first}");
             }

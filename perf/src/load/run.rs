@@ -10,7 +10,7 @@ use cryptfold_reactor::{Handle, ReactorStats};
 use hdrhistogram::Histogram;
 use indicatif::{ProgressBar, ProgressStyle};
 
-use super::{DataSource, Latency, LoadArgs, LoadResult, Plan, Sink, WorkerReport, run_worker};
+use super::{DataSource, Latency, LoadArgs, LoadResult, Plan, Sink, WorkerReport, read_back, run_worker};
 
 /// How large the device is.
 #[derive(Clone, Copy, Debug)]
@@ -70,7 +70,7 @@ pub fn plans(args: &LoadArgs, geometry: Geometry, seed: u64) -> Result<Vec<Plan>
         return Err(format!("{span} bytes have {slots} places of --bs {bs}, fewer than the {jobs} jobs"));
     }
     // Random jobs share the span; sequential and verifying ones get a part of their own.
-    let divided = !args.rw.random() || args.verify;
+    let divided = !args.rw.random() || args.verify || args.verify_only;
     let share = if divided { slots / jobs } else { slots };
     let plan = |job: u64| Plan {
         random: args.rw.random(),
@@ -108,14 +108,18 @@ pub fn run<O: Opener>(
     let opener = Arc::new(opener);
     let (tx, rx) = mpsc::channel();
     let before: Vec<ReactorStats> = handles.iter().map(Handle::stats).collect();
-    let jobs = plans.len();
+    let (jobs, verify_only) = (plans.len(), args.verify_only);
     for (job, plan) in plans.into_iter().enumerate() {
         let (opener, tx) = (opener.clone(), tx.clone());
         handles[job % handles.len()].spawn(move || async move {
             let report = match opener.open(job as u32).await {
                 Ok(sink) => {
                     let sink = Rc::new(sink);
-                    let report = run_worker(Shared(sink.clone()), plan).await;
+                    let worker = Shared(sink.clone());
+                    let report = match verify_only {
+                        true => read_back(worker, plan).await,
+                        false => run_worker(worker, plan).await,
+                    };
                     opener.close(sink).await.and(report)
                 }
                 Err(e) => Err(e),
@@ -187,7 +191,8 @@ fn summary(
         first_error: None,
         lat_us: Latency::default(),
         busy_pct,
-        verified: args.verify.then_some((0, 0, None)),
+        verified: (args.verify || args.verify_only).then_some((0, 0, None)),
+        unstamped: 0,
         seed,
     };
     for r in reports {
@@ -196,6 +201,7 @@ fn summary(
         out.ios += r.ios;
         out.reads += r.reads;
         out.errors += r.errors;
+        out.unstamped += r.unstamped;
         out.first_error = out.first_error.or(r.first_error);
         if let Some((good, bad, first)) = &mut out.verified {
             *good += r.good;

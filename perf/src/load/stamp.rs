@@ -10,6 +10,8 @@ use cryptfold_reactor::memory::{Buf, SgList};
 use super::pattern::Rng;
 
 const SECTOR: usize = 512;
+/// What is never torn by a power cut, bytes.
+const UNIT: usize = 4096;
 const MAGIC: u64 = 0x6466_7470_7972_6363;
 
 /// A block that is not what was written last.
@@ -31,6 +33,11 @@ impl fmt::Display for Mismatch {
             self.offset_bytes, self.expected_generation, self.found
         )
     }
+}
+
+/// The `i`-th 8 bytes.
+fn word(sector: &[u8], i: usize) -> u64 {
+    u64::from_le_bytes(sector.get(i * 8..i * 8 + 8).and_then(|b| b.try_into().ok()).unwrap_or([0; 8]))
 }
 
 /// Writes and checks stamps of one run.
@@ -89,11 +96,26 @@ impl Stamper {
         Ok(())
     }
 
+    /// Checks what was read at `offset_bytes` without knowing the generation: false if nothing there carries a stamp of
+    /// this run. Units of 4 KiB may differ in age, as after a power cut; within one everything is of the same age.
+    ///
+    /// # Errors
+    /// The first sector that is wrong.
+    pub fn check_any(&self, offset_bytes: u64, data: &SgList) -> Result<bool, Mismatch> {
+        let data = data.clone().to_contiguous();
+        let mut stamped = false;
+        for (i, unit) in data.chunks(UNIT).enumerate() {
+            let at = offset_bytes + (i * UNIT) as u64;
+            let ours = |s: &[u8]| word(s, 0) == MAGIC && word(s, 3) == self.run;
+            let Some(sector) = unit.chunks(SECTOR).find(|s| ours(s)) else { continue };
+            stamped = true;
+            self.check(at, word(sector, 2).max(1), &Buf::from_slice(unit).into())?;
+        }
+        Ok(stamped)
+    }
+
     fn describe(&self, sector: &[u8], at: u64) -> String {
-        let word = |i: usize| {
-            let bytes = sector.get(i * 8..i * 8 + 8).and_then(|b| b.try_into().ok()).unwrap_or([0; 8]);
-            u64::from_le_bytes(bytes)
-        };
+        let word = |i| word(sector, i);
         if word(0) != MAGIC {
             let kind = if sector.iter().all(|b| *b == 0) { "zeros" } else { "bytes that are no stamp" };
             return format!("{kind} ({:02x?} ...)", &sector[..sector.len().min(8)]);
@@ -139,5 +161,20 @@ mod tests {
             let e = s.check(8192, 3, &bad.into()).expect_err("a flipped bit");
             assert_eq!(e.offset_bytes, 8192 + (bit as u64 / 8 / 512) * 512);
         }
+    }
+
+    #[test]
+    fn without_the_generation_ages_may_differ_between_units_but_not_within() {
+        let s = Stamper::new(42);
+        let mix = |parts: &[SgList]| parts.iter().flat_map(|p| p.iter().cloned()).collect::<SgList>();
+        let (old, new) = (s.make(8192, 3, 4096), s.make(12_288, 4, 4096));
+        assert_eq!(s.check_any(8192, &mix(&[old.clone(), new])), Ok(true));
+        assert_eq!(s.check_any(8192, &SgList::zeroes(8192)), Ok(false));
+        assert_eq!(s.check_any(8192, &Stamper::new(1).make(8192, 1, 4096)), Ok(false));
+        let torn = mix(&[old.slice(0..2048), s.make(8192, 4, 4096).slice(2048..4096)]);
+        assert_eq!(s.check_any(8192, &torn).expect_err("torn").offset_bytes, 8192 + 2048);
+        let half = mix(&[SgList::zeroes(2048), old.slice(2048..4096)]);
+        assert!(s.check_any(8192, &half).expect_err("half").to_string().contains("zeros"));
+        assert!(s.check_any(4096, &old).expect_err("elsewhere").to_string().contains("byte 8192"));
     }
 }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::time::Duration;
 
-use cryptfold_bdev::{Channel, Complete, Frame, Io, Op, Queue, Status};
+use cryptfold_bdev::{Channel, Complete, Frame, Io, Op, Queue};
 use cryptfold_reactor as reactor;
 use hdrhistogram::Histogram;
 use reactor::sync::oneshot;
@@ -83,12 +83,39 @@ pub struct WorkerReport {
     pub first_error: Option<String>,
     /// Blocks checked and right.
     pub good: u64,
+    /// Blocks that carry no stamp; only counted by `--verify-only`.
+    pub unstamped: u64,
     /// Blocks checked and wrong.
     pub bad: u64,
     /// The first wrong one.
     pub first_bad: Option<String>,
     /// Time measured, ns.
     pub measured_ns: u64,
+}
+
+impl WorkerReport {
+    pub(super) fn new(latency: Histogram<u64>) -> WorkerReport {
+        WorkerReport {
+            latency,
+            ios: 0,
+            reads: 0,
+            errors: 0,
+            first_error: None,
+            good: 0,
+            unstamped: 0,
+            bad: 0,
+            first_bad: None,
+            measured_ns: 0,
+        }
+    }
+
+    #[cold]
+    pub(super) fn fail(&mut self, io: &Io) {
+        self.errors += 1;
+        self.first_error.get_or_insert_with(|| {
+            format!("{:?} of {} blocks at {}: {}", io.op, io.blocks, io.lba, io.status())
+        });
+    }
 }
 
 struct State {
@@ -131,17 +158,7 @@ pub async fn run_worker<S: Sink>(sink: S, plan: Plan) -> Result<WorkerReport, St
     let state = State {
         pattern: Pattern::new(plan.seed, plan.random, plan.read_pct, 0, plan.slots),
         data,
-        report: WorkerReport {
-            latency,
-            ios: 0,
-            reads: 0,
-            errors: 0,
-            first_error: None,
-            good: 0,
-            bad: 0,
-            first_bad: None,
-            measured_ns: 0,
-        },
+        report: WorkerReport::new(latency),
         places,
         start_ns: if plan.io_limit.is_some() { now } else { start_ns },
         end_ns,
@@ -264,11 +281,8 @@ impl<S: Sink> Worker<S> {
     }
 
     #[cold]
-    fn failed(&self, s: &mut State, io: &Io, status: Status) {
-        s.report.errors += 1;
-        s.report
-            .first_error
-            .get_or_insert_with(|| format!("{:?} of {} blocks at {}: {status}", io.op, io.blocks, io.lba));
+    fn failed(&self, s: &mut State, io: &Io) {
+        s.report.fail(io);
         // A device that is gone fails everything at once; there is no point in going on for the rest of the time.
         if s.report.errors >= 10_000 {
             s.end_ns = 0;
@@ -288,9 +302,8 @@ impl<S: Sink> Complete for Worker<S> {
                 s.report.reads += u64::from(read);
                 s.report.latency.saturating_record(now - frame.lba);
             }
-            let status = io.status();
-            if !status.is_ok() {
-                self.failed(s, &io, status);
+            if !io.status().is_ok() {
+                self.failed(s, &io);
             }
             if self.plan.verify {
                 self.check(s, &io, frame.word >> 1, read);
