@@ -92,6 +92,8 @@ pub(crate) struct Group {
     watches: RefCell<Option<Watches>>,
     poller: RefCell<Option<PollerGuard>>,
     ticking: Cell<bool>,
+    /// Accepting is to be tried again in a moment.
+    retrying: Cell<bool>,
 }
 
 impl Group {
@@ -116,6 +118,7 @@ impl Group {
             watches: RefCell::new(None),
             poller: RefCell::new(None),
             ticking: Cell::new(false),
+            retrying: Cell::new(false),
         });
         let watcher: Weak<dyn Watcher> = Rc::downgrade(&group) as Weak<dyn Watcher>;
         *group.watches.borrow_mut() = Some(Watches::new(watcher));
@@ -196,10 +199,15 @@ impl Group {
                 Err(e) => {
                     // Out of descriptors or memory: those that wait stay in the backlog for a moment.
                     tracing::warn!("{}: can not accept a connection: {e}", port.addr);
+                    if self.retrying.replace(true) {
+                        return;
+                    }
                     let me = self.clone();
                     reactor::spawn_local(async move {
                         reactor::sleep(Duration::from_millis(100)).await;
-                        me.accept(key);
+                        me.retrying.set(false);
+                        let keys: Vec<u64> = me.listeners.borrow().keys().copied().collect();
+                        keys.into_iter().for_each(|k| me.accept(k));
                     })
                     .detach();
                     return;

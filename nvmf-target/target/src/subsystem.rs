@@ -109,7 +109,7 @@ pub struct Subsystem {
     pub options: SubsystemOptions,
     /// Whether it is the discovery subsystem.
     pub discovery: bool,
-    /// Moves when a namespace comes or goes.
+    /// Moves when a namespace comes or goes, or an ANA state changes.
     pub(crate) generation: AtomicU64,
     pub(crate) tables: Mutex<Tables>,
 }
@@ -253,6 +253,7 @@ impl Subsystem {
     /// Tells controllers of an ANA change.
     pub(crate) fn ana_changed(&self) {
         self.tables().ana_changes += 1;
+        self.generation.fetch_add(1, Ordering::Release);
         for c in self.controllers() {
             c.raise(EventKind::AnaChange);
         }

@@ -13,7 +13,7 @@ use cryptfold_nvmf_spec::opcode::{Admin, Io};
 use cryptfold_nvmf_spec::property::Property;
 use cryptfold_nvmf_spec::sqe::{AbortCdw10, Fuse, RwControl};
 use cryptfold_nvmf_spec::{Cid, Cntlid, Nsid, Sgl, Sqe, Status};
-use cryptfold_nvmf_target::{NsOptions, TargetError, TransportOptions};
+use cryptfold_nvmf_target::{AnaState, NsOptions, SubsystemOptions, TargetError, TransportOptions};
 use cryptfold_reactor::IdlePolicy;
 use std::time::Duration;
 use zerocopy::{FromBytes, IntoBytes};
@@ -478,6 +478,70 @@ fn features_and_logs() {
     let mut sqe = GetLogPage::new(Lid::Ana, 0, 512).expect("legal").to_sqe(Cid(0), Nsid(0));
     sqe.sgl = Sgl::transport(512);
     assert_eq!(admin.run(sqe, &[], &[]).0.status().code(), Status::LOG_PAGE_INVALID, "ANA is off");
+}
+
+#[test]
+fn ana_states_and_resizing() {
+    let rig = Rig::new();
+    let t = &rig.target;
+    assert!(t.set_ana_state(NQN, &rig.listen, AnaState::Inaccessible, None).is_err(), "no ANA reporting");
+    let nqn = "nqn.2024-01.io.cryptfold:ana";
+    let options =
+        SubsystemOptions { allow_any_host: true, ana_reporting: true, ..SubsystemOptions::new(nqn) };
+    t.create_subsystem(options).expect("a new name");
+    t.remove_ns(NQN, 1).expect("it is there");
+    let ns = NsOptions { bdev_name: "disk".into(), anagrpid: Some(7), ..Default::default() };
+    t.add_ns(nqn, &ns).expect("a free device");
+    assert_eq!(t.add_listener(nqn, &rig.listen).as_ref(), Ok(&rig.listen), "the port is shared");
+    let mut admin = Client::open(rig.addr, false, false);
+    let cqe = admin.connect(nqn, 0, 32, Cntlid::DYNAMIC);
+    admin.enable();
+    let mut io = Client::open(rig.addr, false, false);
+    assert!(io.connect(nqn, 1, 128, Cntlid(cqe.dw0.get() as u16)).status().is_success());
+    assert!(io.read(0, 1).0.is_success());
+    admin.feature(Admin::SetFeatures, Fid::AsyncEventConfig as u32, 1 << 11 | 1 << 8);
+    admin.submit(&Sqe::admin(Admin::AsyncEventRequest, Cid(900), Nsid(0)), &[]);
+    t.set_ana_state(nqn, &rig.listen, AnaState::Inaccessible, Some(7)).expect("a group");
+    assert_eq!(admin.finish(Cid(900), &[]).0.dw0.get(), 0x000c_0302);
+    assert_eq!(io.read(0, 1).0, Status::ANA_INACCESSIBLE);
+    let mut sqe = GetLogPage::new(Lid::Ana, 0, 52).expect("legal").to_sqe(Cid(0), Nsid(0));
+    sqe.sgl = Sgl::transport(52);
+    let (_, page) = admin.run(sqe, &[], &[]);
+    assert_eq!(
+        (page[8], page[16], page[20], page[32], page[48]),
+        (1, 7, 1, 3, 1),
+        "one group, one namespace"
+    );
+    t.set_ana_state(nqn, &rig.listen, AnaState::NonOptimized, None).expect("all groups");
+    assert!(io.read(0, 1).0.is_success());
+    // A device that grows is an event, and the new blocks are there.
+    admin.submit(&Sqe::admin(Admin::AsyncEventRequest, Cid(901), Nsid(0)), &[]);
+    rig.registry.get("disk").expect("it exists").set_blocks(BLOCKS / 2);
+    assert_eq!(admin.finish(Cid(901), &[]).0.dw0.get(), 0x0004_0002);
+    assert_eq!(io.read(BLOCKS / 2, 1).0.code(), Status::LBA_OUT_OF_RANGE);
+    let (_, data) = admin.admin_in(Admin::Identify, 1, Cns::Namespace as u32, 4096);
+    let id = NamespaceIdentify::read_from_bytes(&data).expect("4096 bytes");
+    assert_eq!((id.nsze.get(), id.anagrpid.get()), (BLOCKS / 2, 7));
+}
+
+/// An idle target, connections and all, leaves the processor alone, and answers at once when it is needed.
+#[test]
+fn idle_costs_nothing() {
+    let rig = Rig::with(2, IdlePolicy::default(), TransportOptions::default());
+    let admin = rig.admin();
+    let mut io = rig.io(&admin, 1, false, false);
+    assert!(io.read(0, 1).0.is_success());
+    std::thread::sleep(Duration::from_millis(100));
+    let sleeps = |rig: &Rig| rig.runtime.handles().iter().map(|h| h.stats().sleeps).sum::<u64>();
+    let busy = |rig: &Rig| rig.runtime.handles().iter().map(|h| h.stats().busy_ns).sum::<u64>();
+    let (s, b) = (sleeps(&rig), busy(&rig));
+    std::thread::sleep(Duration::from_secs(1));
+    let (s, b) = (sleeps(&rig) - s, busy(&rig) - b);
+    assert!(s < 40, "woken {s} times in an idle second");
+    assert!(b < 10_000_000, "busy for {b} ns of an idle second");
+    let start = std::time::Instant::now();
+    assert!(io.read(0, 1).0.is_success());
+    assert!(start.elapsed() < Duration::from_millis(200), "{:?}", start.elapsed());
 }
 
 #[test]

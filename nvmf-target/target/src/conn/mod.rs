@@ -84,8 +84,8 @@ struct Inner {
     r2t_bytes: u64,
     fused: Fused,
     queue: Option<Queue>,
-    /// By namespace identifier, from 1.
-    channels: Vec<Option<Rc<NsChannel>>>,
+    /// By namespace identifier, from 1: the channel, or why the namespace can not be used through this port now (ANA).
+    channels: Vec<Option<Result<Rc<NsChannel>, Status>>>,
     channels_generation: u64,
     executing: usize,
     /// Close, or when terminating stop sending, when everything is sent.
@@ -397,21 +397,24 @@ impl Conn {
             inner.channels_generation = generation;
         }
         let index = (nsid.0 as usize).wrapping_sub(1);
-        if let Some(Some(c)) = inner.channels.get(index) {
-            return Ok(c.clone());
+        if let Some(Some(known)) = inner.channels.get(index) {
+            return known.clone();
         }
         // The identifier is that of an existing namespace from here on, so it is small.
         let ns = subsystem.namespace(nsid).ok_or(invalid)?;
         let group = self.group.upgrade().ok_or(Status::INTERNAL_ERROR)?;
-        let channel = group.channel(&ns).map_err(|e| {
-            tracing::error!("{}: namespace {nsid}: {e}", subsystem.nqn());
-            Status::NAMESPACE_NOT_READY
-        })?;
+        let usable = match subsystem.ana_state(&self.port, ns.anagrpid).status() {
+            Some(status) => Err(status),
+            None => Ok(group.channel(&ns).map_err(|e| {
+                tracing::error!("{}: namespace {nsid}: {e}", subsystem.nqn());
+                Status::NAMESPACE_NOT_READY
+            })?),
+        };
         if inner.channels.len() <= index {
             inner.channels.resize(index + 1, None);
         }
-        inner.channels[index] = Some(channel.clone());
-        Ok(channel)
+        inner.channels[index] = Some(usable.clone());
+        usable
     }
 
     /// Namespaces have changed: lets go of channels, so that removed devices can end.

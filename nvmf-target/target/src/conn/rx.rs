@@ -263,14 +263,7 @@ impl Conn {
         if !queue.controller.executes() {
             return Err(Status::COMMAND_SEQUENCE_ERROR);
         }
-        let controller = queue.controller.clone();
         let ns = self.channel(inner, sqe.nsid())?;
-        if controller.subsystem.options.ana_reporting {
-            let state = controller.subsystem.ana_state(&controller.port, ns.ns.anagrpid);
-            if let Some(status) = state.status() {
-                return Err(status);
-            }
-        }
         let plan = crate::io::plan(&sqe, &ns.ns.geometry())?;
         let transfer = transfer::decode(&sqe, plan.direction(), capsule_bytes, limits)?;
         if plan.direction() != Direction::None {
