@@ -84,7 +84,7 @@ impl Stack for PoolStack {
         Box::pin(async move {
             let pool = pool?;
             let report = pool.check(true).await.map_err(|status| status.to_string())?;
-            let (info, ..) = pool.info();
+            let info = pool.info();
             if !report.is_clean() {
                 return Err(format!("{} problems: {:?}", report.problem_count, report.problems));
             }

@@ -162,7 +162,9 @@ impl Life<'_> {
         if !work {
             return self.put_away(session);
         }
-        let events = self.rng.magnitude(self.options.ops * self.options.workers as u64 * 4);
+        // Early and late cuts alike.
+        let most = self.options.ops * self.options.workers as u64 * 2;
+        let events = if self.rng.one_in(2) { self.rng.magnitude(most) } else { self.rng.below(most) };
         session.disk.cut_power_after(events);
         if !self.work(&mut session)? {
             self.summary.cuts += 1;
