@@ -283,6 +283,7 @@ impl Pool {
         };
         if let Err(error) = decoded {
             sums.report.problem(format!("{name} at {:?} is damaged: {error}", entry.place));
+            self.fragment_damaged(id, entry, first, &error);
             return Ok(());
         }
         let (chunks, _) = plain.as_chunks::<CHUNK_BYTES>();

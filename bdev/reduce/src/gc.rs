@@ -225,11 +225,8 @@ impl Pool {
                 )
             }
             Err(NotAppended::Failed(error)) => {
-                self.damaged.set(self.damaged.get() + 1);
-                tracing::error!(
-                    pool = %self.name(), segment = segment.number(), offset = at, chunk = ?header.first, %error,
-                    "a damaged fragment stays where it is"
-                );
+                // It stays where it is.
+                self.fragment_damaged(domain, &old, header.first, &error.to_string());
                 Ok(())
             }
             Err(_) => Err(Status::INTERNAL_ERROR),

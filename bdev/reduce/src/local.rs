@@ -130,9 +130,19 @@ impl LocalPool {
         self.pool.create_domain(name).await
     }
 
-    /// The pool, its volumes and domains as they are now.
-    pub fn info(&self) -> (PoolInfo, Vec<VolumeInfo>, Vec<DomainInfo>) {
-        (self.pool.info(), self.pool.volume_infos(), self.pool.domain_infos())
+    /// The pool as it is now.
+    pub fn info(&self) -> PoolInfo {
+        self.pool.info()
+    }
+
+    /// Its volumes.
+    pub fn volumes(&self) -> Vec<VolumeInfo> {
+        self.pool.volume_infos()
+    }
+
+    /// Its domains.
+    pub fn domains(&self) -> Vec<DomainInfo> {
+        self.pool.domain_infos()
     }
 
     /// Audits the pool; see [`crate::PoolManager::check`].

@@ -333,6 +333,7 @@ fn assemble(
         index: Index::new(index_bytes),
         meter: meter.clone(),
         emptied: Vec::new(),
+        damaged: Default::default(),
     };
     let empty = || Tree::new(TreeRoot::default(), Meter::default());
     // A checkpoint may dirty at most what the space that is reserved for it can take, and a part of the cache.

@@ -12,7 +12,7 @@ use cryptfold_reactor::memory::{Buf, SgList};
 use cryptfold_reduce_format::codec::{Codec, Decompressor};
 use cryptfold_reduce_format::container::FragmentEntry;
 use cryptfold_reduce_format::fragment::{self, CHUNK_BYTES};
-use cryptfold_reduce_format::ids::{ChunkAddr, Incarnation, VolumeId};
+use cryptfold_reduce_format::ids::{ChunkAddr, DomainId, Incarnation, VolumeId};
 use cryptfold_reduce_format::map::Target;
 use smallvec::SmallVec;
 
@@ -51,6 +51,7 @@ enum Source {
 
 /// A fragment that a read needs.
 struct Unit {
+    domain: DomainId,
     segment: Arc<Segment>,
     entry: FragmentEntry,
     first: ChunkAddr,
@@ -225,17 +226,17 @@ impl Pool {
                     words.fill(word.to_le_bytes());
                 }
                 Source::Unit { unit, slot } => {
-                    let Unit { segment, entry, first } = &units[unit];
+                    let Unit { domain, segment, entry, first } = &units[unit];
                     let whole = slot == entry.first_slot && extent.count == usize::from(entry.chunks);
                     match &fetched[unit] {
                         Fetched::Sealed(sealed) if whole => {
-                            self.decode(segment, entry, *first, sealed, bytes)?
+                            self.decode(*domain, segment, entry, *first, sealed, bytes)?
                         }
                         Fetched::Sealed(sealed) => {
                             if plain[unit].is_none() {
                                 let mut buf = Buf::alloc(usize::from(entry.chunks) * CHUNK_BYTES);
                                 let target = buf.get_mut().ok_or(Status::INTERNAL_ERROR)?;
-                                self.decode(segment, entry, *first, sealed, target)?;
+                                self.decode(*domain, segment, entry, *first, sealed, target)?;
                                 self.fragments.borrow_mut().put(segment, entry.place.offset, buf.clone());
                                 plain[unit] = Some(buf);
                             }
@@ -255,6 +256,7 @@ impl Pool {
     /// Verifies, decrypts and decodes a fragment to `out` (all its chunks).
     fn decode(
         &self,
+        domain: DomainId,
         segment: &Segment,
         entry: &FragmentEntry,
         first: ChunkAddr,
@@ -263,14 +265,26 @@ impl Pool {
     ) -> Result<(), Status> {
         let mut cache = self.fragments.borrow_mut();
         let mut codec = self.decompressor.borrow_mut();
-        decode_fragment(segment, entry, first, sealed, out, &mut cache.scratch, &mut codec).map_err(|error| {
+        let decoded = decode_fragment(segment, entry, first, sealed, out, &mut cache.scratch, &mut codec);
+        decoded.map_err(|error| self.fragment_damaged(domain, entry, first, &error))
+    }
+
+    /// Remembers and reports (once) that a fragment is damaged.
+    pub(crate) fn fragment_damaged(
+        &self,
+        domain: DomainId,
+        entry: &FragmentEntry,
+        first: ChunkAddr,
+        error: &str,
+    ) -> Status {
+        if self.shard.borrow_mut().damaged.insert((domain, first)) {
             self.damaged.set(self.damaged.get() + 1);
             tracing::error!(
-                pool = %self.name(), place = ?entry.place, chunk = ?first, chunks = entry.chunks, error,
+                pool = %self.name(), %domain, place = ?entry.place, chunk = ?first, chunks = entry.chunks, error,
                 "a fragment is damaged: its blocks can not be read"
             );
-            Status::UNRECOVERED_READ
-        })
+        }
+        Status::UNRECOVERED_READ
     }
 }
 
@@ -396,7 +410,7 @@ fn resolve_chunk(
         return Ok(None);
     };
     let first = ChunkAddr::new(addr.container(), entry.first_slot).ok_or(Status::INTERNAL_ERROR)?;
-    units.push(Unit { segment: handle, entry, first });
+    units.push(Unit { domain: d.record.id, segment: handle, entry, first });
     Ok(Some(Source::Unit { unit: units.len() - 1, slot: addr.slot() }))
 }
 

@@ -10,7 +10,7 @@
 //!   its slots has references, and leaves its container when the last one loses them;
 //! - a fragment that was never referenced (its writer died in between) stays in its container, dead, and counts nowhere.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
 use cryptfold_reduce_format::container::{ContainerError, FragmentEntry};
@@ -129,6 +129,9 @@ pub(crate) struct Shard {
     pub meter: Meter,
     /// Containers that lost their last reference, to be dropped by a record.
     pub emptied: Vec<(DomainId, ContainerId)>,
+    /// Fragments (by their first chunk) that were found damaged: nothing new refers to them, so that a later write of the
+    /// same data stores it again.
+    pub damaged: HashSet<(DomainId, ChunkAddr)>,
 }
 
 impl Domain {
@@ -346,7 +349,7 @@ impl Shard {
         let mut next: Option<ChunkAddr> = None;
         for fingerprint in fingerprints {
             // Duplicates mostly come in the order in which the originals came.
-            if let Some(addr) = next
+            if let Some(addr) = next.filter(|_| self.damaged.is_empty())
                 && d.fingerprints
                     .peek(addr.container().get())
                     .is_some_and(|leaf| leaf.slots.get(usize::from(addr.slot())) == Some(fingerprint))
@@ -375,6 +378,7 @@ impl Shard {
                     continue;
                 }
                 match d.containers.find(number) {
+                    Found::Here(c) if self.is_damaged(domain, c, addr) => {}
                     Found::Here(c) if (1..MAX_REFS).contains(&c.refs(addr.slot())) => hit = Some(addr),
                     Found::Here(_) | Found::Absent => {}
                     Found::Away(_) => {
@@ -386,6 +390,14 @@ impl Shard {
             next = hit.and_then(|addr| addr.plus(1));
         }
         Ok(())
+    }
+
+    fn is_damaged(&self, domain: DomainId, container: &container::Container, addr: ChunkAddr) -> bool {
+        !self.damaged.is_empty()
+            && container
+                .fragment_of(addr.slot())
+                .and_then(|fragment| ChunkAddr::new(addr.container(), fragment.first_slot))
+                .is_some_and(|first| self.damaged.contains(&(domain, first)))
     }
 
     // ---- the fold
