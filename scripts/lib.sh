@@ -59,7 +59,7 @@ target_binary() {
 }
 
 # start_target LOG SOCKET ARG...: runs `cryptfold target -r SOCKET ARG...` in the background, sets TARGET_PID, and returns
-# when its socket answers; shows the log if it does not within 20 s.
+# when it says that it is ready (configuration applied); shows the log if it does not within 20 s.
 start_target() {
     local log=$1 socket=$2 binary
     shift 2
@@ -67,9 +67,9 @@ start_target() {
     "$binary" target -r "$socket" "$@" >"$log" 2>&1 &
     TARGET_PID=$!
     local deadline=$((SECONDS + 20))
-    until "$binary" rpc -r "$socket" spdk_get_version >/dev/null 2>&1; do
+    until grep -q "^cryptfold: ready" "$log"; do
         if process_is_gone "$TARGET_PID" || [ "$SECONDS" -ge "$deadline" ]; then
-            note "the target did not answer on $socket; its log:"
+            note "the target did not get ready; its log:"
             cat "$log" >&2
             return 1
         fi

@@ -494,7 +494,7 @@ fn get_domains(c: &Control, p: Store) -> RpcResult {
                 "name": d.name, "uuid": d.uuid.to_string(), "volumes": d.volumes,
                 "logical_bytes": d.space.logical_bytes, "zero_bytes": d.space.zero_bytes,
                 "unique_bytes": d.space.unique_bytes, "stored_bytes": d.space.stored_bytes,
-                "ratio": ratio(d.space.ratio()),
+                "metadata_bytes": d.space.metadata_bytes, "ratio": ratio(d.space.ratio()),
             })
         })
         .collect())
