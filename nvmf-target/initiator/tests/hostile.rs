@@ -230,7 +230,7 @@ async fn run(queue: &Rc<NamespaceQueue>, mut io: Box<Io>) -> Box<Io> {
 }
 
 fn bytes(n: usize) -> Vec<u8> {
-    (0..n).map(|i| (i * 7 ^ (i >> 8)) as u8).collect()
+    (0..n).map(|i| ((i * 7) ^ (i >> 8)) as u8).collect()
 }
 
 fn read() -> Box<Io> {
@@ -308,7 +308,7 @@ fn data_that_was_not_asked_for() {
         f.data(c.cid(), 0, &page(2048), true, true);
     });
     violates(Fes::OutOfRange, read, move |f, c| f.data(c.cid(), 0, &page(2048), true, true));
-    violates(Fes::OutOfRange, read, move |f, c| f.data(c.cid(), u32::MAX & !3, &[1, 2, 3], true, false));
+    violates(Fes::OutOfRange, read, move |f, c| f.data(c.cid(), !3, &[1, 2, 3], true, false));
     violates(Fes::OutOfRange, || write(8), move |f, c| f.data(c.cid(), 0, &page(512), true, true));
 }
 
