@@ -276,7 +276,10 @@ pub fn file_name(name: &str) -> String {
     let plain = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
     let encoded: String =
         name.bytes().map(|b| if plain(b) { (b as char).to_string() } else { format!("%{b:02X}") }).collect();
-    if encoded.starts_with('.') { format!("%2E{}", &encoded[1..]) } else { encoded }
+    match encoded.strip_prefix('.') {
+        Some(rest) => format!("%2E{rest}"),
+        None => encoded,
+    }
 }
 
 #[cfg(test)]
