@@ -3,13 +3,19 @@
 //! Memory is kept in 4 KiB pages, each its own reference-counted buffer. A read *lends* the pages; a write of a page
 //! that is lent out goes to a fresh page which takes the old one's place, so a slow reader neither sees a mixture nor
 //! holds writers up. A page-sized buffer that nobody else holds is taken over as it is: a 4 KiB write copies nothing.
+//!
+//! A random access would wait for memory three times: for the page's place in the table, its reference count, its first
+//! bytes. So reads and writes go round the reactor's queue a few times, with a hint to the processor each time, and
+//! other I/O is worked on in between.
 
 mod pages;
 
 use std::rc::Rc;
 use std::sync::Arc;
 
-use cryptfold_bdev::{Bdev, BdevError, Device, DeviceInfo, Io, Op, OpSet, Queue, Registry, Status};
+use cryptfold_bdev::{
+    Bdev, BdevError, Complete, Device, DeviceInfo, Frame, Io, Op, OpSet, Queue, Registry, Status,
+};
 use cryptfold_reactor::memory::{Buf, SgList};
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -99,28 +105,72 @@ struct MallocQueue {
     disk: Arc<Malloc>,
 }
 
+/// Rounds of an I/O, in the word of its frame.
+const COUNTS: u64 = 1;
+const WORK: u64 = 2;
+
 impl Queue for MallocQueue {
+    #[inline]
     fn submit(self: Rc<Self>, mut io: Box<Io>) {
+        if !matches!(io.op, Op::Read | Op::Write) {
+            let status = self.work(&mut io);
+            return io.finish(status);
+        }
+        let (at, len) = self.place(&io);
+        self.disk.pages.hint_places(at, len);
+        io.push(self, 0, COUNTS);
+        io.finish(Status::SUCCESS);
+    }
+}
+
+impl Complete for MallocQueue {
+    #[inline]
+    fn complete(self: Rc<Self>, mut io: Box<Io>, frame: Frame) {
+        match frame.word {
+            COUNTS => {
+                let (at, len) = self.place(&io);
+                self.disk.pages.hint_counts(at, len);
+                io.push(self, 0, WORK);
+                io.finish(Status::SUCCESS);
+            }
+            _ => {
+                let lends = io.op == Op::Read && io.data.is_empty();
+                let status = self.work(&mut io);
+                // What is lent goes through the queue once more: its first bytes are on their way.
+                if lends { io.finish(status) } else { io.up(status) }
+            }
+        }
+    }
+}
+
+impl MallocQueue {
+    /// First byte on the disk and number of bytes.
+    #[inline]
+    fn place(&self, io: &Io) -> (usize, usize) {
         let bs = self.disk.info.block_size_bytes as usize;
-        let (at, len) = (io.lba as usize * bs, io.blocks as usize * bs);
+        (io.lba as usize * bs, io.blocks as usize * bs)
+    }
+
+    fn work(&self, io: &mut Io) -> Status {
+        let (at, len) = self.place(io);
         let pages = &self.disk.pages;
-        let mut status = Status::SUCCESS;
         match io.op {
             Op::Read if io.data.is_empty() => io.data = pages.lend(at, len),
             Op::Read => {
                 let lent = pages.lend(at, len);
                 let mut out = std::mem::take(&mut io.data);
-                if !out.copy_from(&lent) {
-                    status = Status::DATA_TRANSFER_ERROR;
-                }
+                let copied = out.copy_from(&lent);
                 io.data = out;
+                if !copied {
+                    return Status::DATA_TRANSFER_ERROR;
+                }
             }
             Op::Write => pages.write(at, std::mem::take(&mut io.data)),
             Op::WriteZeroes | Op::Unmap => pages.write(at, SgList::zeroes(len)),
-            Op::Compare if !pages.lend(at, len).eq_bytes(&io.data) => status = Status::COMPARE_FAILURE,
+            Op::Compare if !pages.lend(at, len).eq_bytes(&io.data) => return Status::COMPARE_FAILURE,
             _ => {}
         }
-        io.finish(status);
+        Status::SUCCESS
     }
 }
 

@@ -4,7 +4,7 @@
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use cryptfold_reactor::memory::{Buf, SgList};
+use cryptfold_reactor::memory::{Buf, Prefetch, SgList, prefetch};
 
 use crate::{PAGE, by_page};
 
@@ -37,10 +37,36 @@ impl Page {
 
 pub(crate) struct Pages(Box<[Page]>);
 
+/// Pages of one I/O that hints are given for: what long transfers touch next, the processor sees by itself.
+const HINTED_PAGES: usize = 8;
+/// Bytes of each lent page that hints are given for; the processor's own prefetching does the rest, and more would push other
+/// I/O's data out of the cache.
+const HINTED_BYTES: usize = 512;
+
 impl Pages {
     pub fn new(count: usize) -> Pages {
         let page = |_| Page { taken: AtomicBool::new(false), buf: UnsafeCell::new(Buf::alloc_zeroed(PAGE)) };
         Pages((0..count).map(page).collect())
+    }
+
+    fn hinted(&self, at: usize, len: usize) -> &[Page] {
+        let first = at / PAGE;
+        let count = (at % PAGE + len).div_ceil(PAGE).min(HINTED_PAGES);
+        &self.0[first..first + count]
+    }
+
+    /// First hint of what an I/O will touch: the places of its pages.
+    #[inline]
+    pub fn hint_places(&self, at: usize, len: usize) {
+        prefetch(self.hinted(at, len), Prefetch::Write);
+    }
+
+    /// Second hint: the pages' reference counts.
+    #[inline]
+    pub fn hint_counts(&self, at: usize, len: usize) {
+        for page in self.hinted(at, len) {
+            page.with(|b| b.prefetch_count());
+        }
     }
 
     /// The bytes from `at`, as they are now; each page is whole, old or new.
@@ -55,9 +81,13 @@ impl Pages {
             );
             at += n;
         }
+        if len <= HINTED_PAGES * PAGE {
+            out.iter().for_each(|buf| prefetch(&buf[..HINTED_BYTES.min(buf.len())], Prefetch::Read));
+        }
         out
     }
 
+    /// Replaces the bytes from `at`.
     pub fn write(&self, at: usize, data: SgList) {
         by_page(at, data, |page, offset, piece| {
             let piece = &mut Some(piece);

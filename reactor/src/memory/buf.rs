@@ -6,7 +6,7 @@
 //!   is read-only for everybody. That is what makes `Buf` both `Send` and `Sync`.
 //! - The zero block is immortal and not counted, so that zero buffers shared by all cores cost no atomic traffic.
 
-use super::{arena, pool};
+use super::{Prefetch, arena, pool, prefetch};
 use std::cell::UnsafeCell;
 use std::fmt;
 use std::ops::{Deref, Range};
@@ -63,6 +63,12 @@ unsafe impl Sync for Block {}
 impl Block {
     pub(super) fn pooled(class: usize, slab: u16, data: NonNull<u8>, capacity: usize) -> Block {
         Block { class: class as u8, slab, ..Block::new(Kind::Pool, 0, data, capacity, None) }
+    }
+
+    /// Address of the block's memory.
+    #[inline]
+    pub(super) fn start(&self) -> NonNull<u8> {
+        self.data
     }
 
     fn new(
@@ -209,6 +215,13 @@ impl Buf {
     pub fn as_ptr(&self) -> *const u8 {
         // SAFETY: off <= capacity.
         unsafe { self.block().data.as_ptr().add(self.off as usize) }
+    }
+
+    /// Asks for the reference count to be brought into the cache, before a clone or a drop. See [`super::prefetch()`] for
+    /// the bytes.
+    #[inline]
+    pub fn prefetch_count(&self) {
+        prefetch::line(self.block.as_ptr().cast_const().cast(), Prefetch::Write);
     }
 
     /// A second view of a part of the bytes.

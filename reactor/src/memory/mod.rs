@@ -13,10 +13,12 @@
 mod arena;
 mod buf;
 mod pool;
+mod prefetch;
 mod secret;
 mod sg;
 
 pub use buf::Buf;
+pub use prefetch::{Prefetch, prefetch};
 pub use secret::SecretBytes;
 pub use sg::SgList;
 
