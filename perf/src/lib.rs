@@ -3,6 +3,7 @@
 //! A module per subcommand, each with its `Args` and `run`; [`report`] has what their reports share.
 
 pub mod bdev;
+pub mod figures;
 pub mod image;
 pub mod load;
 pub mod nvmf;

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use cryptfold_perf::{bdev, image, nvmf, primitives};
+use cryptfold_perf::{bdev, figures, image, nvmf, primitives};
 
 /// Measures cryptfold and what it is made of.
 #[derive(Parser)]
@@ -15,6 +15,7 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
+    Figures(figures::Args),
     Primitives(primitives::Args),
     Bdev(bdev::Args),
     Nvmf(nvmf::Args),
@@ -30,6 +31,7 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     let ended = match Cli::parse().command {
+        Command::Figures(args) => figures::run(&args),
         Command::Primitives(args) => primitives::run(&args).map_err(|e| e.to_string()),
         Command::Bdev(args) => bdev::run(&args),
         Command::Nvmf(args) => nvmf::run(&args),

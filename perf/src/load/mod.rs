@@ -16,7 +16,7 @@ mod worker;
 
 pub use data::{DataSource, Generator};
 pub use options::{Bytes, Cores, LoadArgs, Rw};
-pub use pattern::Rng;
+pub(crate) use pattern::Rng;
 pub use readback::read_back;
 pub use result::{Latency, LoadResult};
 pub use run::{Geometry, Opener, plans, run};
