@@ -544,6 +544,7 @@ fn pools_and_volumes() {
     let by_alias = t.call("bdev_get_bdevs", json!({"name": "p/one"}));
     assert_eq!((&by_alias[0]["name"], &by_alias[0]["uuid"]), (&one, &one));
     assert_eq!(by_alias[0]["aliases"], json!(["p/one"]));
+    assert_eq!(by_alias[0]["product_name"], "Logical Volume");
     let volumes = t.call("bdev_lvol_get_lvols", json!({"lvs_name": "p"}));
     assert_eq!(volumes[1]["uuid"], two);
     assert_eq!((&volumes[1]["domain"], &volumes[1]["size_bytes"]), (&json!("tenant"), &json!(32 << 20)));

@@ -11,6 +11,7 @@ use super::histogram;
 use crate::control::{Control, lock};
 use crate::jsonrpc::{RpcError, RpcResult};
 use crate::params::{choices, params};
+use crate::pools::VOLUME_PRODUCT;
 use crate::table::{Method, When};
 
 choices! {
@@ -186,10 +187,12 @@ fn describe(b: &Bdev) -> Value {
     // What the device does not do itself, the core does on top of reads and writes.
     let emulated = has(Op::Read) && has(Op::Write);
     let limits = b.qos();
+    // Clients of SPDK's tell volumes by this name.
+    let product = if i.product_name == VOLUME_PRODUCT { "Logical Volume" } else { i.product_name };
     json!({
         "name": i.name,
         "aliases": i.aliases,
-        "product_name": i.product_name,
+        "product_name": product,
         "block_size": i.block_size_bytes,
         "num_blocks": b.blocks(),
         "uuid": i.uuid.to_string(),
