@@ -5,18 +5,18 @@
 //! holds writers up. A page-sized buffer that nobody else holds is taken over as it is: a 4 KiB write copies nothing.
 //!
 //! A random access would wait for memory three times: for the page's place in the table, its reference count, its first
-//! bytes. So reads and writes go round the reactor's queue a few times, with a hint to the processor each time, and
-//! other I/O is worked on in between.
+//! bytes. So I/O is not worked on when it is submitted but together with what is submitted after it, a step at a time for
+//! all of them, with hints to the processor before each step.
 
 mod pages;
 
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
-use cryptfold_bdev::{
-    Bdev, BdevError, Complete, Device, DeviceInfo, Frame, Io, Op, OpSet, Queue, Registry, Status,
-};
-use cryptfold_reactor::memory::{Buf, SgList};
+use cryptfold_bdev::{Bdev, BdevError, Device, DeviceInfo, Io, Op, OpSet, Queue, Registry, Status};
+use cryptfold_reactor as reactor;
+use reactor::memory::{Buf, SgList};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -86,7 +86,8 @@ impl Device for Malloc {
     }
 
     fn open_queue(self: Arc<Self>) -> Result<Rc<dyn Queue>, BdevError> {
-        Ok(Rc::new(MallocQueue { disk: self }))
+        let drain = Cell::new(Some(Box::default()));
+        Ok(Rc::new(MallocQueue { disk: self, pending: RefCell::default(), drain }))
     }
 
     fn config(&self) -> Vec<(String, Value)> {
@@ -103,43 +104,47 @@ impl Device for Malloc {
 
 struct MallocQueue {
     disk: Arc<Malloc>,
+    /// Submitted, hinted, waiting for the drain.
+    pending: RefCell<Vec<Box<Io>>>,
+    /// The drain, when it is not under way.
+    drain: Cell<Option<Box<Drain>>>,
 }
 
-/// Rounds of an I/O, in the word of its frame.
-const COUNTS: u64 = 1;
-const WORK: u64 = 2;
+/// Works on everything pending, one turn of the reactor's queue after the first of it was submitted.
+#[derive(Default)]
+struct Drain {
+    queue: Option<Rc<MallocQueue>>,
+}
 
 impl Queue for MallocQueue {
     #[inline]
-    fn submit(self: Rc<Self>, mut io: Box<Io>) {
-        if !matches!(io.op, Op::Read | Op::Write) {
-            let status = self.work(&mut io);
-            return io.finish(status);
-        }
+    fn submit(self: Rc<Self>, io: Box<Io>) {
         let (at, len) = self.place(&io);
         self.disk.pages.hint_places(at, len);
-        io.push(self, 0, COUNTS);
-        io.finish(Status::SUCCESS);
+        self.pending.borrow_mut().push(io);
+        if let Some(mut drain) = self.drain.take() {
+            drain.queue = Some(self);
+            reactor::defer(drain);
+        }
     }
 }
 
-impl Complete for MallocQueue {
-    #[inline]
-    fn complete(self: Rc<Self>, mut io: Box<Io>, frame: Frame) {
-        match frame.word {
-            COUNTS => {
-                let (at, len) = self.place(&io);
-                self.disk.pages.hint_counts(at, len);
-                io.push(self, 0, WORK);
-                io.finish(Status::SUCCESS);
-            }
-            _ => {
-                let lends = io.op == Op::Read && io.data.is_empty();
-                let status = self.work(&mut io);
-                // What is lent goes through the queue once more: its first bytes are on their way.
-                if lends { io.finish(status) } else { io.up(status) }
-            }
+impl reactor::Deferred for Drain {
+    fn run(mut self: Box<Self>) {
+        let Some(queue) = self.queue.take() else { return };
+        let mut batch = std::mem::take(&mut *queue.pending.borrow_mut());
+        for io in &batch {
+            let (at, len) = queue.place(io);
+            queue.disk.pages.hint_counts(at, len);
         }
+        for mut io in batch.drain(..) {
+            let status = queue.work(&mut io);
+            // Through the reactor's queue: what is lent has its first bytes on their way.
+            io.finish(status);
+        }
+        // Nothing was submitted meanwhile: `finish` calls nobody back. The allocation is kept.
+        *queue.pending.borrow_mut() = batch;
+        queue.drain.set(Some(self));
     }
 }
 
