@@ -5,8 +5,12 @@ use std::io::{Seek, SeekFrom};
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use cryptfold_bdev::BdevError;
+
+/// Longest wait for a lock.
+const LOCK_PATIENCE: Duration = Duration::from_secs(2);
 
 pub(crate) struct Backing {
     file: File,
@@ -76,9 +80,16 @@ fn end_of(file: &File) -> std::io::Result<u64> {
     f.seek(SeekFrom::End(0))
 }
 
-/// Two targets on one file would destroy it: an advisory lock for the life of the descriptor.
+/// Two targets on one file would destroy it: an advisory lock for the life of the descriptor. The kernel takes down the
+/// ring of a process that was killed, with its last I/O, after the process is gone: the lock is awaited for that time.
 fn lock(file: &File, path: &Path, shared: bool) -> Result<(), BdevError> {
-    let result = if shared { file.try_lock_shared() } else { file.try_lock() };
+    let attempt = || if shared { file.try_lock_shared() } else { file.try_lock() };
+    let begin = Instant::now();
+    let mut result = attempt();
+    while matches!(result, Err(std::fs::TryLockError::WouldBlock)) && begin.elapsed() < LOCK_PATIENCE {
+        std::thread::sleep(LOCK_PATIENCE / 100);
+        result = attempt();
+    }
     match result {
         Ok(()) => Ok(()),
         Err(std::fs::TryLockError::WouldBlock) => Err(BdevError::Claimed {

@@ -165,3 +165,19 @@ fn refusals_name_the_file_and_the_way_out() {
     assert!(registry.unregister("u0").expect("goes").is_done());
     create(&other, options(&path)).expect("free again");
 }
+
+#[test]
+fn a_lock_that_is_about_to_go_is_awaited() {
+    let dir = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
+    let path = dir.path().join("disk");
+    let holder = std::fs::File::create(&path).expect("a file");
+    holder.set_len(1 << 20).and_then(|()| holder.lock()).expect("locked");
+    let (begin, held) = (std::time::Instant::now(), std::time::Duration::from_millis(200));
+    let later = std::thread::spawn(move || {
+        std::thread::sleep(held);
+        drop(holder);
+    });
+    create(&Registry::new(), options(&path)).expect("free after a while");
+    assert!(begin.elapsed() >= held, "the lock was respected");
+    later.join().expect("ends");
+}
