@@ -224,13 +224,13 @@ impl History {
     /// What can not have been found.
     pub fn recovered(&mut self, volume: VolumeId, lba: u64, data: &[u8]) -> Result<(), Violation> {
         let now = self.tick();
-        let bs = self.volumes[volume.0].block_bytes;
+        let (bs, horizon) = (self.volumes[volume.0].block_bytes, self.volumes[volume.0].horizon());
         for (lba, block) in (lba..).zip(data.chunks(bs)) {
             let v = &mut self.volumes[volume.0];
             if !v.blocks.contains_key(&lba) && block.iter().all(|b| *b == 0) {
                 continue;
             }
-            let (print, horizon) = (fingerprint(block), v.horizon());
+            let print = fingerprint(block);
             let versions = v.versions(lba);
             let durable = |w: &Version| w.end.is_some_and(|end| w.through || end < horizon);
             let gone =
