@@ -1,1 +1,3 @@
-//! cryptfold-tests
+//! Tests of the whole: what needs more than one room, or the real program.
+
+pub mod kill;

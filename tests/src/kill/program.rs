@@ -1,0 +1,213 @@
+//! The program under test: where it is, starting it, killing it, asking it.
+
+use std::fs::File;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use cryptfold_nvmf_initiator::ConnectOptions;
+use serde_json::Value;
+
+pub const NQN: &str = "nqn.2026-01.io.cryptfold:kill";
+/// Longest start or orderly end.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// The `cryptfold` of the profile that the caller was built with; cargo builds it if it is not there.
+///
+/// # Errors
+/// Why there is none.
+pub fn find_or_build() -> Result<PathBuf, String> {
+    let own = std::env::current_exe().map_err(|e| format!("the path of this program: {e}"))?;
+    // target/PROFILE/deps/TEST or target/PROFILE/PROGRAM
+    let dir =
+        own.ancestors().skip(1).find(|d| !d.ends_with("deps")).ok_or("this program is in no directory")?;
+    let program = dir.join("cryptfold");
+    if program.is_file() {
+        return Ok(program);
+    }
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command.args(["build", "--locked", "-p", "cryptfold"]).current_dir(env!("CARGO_MANIFEST_DIR"));
+    if let Some(target) = dir.parent() {
+        command.arg("--target-dir").arg(target);
+    }
+    if dir.ends_with("release") {
+        command.arg("--release");
+    }
+    let status = command
+        .status()
+        .map_err(|e| format!("{} is missing and cargo can not be run: {e}", program.display()))?;
+    match status.success() && program.is_file() {
+        true => Ok(program),
+        false => {
+            Err(format!("{} is missing, and `{command:?}` did not make it ({status})", program.display()))
+        }
+    }
+}
+
+/// The directory in which a pool lives through many processes.
+pub struct Place {
+    program: PathBuf,
+    dir: PathBuf,
+    port: u16,
+}
+
+impl Place {
+    /// Makes a pool's empty file and the configuration, for a port that was free a moment ago.
+    pub fn prepare(
+        program: &Path,
+        dir: &Path,
+        pool_bytes: u64,
+        configuration: fn(&Path, u16) -> Value,
+    ) -> Result<Place, String> {
+        let place = || -> std::io::Result<Place> {
+            let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+            File::create(dir.join("disk"))?.set_len(pool_bytes)?;
+            std::fs::write(dir.join("config.json"), format!("{:#}\n", configuration(dir, port)))?;
+            Ok(Place { program: program.into(), dir: dir.into(), port })
+        };
+        place().map_err(|e| format!("{}: {e}", dir.display()))
+    }
+
+    /// How to reach it.
+    pub fn connect_options(&self) -> ConnectOptions {
+        let mut options = ConnectOptions::new("127.0.0.1", self.port.to_string(), NQN);
+        options.io_queues = super::load::QUEUES;
+        options
+    }
+
+    fn spawn(&self) -> Result<Program, String> {
+        let open = |name: &str| File::options().create(true).append(true).open(self.dir.join(name));
+        let spawn = || -> std::io::Result<Child> {
+            File::create(self.dir.join("out"))?;
+            Command::new(&self.program)
+                .arg("target")
+                .arg("-c")
+                .arg(self.dir.join("config.json"))
+                .arg("-r")
+                .arg(self.dir.join("rpc.sock"))
+                // As many reactors as there are CPUs, two at most.
+                .args(["--cores", if std::thread::available_parallelism()?.get() > 1 { "0-1" } else { "0" }])
+                .arg("--no-huge")
+                .stdin(Stdio::null())
+                .stdout(open("out")?)
+                .stderr(open("log")?)
+                .spawn()
+        };
+        let child = spawn().map_err(|e| format!("{}: {e}", self.program.display()))?;
+        Ok(Program { child, path: self.program.clone(), dir: self.dir.clone(), start_time: Duration::ZERO })
+    }
+
+    /// Starts it and waits until it is ready.
+    pub fn start(&self) -> Result<Program, String> {
+        let begin = Instant::now();
+        let mut program = self.spawn()?;
+        while !program.is_ready() {
+            if let Some(status) = program.child.try_wait().map_err(|e| e.to_string())? {
+                return Err(format!("the target did not start ({status}): {}", program.log_end()));
+            }
+            if begin.elapsed() > PATIENCE {
+                return Err(format!("the target is not ready after {PATIENCE:?}: {}", program.log_end()));
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        program.start_time = begin.elapsed();
+        Ok(program)
+    }
+
+    /// Starts it and kills it after `delay`, whatever it has come to.
+    pub fn start_and_kill(&self, delay: Duration) -> Result<(), String> {
+        let program = self.spawn()?;
+        std::thread::sleep(delay);
+        program.kill().map_err(|e| format!("{} ms into a start: {e}", delay.as_millis()))
+    }
+
+    /// Keeps a copy of the pool's file. What the program has written and not flushed is in it too: the page cache is one.
+    pub fn save_pool(&self) -> Result<(), String> {
+        self.copy("disk", "disk.saved")
+    }
+
+    /// Puts the copy in the pool's place.
+    pub fn restore_pool(&self) -> Result<(), String> {
+        self.copy("disk.saved", "disk")
+    }
+
+    fn copy(&self, from: &str, to: &str) -> Result<(), String> {
+        let status =
+            Command::new("cp").arg("--sparse=always").arg(from).arg(to).current_dir(&self.dir).status();
+        match status {
+            Ok(s) if s.success() => Ok(()),
+            other => Err(format!("copying {from} to {to}: {other:?}")),
+        }
+    }
+}
+
+/// One process; killed when dropped.
+pub struct Program {
+    child: Child,
+    path: PathBuf,
+    dir: PathBuf,
+    /// From its start until it was ready.
+    pub start_time: Duration,
+}
+
+impl Program {
+    fn is_ready(&self) -> bool {
+        let out = std::fs::read_to_string(self.dir.join("out")).unwrap_or_default();
+        out.lines().any(|line| line.starts_with("cryptfold: ready"))
+    }
+
+    fn log_end(&self) -> String {
+        let log = std::fs::read(self.dir.join("log")).unwrap_or_default();
+        let text = String::from_utf8_lossy(&log);
+        let lines: Vec<&str> = text.lines().collect();
+        lines[lines.len().saturating_sub(20)..].join("\n")
+    }
+
+    /// SIGKILL, and its end awaited. An error if it had ended by itself.
+    pub fn kill(mut self) -> Result<(), String> {
+        if let Some(status) = self.child.try_wait().map_err(|e| e.to_string())? {
+            return Err(format!("the target had ended by itself ({status}): {}", self.log_end()));
+        }
+        self.child.kill().and_then(|()| self.child.wait()).map_err(|e| e.to_string())?;
+        Ok(())
+    }
+
+    /// An end in order, as SIGTERM brings it; must give status 0.
+    pub fn stop(mut self) -> Result<(), String> {
+        self.rpc("spdk_kill_instance", &serde_json::json!({"sig_name": "SIGTERM"}))?;
+        let begin = Instant::now();
+        while begin.elapsed() < PATIENCE {
+            match self.child.try_wait().map_err(|e| e.to_string())? {
+                Some(status) if status.success() => return Ok(()),
+                Some(status) => return Err(format!("the target ended with {status}: {}", self.log_end())),
+                None => std::thread::sleep(Duration::from_millis(10)),
+            }
+        }
+        Err(format!("the target did not end within {PATIENCE:?}: {}", self.log_end()))
+    }
+
+    /// Calls a method by the program's own `rpc` command.
+    pub fn rpc(&self, method: &str, params: &Value) -> Result<Value, String> {
+        let output = Command::new(&self.path)
+            .args(["rpc", "-r"])
+            .arg(self.dir.join("rpc.sock"))
+            .args([method, &params.to_string()])
+            .output()
+            .map_err(|e| format!("{}: {e}", self.path.display()))?;
+        if !output.status.success() {
+            let said = String::from_utf8_lossy(&output.stderr);
+            return Err(format!("{method}: {}; end of the target's log: {}", said.trim(), self.log_end()));
+        }
+        serde_json::from_slice(&output.stdout).map_err(|e| format!("{method} answers no JSON: {e}"))
+    }
+}
+
+impl Drop for Program {
+    fn drop(&mut self) {
+        // Ended already, or about to: nothing is to be done about a failure.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
