@@ -127,16 +127,19 @@ impl CryptoQueue {
     fn transform(&self, direction: Direction, io: &mut Io, into: Option<SgList>) -> Result<(), Status> {
         let block = self.numbering.unit_bytes;
         let start = io.lba * block as u64;
-        let data = std::mem::take(&mut io.data);
         let len = io.blocks as usize * block;
-        if data.len_bytes() != len {
-            // A base that returns too much or too little: nothing of it can be trusted.
-            return Err(Status::INTERNAL_ERROR);
-        }
         let unmapped = if self.reports_unmapped { &io.unmapped[..] } else { &[] };
-        let spans = transform::spans(0, start, len, block, unmapped);
-        io.data = transform::apply(&self.context, direction, &self.numbering, start, &spans, data, into)?;
-        Ok(())
+        let done = if io.data.len_bytes() == len {
+            let spans = transform::spans(0, start, len, block, unmapped);
+            transform::apply(&self.context, direction, &self.numbering, start, &spans, &mut io.data, into)
+        } else {
+            // A base that returns too much or too little: nothing of it can be trusted.
+            Err(Status::INTERNAL_ERROR)
+        };
+        if done.is_err() {
+            io.data = SgList::new();
+        }
+        done
     }
 }
 

@@ -225,7 +225,7 @@ impl HostcryptQueue {
 
     /// What a write stores, and under which key: plaintext of the payload, or raw bytes before it. The range must not
     /// straddle the two.
-    fn stored(&self, lba: u64, data: SgList) -> Result<(SgList, u16), Status> {
+    fn stored(&self, lba: u64, mut data: SgList) -> Result<(SgList, u16), Status> {
         let start = lba * self.block_bytes;
         if start < self.numbering.origin {
             return Ok((data, 0));
@@ -233,9 +233,8 @@ impl HostcryptQueue {
         let len = data.len_bytes();
         let block = self.block_bytes as usize;
         let spans = transform::spans(self.numbering.origin, start, len, block, &[]);
-        let plain =
-            transform::apply(&self.context, Direction::Decrypt, &self.numbering, start, &spans, data, None)?;
-        Ok((plain, self.key_id))
+        transform::apply(&self.context, Direction::Decrypt, &self.numbering, start, &spans, &mut data, None)?;
+        Ok((data, self.key_id))
     }
 
     fn write(self: Rc<Self>, mut io: Box<Io>) {
@@ -284,7 +283,7 @@ impl HostcryptQueue {
     fn answer_read(&self, io: &mut Io, into: SgList) -> Result<(), Status> {
         let start = io.lba * self.block_bytes;
         let len = (io.blocks * self.block_bytes) as usize;
-        let data = std::mem::take(&mut io.data);
+        let mut data = std::mem::take(&mut io.data);
         if data.len_bytes() != len {
             // A base that returns too much or too little: nothing of it can be trusted.
             return Err(Status::INTERNAL_ERROR);
@@ -297,8 +296,8 @@ impl HostcryptQueue {
         let block = self.block_bytes as usize;
         let spans = transform::spans(self.numbering.origin, start, len, block, &io.unmapped);
         let into = Some(into).filter(|d| !d.is_empty());
-        io.data =
-            transform::apply(&self.context, Direction::Encrypt, &self.numbering, start, &spans, data, into)?;
+        transform::apply(&self.context, Direction::Encrypt, &self.numbering, start, &spans, &mut data, into)?;
+        io.data = data;
         Ok(())
     }
 

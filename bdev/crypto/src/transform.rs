@@ -39,6 +39,7 @@ impl Numbering {
 }
 
 /// The bytes of an I/O of `len` bytes at `start` that lie behind `origin` and in no unmapped range.
+#[inline]
 pub(crate) fn spans(
     origin: u64,
     start: u64,
@@ -48,6 +49,12 @@ pub(crate) fn spans(
 ) -> Spans {
     let before = origin.saturating_sub(start).min(len as u64) as usize;
     let mut out = Spans::new();
+    if unmapped.is_empty() {
+        if before < len {
+            out.push(before..len);
+        }
+        return out;
+    }
     let mut at = before;
     let mut add = |range: Range<usize>| {
         if !range.is_empty() {
@@ -72,7 +79,8 @@ pub(crate) fn spans(
     out
 }
 
-/// Runs `spans` of `data`, which is that of an I/O at `start`, through the cipher, and leaves the rest as it is.
+/// Runs `spans` of `data`, which is that of an I/O at `start`, through the cipher, and leaves the rest as it is. On an
+/// error `data` holds nothing that can be used.
 ///
 /// With `into`, the result lies there. Without, it lies where `data` did if nobody else holds that, else in a fresh
 /// buffer.
@@ -85,28 +93,34 @@ pub(crate) fn apply(
     numbering: &Numbering,
     start: u64,
     spans: &[Range<usize>],
-    mut data: SgList,
+    data: &mut SgList,
     into: Option<SgList>,
-) -> Result<SgList, Status> {
+) -> Result<(), Status> {
     let len = data.len_bytes();
-    let target = match into {
-        None if spans.is_empty() => return Ok(data),
-        None if in_place(context, direction, numbering, start, spans, &mut data) => return Ok(data),
-        None => None,
+    let whole = matches!(spans, [all] if *all == (0..len));
+    let mut target = match into {
+        None if spans.is_empty() => return Ok(()),
+        // One buffer that somebody else holds too: the usual case.
+        None if whole && matches!(data.segments(), [one] if !one.is_unique()) => Buf::alloc(len).into(),
+        None if in_place(context, direction, numbering, start, spans, data) => return Ok(()),
+        None => Buf::alloc(len).into(),
         Some(target) if target.len_bytes() != len => return Err(Status::DATA_TRANSFER_ERROR),
-        Some(target) => Some(target),
+        Some(target) => target,
     };
-    let mut target = target.unwrap_or_else(|| Buf::alloc(len).into());
-    if let [all] = spans
-        && *all == (0..len)
-    {
-        let pieces = target.get_mut_segments().ok_or(Status::DATA_TRANSFER_ERROR)?;
-        context.run(direction, numbering.run_at(start), data.iter().map(Buf::as_slice), pieces);
-    } else if !target.copy_from(&data) || !in_place(context, direction, numbering, start, spans, &mut target)
-    {
+    if whole {
+        let run = numbering.run_at(start);
+        if let ([from], [to]) = (data.segments(), target.segments_mut()) {
+            let to = to.get_mut().ok_or(Status::DATA_TRANSFER_ERROR)?;
+            context.run(direction, run, [from.as_slice()], [to]);
+        } else {
+            let pieces = target.get_mut_segments().ok_or(Status::DATA_TRANSFER_ERROR)?;
+            context.run(direction, run, data.iter().map(Buf::as_slice), pieces);
+        }
+    } else if !target.copy_from(data) || !in_place(context, direction, numbering, start, spans, &mut target) {
         return Err(Status::DATA_TRANSFER_ERROR);
     }
-    Ok(target)
+    *data = target;
+    Ok(())
 }
 
 /// False, with nothing changed, when somebody else holds a piece of `data`.

@@ -86,8 +86,12 @@ impl Device for Malloc {
     }
 
     fn open_queue(self: Arc<Self>) -> Result<Rc<dyn Queue>, BdevError> {
-        let drain = Cell::new(Some(Box::default()));
-        Ok(Rc::new(MallocQueue { disk: self, pending: RefCell::default(), drain }))
+        Ok(Rc::new(MallocQueue {
+            disk: self,
+            pending: RefCell::default(),
+            spare: Cell::default(),
+            drain: Cell::new(Some(Box::default())),
+        }))
     }
 
     fn config(&self) -> Vec<(String, Value)> {
@@ -106,6 +110,8 @@ struct MallocQueue {
     disk: Arc<Malloc>,
     /// Submitted, hinted, waiting for the drain.
     pending: RefCell<Vec<Box<Io>>>,
+    /// The empty list that takes turns with it.
+    spare: Cell<Vec<Box<Io>>>,
     /// The drain, when it is not under way.
     drain: Cell<Option<Box<Drain>>>,
 }
@@ -132,19 +138,20 @@ impl Queue for MallocQueue {
 impl reactor::Deferred for Drain {
     fn run(mut self: Box<Self>) {
         let Some(queue) = self.queue.take() else { return };
-        let mut batch = std::mem::take(&mut *queue.pending.borrow_mut());
+        let mut batch = queue.pending.replace(queue.spare.take());
+        // What is submitted from here on waits for the next drain.
+        queue.drain.set(Some(self));
         for io in &batch {
             let (at, len) = queue.place(io);
             queue.disk.pages.hint_counts(at, len);
         }
         for mut io in batch.drain(..) {
+            let lends = io.op == Op::Read && io.data.is_empty();
             let status = queue.work(&mut io);
-            // Through the reactor's queue: what is lent has its first bytes on their way.
-            io.finish(status);
+            // What is lent goes through the reactor's queue: its first bytes are on their way.
+            if lends { io.finish(status) } else { io.up(status) }
         }
-        // Nothing was submitted meanwhile: `finish` calls nobody back. The allocation is kept.
-        *queue.pending.borrow_mut() = batch;
-        queue.drain.set(Some(self));
+        queue.spare.set(batch);
     }
 }
 
