@@ -70,15 +70,15 @@ fn device_load(handle: &Handle, device: &Arc<Descriptor>, plan: Plan) -> Result<
     handle.block_on(run).map_err(|e| e.to_string())?
 }
 
-fn open(registry: &Arc<Registry>, name: &str) -> Result<Arc<Descriptor>, String> {
+pub fn open(registry: &Arc<Registry>, name: &str) -> Result<Arc<Descriptor>, String> {
     registry.open(name, Access::ReadWrite, |_| {}).map_err(|e| e.to_string())
 }
 
-/// A RAM disk of [`SPAN`] bytes.
-pub fn ram_disk(registry: &Arc<Registry>, name: &str) -> Result<(), String> {
+/// A RAM disk.
+pub fn ram_disk(registry: &Arc<Registry>, name: &str, bytes: u64) -> Result<(), String> {
     let options = MallocOptions {
         name: name.into(),
-        num_blocks: SPAN / u64::from(BLOCK),
+        num_blocks: bytes / u64::from(BLOCK),
         block_size_bytes: BLOCK,
         uuid: None,
         optimal_io_boundary: 0,
@@ -114,7 +114,7 @@ pub fn crypto(rounds: Rounds<'_>) -> Result<Vec<Row>, String> {
     let (runtime, registry) = (runtime(&[0])?, Registry::new());
     let bytes: Vec<u8> = (1..=64).collect();
     let key = Arc::new(XtsKey::new(&bytes).map_err(|e| e.to_string())?);
-    ram_disk(&registry, "ram")?;
+    ram_disk(&registry, "ram", SPAN)?;
     let options = CryptoOptions {
         name: "crypto".into(),
         base_bdev_name: "ram".into(),

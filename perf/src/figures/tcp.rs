@@ -56,7 +56,7 @@ fn target(registry: &Arc<Registry>, reactor: &Handle) -> Result<(Target, ListenA
 /// One queue, one core for the target: 4 KiB random reads, 128 KiB sequential reads and writes.
 pub fn tcp(rounds: Rounds<'_>) -> Result<Vec<Row>, String> {
     let (runtime, registry) = (runtime(&CORES)?, Registry::new());
-    ram_disk(&registry, "ram")?;
+    ram_disk(&registry, "ram", SPAN)?;
     let (target, address) = target(&registry, &runtime.handles()[0])?;
     let initiator = &runtime.handles()[1];
     let subject = |name, bytes: usize, read_pct, random, depth| Subject {

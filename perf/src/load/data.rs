@@ -1,6 +1,7 @@
 //! What is written.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use cryptfold_reactor::memory::{Buf, SgList};
 
@@ -13,10 +14,12 @@ const DUPLICATES: u64 = 512;
 const BLOCK: usize = 4096;
 
 /// Where written data comes from.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub enum DataSource {
     /// The same random buffers again and again.
     Repeat,
+    /// These buffers of one I/O each, in order, from the start again at the end. Not empty.
+    Buffers(Arc<[Buf]>),
     /// A file's bytes, from the start again at its end.
     File(PathBuf),
     /// Unique blocks.
@@ -31,7 +34,7 @@ pub enum DataSource {
 /// Makes the data of one worker's writes.
 pub struct Generator {
     source: DataSource,
-    /// Prepared buffers of one I/O each (`Repeat`, `File`) or 4 KiB blocks to stamp (`Unique`).
+    /// Prepared buffers of one I/O each (`Repeat`, `Buffers`, `File`) or 4 KiB blocks to stamp (`Unique`).
     pool: Vec<Buf>,
     duplicates: Vec<Buf>,
     rng: Rng,
@@ -65,6 +68,7 @@ impl Generator {
         let ios = (POOL_BYTES / bytes).clamp(1, 256);
         let pool = match &source {
             DataSource::Repeat => (0..ios).map(|_| random_buf(&mut rng, bytes)).collect(),
+            DataSource::Buffers(bufs) => bufs.to_vec(),
             DataSource::File(path) => file_bufs(path, bytes)?,
             DataSource::Unique { compress_ratio, .. } => (0..POOL_BYTES / BLOCK / 4)
                 .map(|_| Buf::from_slice(&block(&mut rng, *compress_ratio)))

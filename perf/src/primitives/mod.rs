@@ -4,7 +4,7 @@
 //! Units: GB/s are 10^9 bytes of plain (uncompressed) data a second; ops are blocks.
 
 mod area;
-mod data;
+pub(crate) mod data;
 mod kernels;
 mod measure;
 
