@@ -99,30 +99,35 @@ impl Pool {
         Ok(())
     }
 
-    /// Waits while too much is not durable or not checkpointed yet. Everything that changes the pool goes through here.
+    /// Whether changes have to wait: too much is not durable or not checkpointed yet, or an audit is going on. Asks for what
+    /// will end that.
+    #[inline]
+    pub(crate) fn must_wait(&self) -> Result<bool, Status> {
+        self.check_writable()?;
+        let journal = self.journal.borrow();
+        let (used, all) = journal.usage();
+        let dirty = self.dirty_leaves();
+        if (used * 2 > all || dirty > self.dirty_limit)
+            && !self.commits.checkpoint_wanted.get()
+            && !self.commits.checkpointing.get()
+        {
+            self.commits.checkpoint_wanted.set(true);
+            self.commits.wake.notify_one();
+        }
+        let full = journal.pending_bytes() > MOST_BYTES || used * 8 > all * 7 || dirty > 2 * self.dirty_limit;
+        Ok(full || self.auditing.get())
+    }
+
+    /// Waits as long as [`Pool::must_wait`]. Everything that changes the pool goes through here.
     pub(crate) async fn throttle(&self) -> Result<(), Status> {
-        loop {
-            self.check_writable()?;
-            if self.auditing.get() {
-                self.commits.done.notified().await;
-                continue;
-            }
-            let (used, all) = self.journal.borrow().usage();
-            let records = self.journal.borrow().pending_bytes();
-            let dirty = self.dirty_leaves();
-            let checkpoint = used * 2 > all || dirty > self.dirty_limit;
-            if checkpoint && !self.commits.checkpoint_wanted.get() && !self.commits.checkpointing.get() {
-                self.commits.checkpoint_wanted.set(true);
+        while self.must_wait()? {
+            if !self.auditing.get() {
+                self.commits.urgent.set(true);
                 self.commits.wake.notify_one();
             }
-            let wait = records > MOST_BYTES || used * 8 > all * 7 || dirty > 2 * self.dirty_limit;
-            if !wait {
-                return Ok(());
-            }
-            self.commits.urgent.set(true);
-            self.commits.wake.notify_one();
             self.commits.done.notified().await;
         }
+        Ok(())
     }
 
     /// Writes a checkpoint of the state as it is now (or later) and waits for it.
@@ -259,6 +264,7 @@ impl Pool {
             }
             self.batches_durable(&sealed, records);
         }
+        self.journal.borrow_mut().recycle(sealed);
         Ok(())
     }
 

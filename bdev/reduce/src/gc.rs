@@ -26,8 +26,10 @@ use crate::log::{NotAppended, bound};
 use crate::pool::{Life, Pool};
 use crate::segments::{Purpose, Segment};
 
-/// Bytes read at once from a segment that is collected.
+/// Bytes read at once from a segment that is collected: more than any unit has, wherever it begins in a block.
 const WINDOW_BYTES: usize = 1 << 20;
+const _: () =
+    assert!(WINDOW_BYTES >= MAX_FRAGMENT_BYTES + BLOCK_BYTES && MAX_FRAGMENT_BYTES > MAX_NODE_UNIT_BYTES);
 
 /// Segment handles kept in RAM (about 1 KiB each).
 const MOST_HANDLES: usize = 8192;
@@ -51,9 +53,11 @@ impl<'a> Scanner<'a> {
         let len = len.min((self.end.saturating_sub(at)) as usize);
         let have = self.start as usize + self.window.len();
         if at < self.start || at as usize + len > have {
-            let take = WINDOW_BYTES.max(len).min((self.end - at) as usize);
-            self.window = self.pool.base.read(self.segment.start_bytes + u64::from(at), take).await?;
-            self.start = at;
+            // Whole blocks, so that the window is a buffer of the pool's size.
+            let start = at / BLOCK_BYTES as u32 * BLOCK_BYTES as u32;
+            let take = WINDOW_BYTES.min((self.end - start) as usize);
+            self.window = self.pool.base.read(self.segment.start_bytes + u64::from(start), take).await?;
+            self.start = start;
         }
         let from = (at - self.start) as usize;
         Ok(&self.window[from..from + len])

@@ -22,7 +22,7 @@ use cryptfold_reduce_format::ids::{
 use cryptfold_reduce_format::journal::Scope;
 use cryptfold_reduce_format::map::{MapEntry, Target};
 use cryptfold_reduce_format::segment::Class;
-use reactor::memory::{Buf, SgList};
+use reactor::memory::SgList;
 use reactor::sync::Mutex;
 use smallvec::SmallVec;
 use std::sync::Arc;
@@ -34,6 +34,8 @@ use crate::shard::{FIRST_CONTAINER, Needs};
 
 /// Blocks that are written in one step.
 pub(crate) const PIECE: usize = 32;
+/// Small writes that are hashed together, at most.
+pub(crate) const HASHED: usize = 16;
 /// Chunks that are compressed together.
 const GROUP: usize = 16;
 /// Leaves of the map that one step of a fill touches.
@@ -49,14 +51,49 @@ pub(crate) struct Lane {
     opening: Mutex<()>,
 }
 
-/// Where a chunk of a write lies.
+/// Where a chunk of a piece lies.
 #[derive(Clone, Copy)]
-struct Source<'a> {
-    buf: &'a Buf,
+struct Source {
+    /// Buffer of the piece.
+    buf: u16,
     /// Chunk of that buffer.
-    nth: usize,
+    nth: u16,
     /// Block of the piece.
-    block: usize,
+    block: u16,
+}
+
+/// What is worked out about a piece; reused, so that a write allocates nothing and its future stays small.
+#[derive(Default)]
+pub(crate) struct Scratch {
+    entries: Vec<MapEntry>,
+    /// The chunks that are data: where they lie, their fingerprints, where they are stored.
+    sources: Vec<Source>,
+    fingerprints: Vec<Fingerprint>,
+    found: Vec<Option<ChunkAddr>>,
+    new: Vec<u16>,
+    /// (chunk, earlier chunk of the same piece with the same content)
+    same: Vec<(u16, u16)>,
+    runs: Vec<MapRun>,
+    /// Duplicates are not looked for: their lists can not be read.
+    blind: bool,
+}
+
+/// A small write that came with others.
+pub(crate) struct Small<'a> {
+    pub volume: VolumeId,
+    pub lba: u64,
+    pub data: &'a SgList,
+    pub host_key: HostKeyId,
+}
+
+/// What a piece needs before it can be stored.
+enum Attempt {
+    /// Nothing: it is.
+    Done,
+    /// These are missing; `true`: only for finding duplicates.
+    Load(Needs, bool),
+    /// So many bytes of room in the log.
+    Room(usize),
 }
 
 /// What a write needs to know of its volume, read at its start.
@@ -107,22 +144,115 @@ impl Pool {
         mut data: SgList,
         host_key: HostKeyId,
     ) -> Result<(), Status> {
-        let blocks = data.len_bytes() / CHUNK_BYTES;
-        if lba + blocks as u64 > target.blocks {
+        if lba + (data.len_bytes() / CHUNK_BYTES) as u64 > target.blocks {
             return Err(Status::LBA_OUT_OF_RANGE);
         }
         let mut at = lba;
         while !data.is_empty() {
             self.throttle().await?;
             let count = PIECE.min(data.len_bytes() / CHUNK_BYTES);
-            let mut piece = data.split_to(count * CHUNK_BYTES);
-            if piece.iter().any(|buf| !buf.len().is_multiple_of(CHUNK_BYTES)) {
-                piece = piece.to_contiguous().into();
+            let piece = whole_chunks(data.split_to(count * CHUNK_BYTES));
+            let mut scratch = self.scratch.borrow_mut().pop().unwrap_or_default();
+            {
+                let mut chunks = SmallVec::new();
+                self.classify(target, &piece, host_key, &mut scratch, &mut chunks);
+                scratch.fingerprints.clear();
+                scratch.fingerprints.resize(chunks.len(), Fingerprint::NONE);
+                target.hasher.hash_chunks(&chunks, &mut scratch.fingerprints);
             }
-            self.write_piece(target, at, &piece, host_key).await?;
+            let result = self.write_piece(target, at, &piece, &mut scratch).await;
+            self.scratch.borrow_mut().push(scratch);
+            result?;
             at += count as u64;
         }
         Ok(())
+    }
+
+    /// Writes several small pieces at once, each if nothing has to be waited for; `answer` gets each one's number and result
+    /// (`None`: it has to go the long way). Their chunks are hashed together, which is what makes small writes fast.
+    pub(crate) fn try_writes<'a>(
+        self: &Rc<Self>,
+        writes: impl Iterator<Item = Small<'a>> + Clone,
+        mut answer: impl FnMut(usize, Option<Result<(), Status>>),
+    ) {
+        let mut pieces: SmallVec<[(Target4k, Box<Scratch>); HASHED]> = SmallVec::new();
+        let mut chunks: SmallVec<[&Chunk; PIECE]> = SmallVec::new();
+        for write in writes.clone() {
+            // Checked for each: the volume may be gone.
+            let Ok(target) = self.target(write.volume) else { break };
+            let mut scratch = self.scratch.borrow_mut().pop().unwrap_or_default();
+            self.classify(&target, write.data, write.host_key, &mut scratch, &mut chunks);
+            pieces.push((target, scratch));
+        }
+        let mut prints: SmallVec<[Fingerprint; PIECE]> = SmallVec::new();
+        prints.resize(chunks.len(), Fingerprint::NONE);
+        let one_domain = pieces.windows(2).all(|pair| pair[0].0.domain == pair[1].0.domain);
+        if let Some((target, _)) = pieces.first().filter(|_| one_domain) {
+            target.hasher.hash_chunks(&chunks, &mut prints);
+        }
+        let mut pieces = pieces.into_iter();
+        let mut rest = prints.as_slice();
+        for (nth, write) in writes.enumerate() {
+            let Some((target, mut scratch)) = pieces.next() else {
+                answer(nth, None);
+                continue;
+            };
+            let (mine, others) = rest.split_at(scratch.sources.len());
+            rest = others;
+            scratch.fingerprints.clear();
+            scratch.fingerprints.extend_from_slice(mine);
+            let fits = write.lba + scratch.entries.len() as u64 <= target.blocks;
+            let result =
+                if one_domain && fits { self.try_piece(&target, &write, &mut scratch) } else { None };
+            self.scratch.borrow_mut().push(scratch);
+            answer(nth, result);
+        }
+    }
+
+    fn try_piece(
+        self: &Rc<Self>,
+        target: &Target4k,
+        write: &Small<'_>,
+        scratch: &mut Scratch,
+    ) -> Option<Result<(), Status>> {
+        if self.must_wait().ok()? {
+            return None;
+        }
+        let lane = self.lane(target.domain, Purpose::Host);
+        match self.attempt(target, &lane, write.lba, write.data, scratch) {
+            Ok(Attempt::Done) => Some(Ok(())),
+            Ok(_) => None,
+            Err(status) => Some(Err(status)),
+        }
+    }
+
+    /// Finds zeros and patterns; the rest is appended to `data`.
+    fn classify<'a>(
+        &self,
+        target: &Target4k,
+        piece: &'a SgList,
+        host_key: HostKeyId,
+        scratch: &mut Scratch,
+        data: &mut SmallVec<[&'a Chunk; PIECE]>,
+    ) {
+        scratch.entries.clear();
+        scratch.sources.clear();
+        scratch.blind = false;
+        for (at, buf) in piece.iter().enumerate() {
+            for (nth, chunk) in buf.as_chunks::<CHUNK_BYTES>().0.iter().enumerate() {
+                let kind = match codec::pattern(chunk) {
+                    Some(0) => Target::Zero,
+                    Some(word) => Target::Pattern(word),
+                    None => {
+                        data.push(chunk);
+                        let block = scratch.entries.len() as u16;
+                        scratch.sources.push(Source { buf: at as u16, nth: nth as u16, block });
+                        Target::Uncorrectable
+                    }
+                };
+                scratch.entries.push(MapEntry { target: kind, birth: target.epoch, host_key });
+            }
+        }
     }
 
     async fn write_piece(
@@ -130,74 +260,73 @@ impl Pool {
         target: &Target4k,
         lba: u64,
         piece: &SgList,
-        host_key: HostKeyId,
+        scratch: &mut Scratch,
     ) -> Result<(), Status> {
-        let mut entries: SmallVec<[MapEntry; PIECE]> = SmallVec::new();
-        let mut data: SmallVec<[&Chunk; PIECE]> = SmallVec::new();
-        let mut sources: SmallVec<[Source<'_>; PIECE]> = SmallVec::new();
-        for buf in piece.iter() {
-            for (nth, chunk) in buf.as_chunks::<CHUNK_BYTES>().0.iter().enumerate() {
-                let kind = match codec::pattern(chunk) {
-                    Some(0) => Target::Zero,
-                    Some(word) => Target::Pattern(word),
-                    None => {
-                        data.push(chunk);
-                        sources.push(Source { buf, nth, block: entries.len() });
-                        Target::Uncorrectable
-                    }
-                };
-                entries.push(MapEntry { target: kind, birth: target.epoch, host_key });
-            }
-        }
-        let mut fingerprints: SmallVec<[Fingerprint; PIECE]> = SmallVec::new();
-        fingerprints.resize(data.len(), Fingerprint::NONE);
-        target.hasher.hash_chunks(&data, &mut fingerprints);
-
         let lane = self.lane(target.domain, Purpose::Host);
-        let mut found: SmallVec<[Option<ChunkAddr>; 32]> = SmallVec::new();
         let mut pins = self.pins();
-        let mut dedupe = true;
         loop {
-            let mut needs = Needs::new();
-            {
-                let shard = self.shard.borrow();
-                shard
-                    .needs_of_fill(target.volume, lba, entries.len() as u64, &mut needs)
-                    .map_err(|_| Status::INVALID_NAMESPACE)?;
+            match self.attempt(target, &lane, lba, piece, scratch)? {
+                Attempt::Done => return Ok(()),
+                Attempt::Load(needs, only_duplicates) => {
+                    // Boxed: rare, and it would make every write's future large.
+                    let loaded = Box::pin(self.load_all(needs, &mut pins)).await;
+                    if only_duplicates {
+                        // A list that can not be read costs a second copy, not the write.
+                        scratch.blind |= loaded.is_err();
+                    } else {
+                        loaded?;
+                    }
+                }
+                Attempt::Room(bytes) => Box::pin(self.make_ready(&lane, bytes)).await?,
             }
+        }
+    }
+
+    /// Stores a piece in one step, or says what is missing (and has changed nothing then).
+    fn attempt(
+        &self,
+        target: &Target4k,
+        lane: &Lane,
+        lba: u64,
+        piece: &SgList,
+        scratch: &mut Scratch,
+    ) -> Result<Attempt, Status> {
+        self.check_alive()?;
+        let mut needs = Needs::new();
+        {
+            let shard = self.shard.borrow();
+            let gone = |_| Status::INVALID_NAMESPACE;
+            shard
+                .needs_of_fill(target.volume, lba, scratch.entries.len() as u64, &mut needs)
+                .map_err(gone)?;
             if !needs.is_empty() {
-                self.load_all(needs, &mut pins).await?;
-                continue;
+                return Ok(Attempt::Load(needs, false));
             }
-            if dedupe {
-                let shard = self.shard.borrow();
-                shard
-                    .lookup(target.domain, &fingerprints, &mut found, &mut needs)
-                    .map_err(|_| Status::INVALID_NAMESPACE)?;
+            if scratch.blind {
+                scratch.found.clear();
+                scratch.found.resize(scratch.fingerprints.len(), None);
             } else {
-                found.clear();
-                found.resize(fingerprints.len(), None);
+                let (prints, found) = (&scratch.fingerprints, &mut scratch.found);
+                shard.lookup(target.domain, prints, found, &mut needs).map_err(gone)?;
+                if !needs.is_empty() {
+                    return Ok(Attempt::Load(needs, true));
+                }
             }
-            if !needs.is_empty() {
-                // A list that can not be read costs a second copy, not the write.
-                dedupe = self.load_all(needs, &mut pins).await.is_ok();
-                continue;
-            }
-            let new = found.iter().filter(|found| found.is_none()).count();
+        }
+        let new = scratch.found.iter().filter(|found| found.is_none()).count();
+        if new > 0 {
             let bytes = new.div_ceil(GROUP) * bound(0) + new * CHUNK_BYTES + bound(0);
-            if new > 0 && !self.has_room(&lane, bytes) {
-                self.make_ready(&lane, bytes).await?;
-                continue;
+            if lane.log.room_for(bytes).is_err() {
+                return Ok(Attempt::Room(bytes));
             }
-            break;
+            self.store(target, lane, piece, scratch)?;
         }
-        // From here on nothing waits.
-        self.check_writable()?;
-        self.store(target, &lane, &sources, &fingerprints, &mut found)?;
-        for (found, source) in found.iter().zip(&sources) {
-            entries[source.block].target = found.map_or(Target::Uncorrectable, Target::Chunk);
+        for (found, source) in scratch.found.iter().zip(&scratch.sources) {
+            scratch.entries[usize::from(source.block)].target =
+                found.map_or(Target::Uncorrectable, Target::Chunk);
         }
-        self.set_blocks(target, lba, &entries)
+        self.set_blocks(target, lba, scratch)?;
+        Ok(Attempt::Done)
     }
 
     /// Stores the chunks that were not found, and fills in where they are.
@@ -205,19 +334,19 @@ impl Pool {
         &self,
         target: &Target4k,
         lane: &Lane,
-        data: &[Source<'_>],
-        fingerprints: &[Fingerprint],
-        found: &mut [Option<ChunkAddr>],
+        piece: &SgList,
+        scratch: &mut Scratch,
     ) -> Result<(), Status> {
-        let mut new: SmallVec<[usize; PIECE]> = SmallVec::new();
-        let mut same: SmallVec<[(usize, usize); 8]> = SmallVec::new();
+        let Scratch { sources, fingerprints, found, new, same, .. } = scratch;
+        new.clear();
+        same.clear();
         for at in 0..found.len() {
             if found[at].is_some() {
                 continue;
             }
-            match new.iter().find(|&&earlier| fingerprints[earlier] == fingerprints[at]) {
-                Some(&earlier) => same.push((at, earlier)),
-                None => new.push(at),
+            match new.iter().find(|&&earlier| fingerprints[usize::from(earlier)] == fingerprints[at]) {
+                Some(&earlier) => same.push((at as u16, earlier)),
+                None => new.push(at as u16),
             }
         }
         let mut rest = new.as_slice();
@@ -227,35 +356,41 @@ impl Pool {
             let (group, others) = rest.split_at(count);
             rest = others;
             let first = ChunkAddr::new(container, slot).ok_or(Status::INTERNAL_ERROR)?;
-            self.store_group(target, lane, first, group, data, fingerprints)?;
+            self.store_group(target, lane, first, group, piece, sources, fingerprints)?;
             for (n, &at) in group.iter().enumerate() {
-                found[at] = first.plus(n as u16);
+                found[usize::from(at)] = first.plus(n as u16);
             }
             lane.container.set(Some((container, slot + count as u16)));
         }
-        for (at, earlier) in same {
-            found[at] = found[earlier];
+        for &(at, earlier) in same.iter() {
+            found[usize::from(at)] = found[usize::from(earlier)];
         }
         Ok(())
     }
 
+    #[allow(clippy::too_many_arguments)]
     fn store_group(
         &self,
         target: &Target4k,
         lane: &Lane,
         first: ChunkAddr,
-        group: &[usize],
-        data: &[Source<'_>],
+        group: &[u16],
+        piece: &SgList,
+        sources: &[Source],
         fingerprints: &[Fingerprint],
     ) -> Result<(), Status> {
         // Chunks that are neighbours in a buffer are one piece.
         let mut pieces: SmallVec<[&[u8]; GROUP]> = SmallVec::new();
-        let prints: SmallVec<[Fingerprint; GROUP]> = group.iter().map(|&at| fingerprints[at]).collect();
-        for run in
-            group.chunk_by(|&a, &b| std::ptr::eq(data[a].buf, data[b].buf) && data[a].nth + 1 == data[b].nth)
-        {
-            let Source { buf, nth, .. } = data[run[0]];
-            pieces.push(&buf[nth * CHUNK_BYTES..(nth + run.len()) * CHUNK_BYTES]);
+        let prints: SmallVec<[Fingerprint; GROUP]> =
+            group.iter().map(|&at| fingerprints[usize::from(at)]).collect();
+        let source = |at: u16| sources[usize::from(at)];
+        for run in group.chunk_by(|&a, &b| {
+            let (a, b) = (source(a), source(b));
+            a.buf == b.buf && a.nth + 1 == b.nth
+        }) {
+            let Source { buf, nth, .. } = source(run[0]);
+            let from = usize::from(nth) * CHUNK_BYTES;
+            pieces.push(&piece.segments()[usize::from(buf)][from..from + run.len() * CHUNK_BYTES]);
         }
         let appended = {
             let mut compressor = self.compressor.borrow_mut();
@@ -285,14 +420,14 @@ impl Pool {
         Ok(())
     }
 
-    /// Points blocks of a volume to `entries`. Their leaves are in RAM, their chunks alive or just stored.
-    fn set_blocks(&self, target: &Target4k, lba: u64, entries: &[MapEntry]) -> Result<(), Status> {
-        let mut list: Vec<MapRun> = Vec::with_capacity(4);
-        runs(entries.iter().copied(), &mut list);
+    /// Points blocks of a volume to the piece's entries. Their leaves are in RAM, their chunks alive or just stored.
+    fn set_blocks(&self, target: &Target4k, lba: u64, scratch: &mut Scratch) -> Result<(), Status> {
+        scratch.runs.clear();
+        runs(scratch.entries.iter().copied(), &mut scratch.runs);
         let scope = Scope::Domain { domain: target.domain, generation: target.generation };
-        self.push(scope, &Record::MapSet { volume: target.volume, lba: Lba(lba), runs: &list });
+        self.push(scope, &Record::MapSet { volume: target.volume, lba: Lba(lba), runs: &scratch.runs });
         let now = self.now();
-        let result = self.shard.borrow_mut().map_set(target.volume, Lba(lba), &list, now);
+        let result = self.shard.borrow_mut().map_set(target.volume, Lba(lba), &scratch.runs, now);
         result.map_err(|error| self.inconsistent(&error))
     }
 
@@ -327,10 +462,6 @@ impl Pool {
         lanes
             .values()
             .any(|lane| lane.domain == domain && lane.container.get().is_some_and(|open| open.0 == container))
-    }
-
-    fn has_room(&self, lane: &Lane, bytes: usize) -> bool {
-        lane.log.room_for(bytes).is_ok()
     }
 
     /// Waits until `bytes` fit the lane's log.
@@ -496,5 +627,14 @@ impl Pool {
             }
         }
         Ok(end)
+    }
+}
+
+/// The same bytes in buffers of whole chunks.
+fn whole_chunks(piece: SgList) -> SgList {
+    if piece.iter().all(|buf| buf.len().is_multiple_of(CHUNK_BYTES)) {
+        piece
+    } else {
+        piece.to_contiguous().into()
     }
 }

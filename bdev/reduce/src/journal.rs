@@ -31,6 +31,8 @@ pub(crate) struct Journal {
     /// Full batches, oldest first, and the one being filled.
     pending: Vec<Batch>,
     spare: Vec<Batch>,
+    /// Memory of batches that have been written.
+    spare_bytes: Vec<Vec<u8>>,
     records: u64,
     pending_bytes: usize,
 }
@@ -46,6 +48,7 @@ impl Journal {
             tail,
             pending: Vec::new(),
             spare: Vec::new(),
+            spare_bytes: Vec::new(),
             records: 0,
             pending_bytes: 0,
         }
@@ -119,7 +122,7 @@ impl Journal {
     ) -> Result<Vec<Sealed>, SealBatchError> {
         let mut sealed = Vec::with_capacity(self.pending.len());
         for mut batch in std::mem::take(&mut self.pending) {
-            let mut bytes = Vec::new();
+            let mut bytes = self.spare_bytes.pop().unwrap_or_default();
             let header = self.sealer.seal(&batch, self.durable, &key, &mut bytes)?;
             sealed.push(Sealed { sequence: header.sequence, position: header.position, bytes });
             batch.clear();
@@ -129,6 +132,12 @@ impl Journal {
         }
         self.pending_bytes = 0;
         Ok(sealed)
+    }
+
+    /// Takes back the memory of written batches.
+    pub fn recycle(&mut self, sealed: Vec<Sealed>) {
+        let room = 2usize.saturating_sub(self.spare_bytes.len());
+        self.spare_bytes.extend(sealed.into_iter().take(room).map(|batch| batch.bytes));
     }
 
     /// All batches up to `sequence` are durable.

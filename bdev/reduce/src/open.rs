@@ -361,6 +361,8 @@ fn assemble(
         fragments: RefCell::default(),
         lanes: RefCell::default(),
         logs: RefCell::default(),
+        scratch: RefCell::default(),
+        gathered: Default::default(),
         locks: Default::default(),
         cache_bytes,
         dirty_limit: (dirty_limit as usize).max(64),

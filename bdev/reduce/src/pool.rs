@@ -23,13 +23,14 @@ use crate::base::Base;
 use crate::chunklock::ChunkLocks;
 use crate::commit::Commits;
 use crate::hash::FastMap;
-use crate::ingest::Lane;
+use crate::ingest::{Lane, Scratch};
 use crate::journal::Journal;
 use crate::load::LoadKey;
 use crate::log::DataLog;
 use crate::meta::Meta;
 use crate::read::FragmentCache;
 use crate::shard::{ApplyError, Shard};
+use crate::volume::Gathered;
 
 /// How a pool is doing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -105,6 +106,9 @@ pub(crate) struct Pool {
     pub fragments: RefCell<FragmentCache>,
     pub lanes: RefCell<FastMap<(DomainId, bool), Rc<Lane>>>,
     pub logs: RefCell<Vec<Rc<DataLog>>>,
+    #[allow(clippy::vec_box)] // Moved in and out of writes; a kilobyte each time otherwise.
+    pub scratch: RefCell<Vec<Box<Scratch>>>,
+    pub gathered: Gathered,
     pub locks: ChunkLocks,
     /// Bytes of RAM for the trees' caches.
     pub cache_bytes: usize,

