@@ -1,0 +1,254 @@
+//! The blocking interface on real reactors: what the control plane calls.
+
+mod support;
+
+use std::sync::Arc;
+
+use cryptfold_bdev::{Access, Registry};
+use cryptfold_reactor::memory::Buf;
+use cryptfold_reactor::{IdlePolicy, Runtime, RuntimeConfig};
+use cryptfold_reduce::{Compression, CreateOptions, KeySource, PoolError, PoolManager, VolumeOptions};
+
+const MIB: u64 = 1 << 20;
+
+fn runtime(cores: usize) -> Runtime {
+    let config = RuntimeConfig {
+        cores: vec![0; cores],
+        policy: IdlePolicy::Interrupt,
+        pin: false,
+        ..RuntimeConfig::default()
+    };
+    Runtime::start(config).unwrap()
+}
+
+fn key() -> KeySource {
+    KeySource::Bytes((0..32).collect())
+}
+
+fn options() -> CreateOptions {
+    let mut options = CreateOptions::new(key());
+    options.memory_budget = Some(16 * MIB);
+    options
+}
+
+fn volume(name: &str, size_bytes: u64) -> VolumeOptions {
+    VolumeOptions { name: name.into(), size_bytes, ..VolumeOptions::default() }
+}
+
+/// Writes (on reactor `core`) blocks that carry `stamp` and their number.
+fn write(
+    runtime: &Runtime,
+    registry: &Arc<Registry>,
+    core: usize,
+    name: &'static str,
+    blocks: u64,
+    stamp: u8,
+) {
+    let registry = registry.clone();
+    let done = runtime.handles()[core].block_on(move || async move {
+        let channel = registry.open(name, Access::ReadWrite, |_| ()).unwrap().channel().unwrap();
+        for lba in (0..blocks).step_by(8) {
+            let data: Vec<u8> = (lba..lba + 8).flat_map(|n| block(n, stamp)).collect();
+            channel.write(lba, Buf::from_slice(&data), false).await.unwrap();
+        }
+        channel.flush().await.unwrap();
+    });
+    done.unwrap();
+}
+
+fn block(lba: u64, stamp: u8) -> Vec<u8> {
+    let mut block = vec![stamp; 4096];
+    for (n, word) in block.chunks_mut(64).enumerate() {
+        word[..8].copy_from_slice(&(lba * 64 + n as u64 + 1).to_le_bytes());
+    }
+    block
+}
+
+fn verify(
+    runtime: &Runtime,
+    registry: &Arc<Registry>,
+    core: usize,
+    name: &'static str,
+    blocks: u64,
+    stamp: u8,
+) {
+    let registry = registry.clone();
+    let done = runtime.handles()[core].block_on(move || async move {
+        let channel = registry.open(name, Access::ReadWrite, |_| ()).unwrap().channel().unwrap();
+        for lba in (0..blocks).step_by(16) {
+            let data = channel.read(lba, 16).await.unwrap().to_contiguous();
+            let expected: Vec<u8> = (lba..lba + 16).flat_map(|n| block(n, stamp)).collect();
+            assert!(data.as_slice() == expected, "block {lba} of {name}");
+        }
+    });
+    done.unwrap();
+}
+
+#[test]
+fn a_pool_from_its_making_to_its_end() {
+    let runtime = runtime(2);
+    let registry = Registry::new();
+    support::RamDisk::create(&registry, "ram", 128 * MIB);
+    let manager = PoolManager::new(registry.clone(), runtime.handles().to_vec());
+    let info = manager.create("ram", "pool", &options()).unwrap();
+    assert_eq!((info.name.as_str(), info.base_bdev.as_str()), ("pool", "ram"));
+    let a = manager.create_volume("pool", &volume("a", 16 * MIB)).unwrap();
+    let b = manager.create_volume(&info.uuid.to_string(), &volume("b", 8 * MIB)).unwrap();
+    assert_eq!(registry.get("pool/a").unwrap().name(), a.uuid.to_string());
+    assert_eq!(registry.get("pool/a").unwrap().info().product_name, "Cryptfold volume");
+    // From the pool's own core and from another one.
+    write(&runtime, &registry, 0, "pool/a", 2048, 1);
+    write(&runtime, &registry, 1, "pool/b", 2048, 2);
+    verify(&runtime, &registry, 1, "pool/a", 2048, 1);
+    verify(&runtime, &registry, 0, "pool/b", 2048, 2);
+    let report = manager.check("pool", true).unwrap();
+    assert!(report.is_clean() && report.blocks == 4096 && report.verified > 100, "{report:?}");
+
+    let resized = manager.resize_volume("pool", "b", 20 * MIB).unwrap();
+    assert_eq!(resized.size_bytes, 20 * MIB);
+    assert_eq!(registry.get("pool/b").unwrap().blocks(), 5120);
+    manager.resize_volume("pool", "b", 4 * MIB).unwrap();
+    verify(&runtime, &registry, 0, "pool/b", 1024, 2);
+    manager.resize_volume("pool", "b", 8 * MIB).unwrap();
+    let space = manager.info("pool").unwrap().space;
+    assert_eq!(space.logical_bytes, (2048 + 1024) * 4096);
+
+    manager.rename_volume("pool", "b", "c").unwrap();
+    assert!(registry.get("pool/b").is_err());
+    verify(&runtime, &registry, 1, "pool/c", 1024, 2);
+    manager.set_read_only("pool", "c", true).unwrap();
+    assert!(registry.get("pool/c").unwrap().info().read_only);
+    manager.set_read_only("pool", "c", false).unwrap();
+    manager.set_compression("pool", Compression::Lz4).unwrap();
+    manager.rename("pool", "tank").unwrap();
+    manager.create_domain("tank", "tenant").unwrap();
+    assert_eq!(manager.domains("tank").unwrap().len(), 2);
+    manager.close("tank").unwrap();
+    assert!(registry.get(&a.uuid.to_string()).is_err() && manager.list().is_empty());
+
+    let again = manager.open("ram", &key(), Some(16 * MIB)).unwrap().unwrap();
+    assert_eq!((again.name.as_str(), again.volumes, again.domains), ("tank", 2, 2));
+    assert_eq!(again.compression, "lz4");
+    verify(&runtime, &registry, 1, "tank/a", 2048, 1);
+    verify(&runtime, &registry, 0, "tank/c", 1024, 2);
+    manager.delete_volume("tank", &b.uuid.to_string()).unwrap();
+    assert_eq!(manager.volumes("tank").unwrap().len(), 1);
+    manager.destroy("tank").unwrap();
+    assert!(manager.open("ram", &key(), None).unwrap().is_none());
+    manager.create("ram", "next", &options()).unwrap();
+    manager.shutdown();
+    assert!(manager.list().is_empty());
+    runtime.stop();
+}
+
+#[test]
+fn refusals_are_clear_and_change_nothing() {
+    let runtime = runtime(1);
+    let registry = Registry::new();
+    support::RamDisk::create(&registry, "ram", 64 * MIB);
+    support::RamDisk::create(&registry, "small", 8 * MIB);
+    let manager = PoolManager::new(registry.clone(), runtime.handles().to_vec());
+    let text = |error: PoolError| error.to_string();
+    let missing = CreateOptions::new(KeySource::File("/nowhere/key".into()));
+    assert!(text(manager.create("ram", "p", &missing).unwrap_err()).contains("/nowhere/key"));
+    let weak = CreateOptions::new(KeySource::Bytes(vec![7; 32]));
+    assert!(text(manager.create("ram", "p", &weak).unwrap_err()).contains("equal"));
+    assert!(text(manager.create("nothing", "p", &options()).unwrap_err()).contains("nothing"));
+    assert!(matches!(manager.create("small", "p", &options()), Err(PoolError::TooSmall { .. })));
+    let mut bad = options();
+    bad.segment_bytes = Some(3 * MIB as u32);
+    assert!(matches!(manager.create("ram", "p", &bad), Err(PoolError::Invalid(_))));
+    bad = options();
+    bad.memory_budget = Some(4096);
+    assert!(matches!(manager.create("ram", "p", &bad), Err(PoolError::Invalid(_))));
+    assert!(manager.open("ram", &key(), None).unwrap().is_none(), "nothing was written");
+
+    manager.create("ram", "p", &options()).unwrap();
+    assert!(matches!(manager.create("small", "p", &options()), Err(PoolError::PoolExists(_))));
+    assert!(matches!(manager.info("q"), Err(PoolError::NoPool(_))));
+    assert!(matches!(manager.volume("p", "v"), Err(PoolError::NoVolume { .. })));
+    manager.create_volume("p", &volume("v", MIB)).unwrap();
+    assert!(matches!(manager.create_volume("p", &volume("v", MIB)), Err(PoolError::VolumeExists { .. })));
+    manager.create_volume("p", &volume("w", MIB)).unwrap();
+    assert!(matches!(manager.rename_volume("p", "v", "w"), Err(PoolError::VolumeExists { .. })));
+    assert!(registry.get("p/v").is_ok(), "a refused renaming leaves the volume where it was");
+    // A volume in somebody's hands is not taken away.
+    let held = registry.open("p/v", Access::ReadWrite, |_| ()).unwrap();
+    held.claim("a test").unwrap();
+    assert!(text(manager.delete_volume("p", "v").unwrap_err()).contains("a test"));
+    drop(held);
+    manager.delete_volume("p", "v").unwrap();
+    manager.close("p").unwrap();
+    assert!(matches!(manager.create("ram", "p", &options()), Err(PoolError::Foreign { .. })));
+    let wrong = KeySource::Bytes((1..33).collect());
+    assert!(matches!(manager.open("ram", &wrong, None), Err(PoolError::WrongKey { .. })));
+    assert_eq!(manager.open("ram", &key(), Some(16 * MIB)).unwrap().unwrap().volumes, 1);
+    manager.shutdown();
+    runtime.stop();
+}
+
+/// Real programs of this machine: what is stored is about what zstd makes of their distinct blocks.
+#[test]
+fn reduces_real_files() {
+    let runtime = runtime(1);
+    let registry = Registry::new();
+    support::RamDisk::create(&registry, "ram", 192 * MIB);
+    let manager = PoolManager::new(registry.clone(), runtime.handles().to_vec());
+    manager.create("ram", "p", &options()).unwrap();
+    let mut image = Vec::new();
+    let mut names: Vec<_> = std::fs::read_dir("/usr/bin").unwrap().flatten().map(|e| e.path()).collect();
+    names.sort();
+    for name in names {
+        if image.len() < 48 << 20
+            && let Ok(bytes) = std::fs::read(&name)
+        {
+            image.extend_from_slice(&bytes);
+            image.resize(image.len().next_multiple_of(4096), 0);
+        }
+    }
+    image.truncate(48 << 20);
+    if image.len() < 8 << 20 {
+        println!("this machine has too few programs for this test");
+        return;
+    }
+    let image = Arc::new(image);
+    for name in ["one", "two"] {
+        manager.create_volume("p", &volume(name, 64 * MIB)).unwrap();
+        let (registry, image) = (registry.clone(), image.clone());
+        let done = runtime.handles()[0].block_on(move || async move {
+            let name = format!("p/{name}");
+            let channel = registry.open(&name, Access::ReadWrite, |_| ()).unwrap().channel().unwrap();
+            for (n, part) in image.chunks(128 << 10).enumerate() {
+                channel.write(n as u64 * 32, Buf::from_slice(part), false).await.unwrap();
+            }
+            for (n, part) in image.chunks(256 << 10).enumerate() {
+                let blocks = part.len() as u64 / 4096;
+                let found = channel.read(n as u64 * 64, blocks).await.unwrap().to_contiguous();
+                assert!(found.as_slice() == part, "part {n}");
+            }
+        });
+        done.unwrap();
+    }
+    manager.checkpoint("p").unwrap();
+    let info = manager.info("p").unwrap();
+    let distinct: std::collections::HashSet<&[u8]> =
+        image.chunks(4096).filter(|c| c.chunks(8).any(|w| w != &c[..8])).collect();
+    assert_eq!(info.space.unique_bytes, distinct.len() as u64 * 4096);
+    assert_eq!(info.space.logical_bytes, 2 * image.len() as u64);
+    // What zstd makes of the same, 64 KiB at a time and without our headers.
+    let plain: Vec<u8> = distinct.iter().flat_map(|c| c.iter().copied()).collect();
+    println!(
+        "{} MiB twice: unique {} MiB, stored {} MiB, metadata {} KiB, ratio {:.2} ({:.2} without zeros)",
+        image.len() >> 20,
+        plain.len() >> 20,
+        info.space.stored_bytes >> 20,
+        info.space.metadata_bytes >> 10,
+        info.space.ratio(),
+        info.space.ratio_without_zeroes()
+    );
+    assert!(info.space.ratio() > 3.0, "{:?}", info.space);
+    assert!(info.space.metadata_bytes * 20 < info.space.stored_bytes, "{:?}", info.space);
+    assert!(manager.check("p", true).unwrap().is_clean());
+    manager.shutdown();
+    runtime.stop();
+}
