@@ -177,6 +177,14 @@ fn measure(args: &Args) -> Result<Report, String> {
     for (_, group) in GROUPS.into_iter().filter(concerns) {
         results.extend(group(&|name, subjects| alternate(args, name, subjects))?);
     }
+    if results.is_empty() {
+        let groups: Vec<&str> = GROUPS.iter().map(|g| g.0).collect();
+        return Err(format!(
+            "--only {}: no figure's name has this in it; groups are {}",
+            args.only.as_deref().unwrap_or(""),
+            groups.join(", ")
+        ));
+    }
     Ok(Report {
         machine: Machine::this(),
         load: [before, machine::load()],
