@@ -36,8 +36,10 @@ use crate::shard::{FIRST_CONTAINER, Needs};
 pub(crate) const PIECE: usize = 32;
 /// Small writes that are hashed together, at most.
 pub(crate) const HASHED: usize = 16;
-/// Chunks that are compressed together.
+/// Chunks that are compressed together: more of them compress better and faster, but a read of one decodes them all.
 const GROUP: usize = 16;
+/// Chunks that are stored together when no codec helps: enough to make headers not count.
+const RAW_GROUP: usize = 4;
 /// Leaves of the map that one step of a fill touches.
 const FILL_STEP: u64 = 4 * 512;
 
@@ -315,7 +317,7 @@ impl Pool {
         }
         let new = scratch.found.iter().filter(|found| found.is_none()).count();
         if new > 0 {
-            let bytes = new.div_ceil(GROUP) * bound(0) + new * CHUNK_BYTES + bound(0);
+            let bytes = (new.div_ceil(RAW_GROUP) + 1) * bound(0) + new * CHUNK_BYTES;
             if lane.log.room_for(bytes).is_err() {
                 return Ok(Attempt::Room(bytes));
             }
@@ -352,11 +354,20 @@ impl Pool {
         let mut rest = new.as_slice();
         while !rest.is_empty() {
             let (container, slot) = self.container(lane);
-            let count = rest.len().min(GROUP).min(SLOTS - usize::from(slot));
+            let most = rest.len().min(GROUP).min(SLOTS - usize::from(slot));
+            let mut setting = target.compression;
+            let mut pieces = neighbours(&rest[..most], piece, sources);
+            if setting == Compression::Off || (most > RAW_GROUP && codec::looks_incompressible(&pieces)) {
+                setting = Compression::Off;
+                pieces = neighbours(&rest[..most.min(RAW_GROUP)], piece, sources);
+            }
+            let count = pieces.iter().map(|piece| piece.len() / CHUNK_BYTES).sum();
             let (group, others) = rest.split_at(count);
             rest = others;
             let first = ChunkAddr::new(container, slot).ok_or(Status::INTERNAL_ERROR)?;
-            self.store_group(target, lane, first, group, piece, sources, fingerprints)?;
+            let prints: SmallVec<[Fingerprint; GROUP]> =
+                group.iter().map(|&at| fingerprints[usize::from(at)]).collect();
+            self.store_group(target, lane, first, &pieces, &prints, setting)?;
             for (n, &at) in group.iter().enumerate() {
                 found[usize::from(at)] = first.plus(n as u16);
             }
@@ -368,33 +379,20 @@ impl Pool {
         Ok(())
     }
 
-    #[allow(clippy::too_many_arguments)]
+    /// Compresses, seals and records chunks as one fragment.
     fn store_group(
         &self,
         target: &Target4k,
         lane: &Lane,
         first: ChunkAddr,
-        group: &[u16],
-        piece: &SgList,
-        sources: &[Source],
-        fingerprints: &[Fingerprint],
+        pieces: &[&[u8]],
+        prints: &[Fingerprint],
+        setting: Compression,
     ) -> Result<(), Status> {
-        // Chunks that are neighbours in a buffer are one piece.
-        let mut pieces: SmallVec<[&[u8]; GROUP]> = SmallVec::new();
-        let prints: SmallVec<[Fingerprint; GROUP]> =
-            group.iter().map(|&at| fingerprints[usize::from(at)]).collect();
-        let source = |at: u16| sources[usize::from(at)];
-        for run in group.chunk_by(|&a, &b| {
-            let (a, b) = (source(a), source(b));
-            a.buf == b.buf && a.nth + 1 == b.nth
-        }) {
-            let Source { buf, nth, .. } = source(run[0]);
-            let from = usize::from(nth) * CHUNK_BYTES;
-            pieces.push(&piece.segments()[usize::from(buf)][from..from + run.len() * CHUNK_BYTES]);
-        }
+        let chunks = prints.len() as u8;
         let appended = {
             let mut compressor = self.compressor.borrow_mut();
-            lane.log.append(first, group.len() as u8, &pieces, &mut compressor, target.compression)
+            lane.log.append(first, chunks, pieces, &mut compressor, setting)
         };
         let appended = appended.map_err(|why| {
             if let NotAppended::Failed(error) = &why {
@@ -404,19 +402,19 @@ impl Pool {
         })?;
         let fragment = FragmentEntry {
             first_slot: first.slot(),
-            chunks: group.len() as u8,
+            chunks,
             codec: appended.codec,
             place: appended.place,
             unit_bytes: appended.unit_bytes,
         };
         let scope = Scope::Domain { domain: target.domain, generation: target.generation };
         let container = first.container();
-        self.push(scope, &Record::FragmentAdd { container, fragment, fingerprints: &prints });
+        self.push(scope, &Record::FragmentAdd { container, fragment, fingerprints: prints });
         let mut shard = self.shard.borrow_mut();
         shard
-            .fragment_add(target.domain, target.generation, container, &fragment, &prints)
+            .fragment_add(target.domain, target.generation, container, &fragment, prints)
             .map_err(|error| self.inconsistent(&error))?;
-        shard.index_fragment(target.domain, first, &prints);
+        shard.index_fragment(target.domain, first, prints);
         Ok(())
     }
 
@@ -637,4 +635,19 @@ fn whole_chunks(piece: SgList) -> SgList {
     } else {
         piece.to_contiguous().into()
     }
+}
+
+/// The bytes of chunks of a piece; those that are neighbours in a buffer as one slice.
+fn neighbours<'a>(group: &[u16], piece: &'a SgList, sources: &[Source]) -> SmallVec<[&'a [u8]; GROUP]> {
+    let source = |at: u16| sources[usize::from(at)];
+    let runs = group.chunk_by(|&a, &b| {
+        let (a, b) = (source(a), source(b));
+        a.buf == b.buf && a.nth + 1 == b.nth
+    });
+    runs.map(|run| {
+        let Source { buf, nth, .. } = source(run[0]);
+        let from = usize::from(nth) * CHUNK_BYTES;
+        &piece.segments()[usize::from(buf)][from..from + run.len() * CHUNK_BYTES]
+    })
+    .collect()
 }

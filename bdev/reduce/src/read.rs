@@ -57,6 +57,9 @@ struct Unit {
     first: ChunkAddr,
 }
 
+type Extents = SmallVec<[Extent; 2]>;
+type Units = SmallVec<[Unit; 1]>;
+
 struct CacheEntry {
     segment: u32,
     incarnation: Incarnation,
@@ -146,7 +149,7 @@ impl Pool {
         if units.is_empty() && !extents.iter().any(|e| matches!(e.source, Source::Pattern(_))) {
             return Ok(SgList::zeroes(count * CHUNK_BYTES));
         }
-        let fetched = self.fetch(&extents, &units).await?;
+        let fetched = self.fetch(&units).await?;
         let mut out = Buf::alloc(count * CHUNK_BYTES);
         let Some(bytes) = out.get_mut() else { return Err(Status::INTERNAL_ERROR) };
         self.materialise(bytes, &extents, &units, &fetched)?;
@@ -154,8 +157,8 @@ impl Pool {
     }
 
     /// Brings the units' bytes, sealed or (from the cache) plain.
-    async fn fetch(&self, extents: &[Extent], units: &[Unit]) -> Result<Vec<Fetched>, Status> {
-        let mut fetched: Vec<Fetched> = Vec::with_capacity(units.len());
+    async fn fetch(&self, units: &[Unit]) -> Result<SmallVec<[Fetched; 1]>, Status> {
+        let mut fetched: SmallVec<[Fetched; 1]> = SmallVec::new();
         let mut from_device: SmallVec<[usize; 8]> = SmallVec::new();
         for (at, unit) in units.iter().enumerate() {
             let offset = unit.entry.place.offset;
@@ -172,7 +175,6 @@ impl Pool {
                 fetched.push(found.map(Fetched::Sealed).ok_or(Status::INTERNAL_ERROR)?);
             }
         }
-        let _ = extents;
         from_device.sort_unstable_by_key(|&at| (units[at].segment.start_bytes, units[at].entry.place.offset));
         // All reads are started before the first is waited for.
         let mut reads = Vec::new();
@@ -336,11 +338,11 @@ fn resolve(
     lba: u64,
     count: usize,
     needs: &mut Needs,
-) -> Result<(Vec<Extent>, Vec<Unit>), Status> {
+) -> Result<(Extents, Units), Status> {
     let v = shard.volumes.get(&volume.0).ok_or(Status::INVALID_NAMESPACE)?;
     let d = shard.domains.get(&v.record.domain.0).ok_or(Status::INTERNAL_ERROR)?;
-    let mut extents: Vec<Extent> = Vec::new();
-    let mut units: Vec<Unit> = Vec::new();
+    let mut extents = Extents::new();
+    let mut units = Units::new();
     let mut at = 0;
     while at < count {
         let (index, first) = leaf_of(lba + at as u64);
@@ -379,7 +381,7 @@ fn resolve_chunk(
     shard: &Shard,
     d: &crate::shard::Domain,
     addr: ChunkAddr,
-    units: &mut Vec<Unit>,
+    units: &mut Units,
     needs: &mut Needs,
 ) -> Result<Option<Source>, Status> {
     let in_unit = |unit: &Unit| unit.first.container() == addr.container() && unit.entry.holds(addr.slot());
@@ -415,7 +417,7 @@ fn resolve_chunk(
 }
 
 /// Appends a run, or lengthens the last one.
-fn push(extents: &mut Vec<Extent>, at: usize, count: usize, source: Source) {
+fn push(extents: &mut Extents, at: usize, count: usize, source: Source) {
     if let Some(last) = extents.last_mut()
         && last.at + last.count == at
     {

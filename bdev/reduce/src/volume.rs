@@ -183,6 +183,17 @@ impl VolumeQueue {
 
     /// Does an I/O in a task of its own.
     fn start(self: Rc<Self>, mut io: Box<Io>) {
+        let (id, block_bytes) = (self.device.id, self.device.info.block_size_bytes);
+        if let (Some(pool), Op::Read) = (&self.local, io.op) {
+            // By itself, because a read's future is much smaller than a write's.
+            let pool = pool.clone();
+            let per_chunk = CHUNK_BYTES as u64 / u64::from(block_bytes);
+            let task = async move {
+                let answer = read(&pool, id, per_chunk, io.lba, io.blocks).await;
+                finish(io, answer.unwrap_or_else(Answer::failed));
+            };
+            return reactor::spawn_local(task).detach();
+        }
         let request = Request {
             op: io.op,
             fua: io.fua,
@@ -192,27 +203,25 @@ impl VolumeQueue {
             // A read's own buffers stay here; its data is copied into them.
             data: if io.op == Op::Read { SgList::new() } else { std::mem::take(&mut io.data) },
         };
-        let (id, block_bytes) = (self.device.id, self.device.info.block_size_bytes);
-        let local = self.local.clone();
-        reactor::spawn_local(async move {
-            let answer = match local {
-                Some(pool) => execute(pool, id, block_bytes, request).await,
-                None => {
-                    let pool = self.device.pool.clone();
-                    let home = pool.home.clone();
-                    let gone = Answer::failed(Status::INVALID_NAMESPACE.do_not_retry());
-                    let call = home.call(move || async move {
-                        match pool.get() {
-                            Some(pool) => execute(pool, id, block_bytes, request).await,
-                            None => Answer::failed(Status::INVALID_NAMESPACE.do_not_retry()),
-                        }
-                    });
-                    call.await.unwrap_or(gone)
-                }
-            };
-            finish(io, answer);
-        })
-        .detach();
+        match self.local.clone() {
+            Some(pool) => reactor::spawn_local(async move {
+                finish(io, execute(pool, id, block_bytes, request).await);
+            })
+            .detach(),
+            None => reactor::spawn_local(async move {
+                let pool = self.device.pool.clone();
+                let home = pool.home.clone();
+                let gone = Answer::failed(Status::INVALID_NAMESPACE.do_not_retry());
+                let call = home.call(move || async move {
+                    match pool.get() {
+                        Some(pool) => execute(pool, id, block_bytes, request).await,
+                        None => Answer::failed(Status::INVALID_NAMESPACE.do_not_retry()),
+                    }
+                });
+                finish(io, call.await.unwrap_or(gone));
+            })
+            .detach(),
+        }
     }
 }
 

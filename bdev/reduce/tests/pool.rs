@@ -113,8 +113,8 @@ fn reduces_and_accounts() {
         assert_eq!(info.space.logical_bytes, (64 * 4 + 2 + 32 + 16) * 4096);
         assert_eq!(info.space.zero_bytes, 48 * 4096);
         assert_eq!(info.space.unique_bytes, 128 * 4096);
-        // Noise is stored raw with 32 bytes of header and tag per 16 chunks, text at a fraction.
-        let raw = 64 * 4096 + 4 * 32;
+        // Noise is stored raw with 32 bytes of header and tag per 4 chunks, text at a fraction.
+        let raw = 64 * 4096 + 16 * 32;
         assert!((raw..raw + 64 * 4096 / 3).contains(&info.space.stored_bytes), "{:?}", info.space);
         assert_eq!(read(&a, 0, 64).await, random);
         assert_eq!(read(&a, 200, 64).await, random);
@@ -350,12 +350,12 @@ fn damage_is_an_error_on_exactly_its_blocks() {
                 }
             }
         }
-        assert_eq!(bad.len(), 16, "one fragment: {bad:?}");
+        assert_eq!(bad.len(), 4, "one fragment: {bad:?}");
         assert!(!pool.check(true).await.unwrap().is_clean());
         // Writing the same again makes them good, and nothing of the damage is left.
-        let lost = &data[bad[0] as usize * CHUNK..][..16 * CHUNK];
+        let lost = &data[bad[0] as usize * CHUNK..][..4 * CHUNK];
         write(&a, bad[0], lost).await;
-        assert_eq!(read(&a, bad[0], 16).await, lost);
+        assert_eq!(read(&a, bad[0], 4).await, lost);
         clean(&pool).await;
     });
 }
