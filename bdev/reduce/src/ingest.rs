@@ -298,6 +298,11 @@ impl Pool {
         {
             let shard = self.shard.borrow();
             let gone = |_| Status::INVALID_NAMESPACE;
+            let volume = shard.volume(target.volume).map_err(gone)?;
+            if lba + scratch.entries.len() as u64 > volume.record.blocks {
+                // It shrank while this waited.
+                return Err(Status::LBA_OUT_OF_RANGE);
+            }
             shard
                 .needs_of_fill(target.volume, lba, scratch.entries.len() as u64, &mut needs)
                 .map_err(gone)?;

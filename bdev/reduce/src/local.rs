@@ -32,7 +32,7 @@ impl LocalPool {
         options: &CreateOptions,
     ) -> Result<LocalPool, PoolError> {
         let (kek, slot, label) = kek(&options.key, base_bdev)?;
-        let descriptor = open::claim(registry, base_bdev)?;
+        let claim = open::claim(registry, base_bdev)?;
         let making = Making {
             name: name.to_owned(),
             force: options.force,
@@ -40,9 +40,9 @@ impl LocalPool {
             slot: Some(slot),
             label,
         };
-        open::create(&descriptor, &making, &kek).await?;
+        open::create(&claim, &making, &kek).await?;
         let opening = Opening { memory_bytes: options.memory_budget };
-        let pool = open::open(&descriptor, &kek, &opening).await?;
+        let pool = open::open(&claim, &kek, &opening).await?;
         let Some(pool) = pool else { return Err(PoolError::NoPool(making.name)) };
         if let Some(compression) = options.compression {
             pool.set_compression(compression).await?;
@@ -61,9 +61,9 @@ impl LocalPool {
         memory_budget: Option<u64>,
     ) -> Result<Option<LocalPool>, PoolError> {
         let (kek, _, _) = kek(key, base_bdev)?;
-        let descriptor = open::claim(registry, base_bdev)?;
+        let claim = open::claim(registry, base_bdev)?;
         let opening = Opening { memory_bytes: memory_budget };
-        let Some(pool) = open::open(&descriptor, &kek, &opening).await? else { return Ok(None) };
+        let Some(pool) = open::open(&claim, &kek, &opening).await? else { return Ok(None) };
         let pool = LocalPool { pool, registry: registry.clone() };
         for id in pool.pool.live_volumes() {
             if let Some(device) = pool.pool.device(id) {

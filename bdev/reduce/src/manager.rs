@@ -119,7 +119,7 @@ impl PoolManager {
                 open::MIN_MEMORY_BYTES
             )));
         }
-        let descriptor = open::claim(&self.registry, base_bdev)?;
+        let claim = open::claim(&self.registry, base_bdev)?;
         let making = Making {
             name: name.to_owned(),
             force: options.force,
@@ -130,8 +130,8 @@ impl PoolManager {
         let opening = Opening { memory_bytes: options.memory_budget };
         let compression = options.compression;
         let opened = self.home()?.block_on(move || async move {
-            open::create(&descriptor, &making, &kek).await?;
-            let Some(pool) = open::open(&descriptor, &kek, &opening).await? else {
+            open::create(&claim, &making, &kek).await?;
+            let Some(pool) = open::open(&claim, &kek, &opening).await? else {
                 return Err(PoolError::NoPool(making.name));
             };
             if let Some(compression) = compression {
@@ -156,11 +156,11 @@ impl PoolManager {
     ) -> Result<Option<PoolInfo>, PoolError> {
         let _one = locked(&self.serial);
         let (kek, _, _) = kek(key, base_bdev)?;
-        let descriptor = open::claim(&self.registry, base_bdev)?;
+        let claim = open::claim(&self.registry, base_bdev)?;
         let opening = Opening { memory_bytes: memory_budget };
         let taken: Vec<String> = locked(&self.pools).iter().map(PoolRef::name).collect();
         let opened = self.home()?.block_on(move || async move {
-            let Some(pool) = open::open(&descriptor, &kek, &opening).await? else { return Ok(None) };
+            let Some(pool) = open::open(&claim, &kek, &opening).await? else { return Ok(None) };
             let name = pool.name();
             if taken.contains(&name) {
                 pool.close().await?;

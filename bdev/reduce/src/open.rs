@@ -7,9 +7,9 @@
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::rc::Rc;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
-use cryptfold_bdev::{Access, Descriptor, Registry};
+use cryptfold_bdev::{Access, BdevEvent, Descriptor, Registry, Status};
 use cryptfold_reactor as reactor;
 use cryptfold_reduce_format::block::{BLOCK_BYTES, BlockError};
 use cryptfold_reduce_format::codec::{Compressor, Decompressor};
@@ -72,14 +72,28 @@ pub(crate) struct Opening {
     pub memory_bytes: Option<u64>,
 }
 
+/// A claimed base device, and whom to tell when it goes away.
+pub(crate) struct Claim {
+    pub descriptor: Arc<Descriptor>,
+    owner: Arc<OnceLock<PoolRef>>,
+}
+
 /// Opens and claims a base device.
-pub(crate) fn claim(registry: &Registry, base: &str) -> Result<Arc<Descriptor>, PoolError> {
-    let name = base.to_owned();
+pub(crate) fn claim(registry: &Registry, base: &str) -> Result<Claim, PoolError> {
+    let owner: Arc<OnceLock<PoolRef>> = Arc::default();
+    let told = owner.clone();
     let descriptor = registry.open(base, Access::ReadWrite, move |event| {
-        tracing::warn!(base = %name, ?event, "the device of a pool changed");
+        if let (BdevEvent::Removed, Some(pool)) = (event, told.get()) {
+            let pool = pool.clone();
+            pool.home.clone().send(move || {
+                if let Some(pool) = pool.get() {
+                    pool.fail(Status::INVALID_NAMESPACE);
+                }
+            });
+        }
     })?;
     descriptor.claim("a cryptfold pool")?;
-    Ok(descriptor)
+    Ok(Claim { descriptor, owner })
 }
 
 fn random_secret() -> Secret {
@@ -111,11 +125,8 @@ fn journal_blocks(bytes: u64) -> u32 {
 }
 
 /// Writes a new, empty pool to a device.
-pub(crate) async fn create(
-    descriptor: &Arc<Descriptor>,
-    making: &Making,
-    kek: &Kek,
-) -> Result<Uuid, PoolError> {
+pub(crate) async fn create(claim: &Claim, making: &Making, kek: &Kek) -> Result<Uuid, PoolError> {
+    let descriptor = &claim.descriptor;
     let bdev = descriptor.bdev();
     let (device, bytes) = (bdev.name().to_owned(), bdev.size_bytes());
     if bytes < MIN_POOL_BYTES {
@@ -247,11 +258,8 @@ struct Catalogue {
 }
 
 /// Opens the pool on a claimed device: everything but the announcement of its volumes. `Ok(None)`: no pool there.
-pub(crate) async fn open(
-    descriptor: &Arc<Descriptor>,
-    kek: &Kek,
-    opening: &Opening,
-) -> Result<Option<Rc<Pool>>, PoolError> {
+pub(crate) async fn open(claim: &Claim, kek: &Kek, opening: &Opening) -> Result<Option<Rc<Pool>>, PoolError> {
+    let descriptor = &claim.descriptor;
     let bdev = descriptor.bdev();
     let (device, bytes) = (bdev.name().to_owned(), bdev.size_bytes());
     let base = Base::open(descriptor)?;
@@ -279,6 +287,8 @@ pub(crate) async fn open(
     pool.load_catalogue().await?;
     pool.replay().await?;
     pool.start().await?;
+    // From here on the pool is told when its device goes away. A claim is used once.
+    let _ = claim.owner.set(pool.handle.clone());
     Ok(Some(pool))
 }
 

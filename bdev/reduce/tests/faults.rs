@@ -1,0 +1,227 @@
+//! A device that fails or lies: errors, never wrong data, and what was made durable comes back.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use cryptfold_bdev::{Access, Channel, Op, Registry, Status};
+use cryptfold_bdev_sim::{DiskOptions, Effect, Fault, Image, Rng, SimDisk, When};
+use cryptfold_reactor::memory::Buf;
+use cryptfold_reactor::{self as reactor, Sim};
+use cryptfold_reduce::{CreateOptions, KeySource, LocalPool, PoolError, VolumeOptions};
+
+const MIB: u64 = 1 << 20;
+const BLOCKS: u64 = 1024;
+
+fn key() -> KeySource {
+    KeySource::Bytes((0..32).collect())
+}
+
+fn disk(image: Image) -> (Arc<Registry>, Arc<SimDisk>) {
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let registry = Registry::new();
+    let mut options = DiskOptions::new("disk", 40 * MIB);
+    options.latency = Duration::from_micros(1)..Duration::from_micros(4);
+    let (disk, _) = SimDisk::create(&registry, options, image, 1).unwrap();
+    (registry, disk)
+}
+
+async fn create(registry: &Arc<Registry>) -> LocalPool {
+    let mut options = CreateOptions::new(key());
+    options.memory_budget = Some(16 * MIB);
+    let pool = LocalPool::create(registry, "disk", "p", &options).await.unwrap();
+    let volume = VolumeOptions { name: "v".into(), size_bytes: BLOCKS * 4096, ..VolumeOptions::default() };
+    pool.create_volume(&volume).await.unwrap();
+    pool
+}
+
+async fn reopen(registry: &Arc<Registry>) -> Result<LocalPool, PoolError> {
+    Ok(LocalPool::open(registry, "disk", &key(), Some(16 * MIB)).await?.expect("a pool"))
+}
+
+fn open(registry: &Arc<Registry>) -> Channel {
+    registry.open("p/v", Access::ReadWrite, |_| ()).unwrap().channel().unwrap()
+}
+
+/// A block that nothing else looks like; some compress, some do not.
+fn block(lba: u64, stamp: u64) -> Vec<u8> {
+    let mut rng = Rng::new(lba << 32 ^ stamp);
+    let words = if stamp % 3 == 0 { 16 } else { 512 };
+    let mut block: Vec<u8> = (0..words).flat_map(|_| rng.next().to_le_bytes()).collect();
+    block.resize(4096, (lba + stamp) as u8);
+    block
+}
+
+/// What each block may hold: the stamp of its last write; `None` after a write that failed.
+type Model = Vec<Option<u64>>;
+
+async fn work(channel: &Channel, model: &mut Model, rng: &mut Rng, stamp: &mut u64, steps: u64) {
+    for _ in 0..steps {
+        let blocks = rng.range(1, 33);
+        let lba = rng.below(BLOCKS - blocks);
+        match rng.below(10) {
+            0 => drop(channel.flush().await),
+            1..=3 => verify(channel, model, lba, blocks).await,
+            _ => {
+                *stamp += 1;
+                let data: Vec<u8> = (lba..lba + blocks).flat_map(|n| block(n, *stamp)).collect();
+                let done = channel.write(lba, Buf::from_slice(&data), rng.one_in(20)).await;
+                for n in lba..lba + blocks {
+                    model[n as usize] = done.is_ok().then_some(*stamp);
+                }
+            }
+        }
+    }
+}
+
+/// Every block is an error or what was written last. Gives the number of errors.
+async fn verify(channel: &Channel, model: &Model, lba: u64, blocks: u64) {
+    let Ok(data) = channel.read(lba, blocks).await else {
+        for n in lba..lba + blocks {
+            if let Ok(data) = channel.read(n, 1).await {
+                expect(model, n, &data.to_contiguous());
+            }
+        }
+        return;
+    };
+    for (n, data) in data.to_contiguous().chunks(4096).enumerate() {
+        expect(model, lba + n as u64, data);
+    }
+}
+
+fn expect(model: &Model, lba: u64, data: &[u8]) {
+    match model[lba as usize] {
+        Some(0) => assert!(data.iter().all(|&byte| byte == 0), "block {lba} was never written"),
+        Some(stamp) => assert!(data == block(lba, stamp), "block {lba} is not what was written"),
+        None => {}
+    }
+}
+
+async fn one_lie(seed: u64) {
+    let mut rng = Rng::new(seed);
+    let (registry, disk) = disk(Image::zeroed());
+    let pool = create(&registry).await;
+    let channel = open(&registry);
+    let mut model: Model = vec![Some(0); BLOCKS as usize];
+    let mut stamp = 0;
+    work(&channel, &mut model, &mut rng, &mut stamp, 60).await;
+    let effect = match rng.below(5) {
+        0 => Effect::Lost,
+        1 => Effect::Misdirected(rng.below(40 * MIB / 4096) * 4096),
+        2 => Effect::Stale,
+        3 => Effect::Flip { offset: rng.below(4096), mask: 1 << rng.below(8) },
+        _ => Effect::Fail(Status::UNRECOVERED_READ),
+    };
+    let op = match effect {
+        Effect::Stale | Effect::Fail(_) => Op::Read,
+        Effect::Flip { .. } if rng.one_in(2) => Op::Read,
+        _ => Op::Write,
+    };
+    disk.inject(Fault { when: When::nth(op, rng.below(60)), effect });
+    work(&channel, &mut model, &mut rng, &mut stamp, 120).await;
+    verify(&channel, &model, 0, BLOCKS).await;
+    drop(channel);
+    let closed = pool.close().await;
+    disk.clear_faults();
+    if closed.is_err() {
+        return;
+    }
+    // Closed in order, so nothing may be missing: it opens and tells the truth, or it does not open.
+    let Ok(pool) = reopen(&registry).await else { return };
+    let channel = open(&registry);
+    verify(&channel, &model, 0, BLOCKS).await;
+    drop(channel);
+    let _ = pool.close().await;
+}
+
+#[test]
+fn a_device_that_lies_once_gives_errors_and_no_wrong_data() {
+    let count = std::env::var("CRYPTFOLD_SEEDS").ok().and_then(|n| n.parse().ok()).unwrap_or(100);
+    for seed in 0..count {
+        let caught = std::panic::catch_unwind(|| Sim::new(seed).run(move || one_lie(seed)));
+        assert!(caught.is_ok(), "seed {seed}");
+    }
+}
+
+#[test]
+fn a_device_that_takes_no_data_stops_the_pool_and_loses_nothing() {
+    Sim::new(3).run(|| async {
+        let (registry, disk) = disk(Image::zeroed());
+        let pool = create(&registry).await;
+        let channel = open(&registry);
+        let mut model: Model = vec![Some(0); BLOCKS as usize];
+        let (mut rng, mut stamp) = (Rng::new(1), 0);
+        work(&channel, &mut model, &mut rng, &mut stamp, 60).await;
+        channel.flush().await.unwrap();
+        disk.inject(Fault {
+            when: When::always(Op::Write, 0..40 * MIB),
+            effect: Effect::Fail(Status::WRITE_FAULT),
+        });
+        channel.write(0, Buf::from_slice(&block(0, 999)), false).await.unwrap();
+        assert_eq!(channel.flush().await, Err(Status::WRITE_FAULT));
+        assert_eq!(channel.write(1, Buf::from_slice(&block(1, 999)), false).await, Err(Status::WRITE_FAULT));
+        assert!(pool.info().failed.is_some());
+        model[0] = None;
+        verify(&channel, &model, 0, BLOCKS).await;
+        drop(channel);
+        assert!(pool.close().await.is_err() || disk.events() > 0);
+        disk.clear_faults();
+        let pool = reopen(&registry).await.unwrap();
+        let channel = open(&registry);
+        verify(&channel, &model, 0, BLOCKS).await;
+        assert!(pool.check(true).await.unwrap().is_clean());
+    });
+}
+
+#[test]
+fn a_hole_in_the_journal_is_refused_and_a_torn_end_is_not() {
+    Sim::new(4).run(|| async {
+        let (registry, disk) = disk(Image::zeroed());
+        let pool = create(&registry).await;
+        let channel = open(&registry);
+        pool.checkpoint().await.unwrap();
+        let before = disk.content();
+        let mut batches = Vec::new();
+        // Each flush is one batch of the journal (2 MiB into the disk).
+        for n in 0..5u64 {
+            let image = disk.content();
+            channel.write(n, Buf::from_slice(&block(n, 1)), false).await.unwrap();
+            channel.flush().await.unwrap();
+            let (mut a, mut b) = (vec![0; 4096], vec![0; 4096]);
+            let changed = (0..256).map(|page| 2 * MIB + page * 4096).find(|&at| {
+                image.read(at, &mut a);
+                disk.content().read(at, &mut b);
+                a != b
+            });
+            batches.push(changed.unwrap());
+        }
+        drop(before);
+        let full = disk.content();
+        let reopened = |image: Image| async move {
+            let (registry, _disk) = self::disk(image);
+            match reopen(&registry).await {
+                Ok(pool) => {
+                    let channel = open(&registry);
+                    let mut there = Vec::new();
+                    for n in 0..5 {
+                        let data = channel.read(n, 1).await.unwrap().to_contiguous();
+                        there.push(data.as_slice() == block(n, 1));
+                    }
+                    drop(channel);
+                    pool.close().await.unwrap();
+                    Ok(there)
+                }
+                Err(error) => Err(error.to_string()),
+            }
+        };
+        assert_eq!(reopened(full.clone()).await.unwrap(), [true; 5]);
+        let mut torn = full.clone();
+        torn.flip(batches[4] + 1000, 1);
+        assert_eq!(reopened(torn).await.unwrap(), [true, true, true, true, false]);
+        let mut hole = full.clone();
+        hole.flip(batches[2] + 1000, 1);
+        let error = reopened(hole).await.unwrap_err();
+        assert!(error.contains("journal batch"), "{error}");
+        let _ = reactor::now();
+    });
+}
