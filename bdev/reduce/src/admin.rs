@@ -344,8 +344,9 @@ impl Pool {
                     return;
                 }
                 // A list that is damaged costs duplicates, nothing else; the loader has reported it.
-                let fine = self.load_leaf(node::Tree::Containers, domain.0, number).await.is_ok()
-                    && self.load_leaf(node::Tree::Fingerprints, domain.0, number).await.is_ok();
+                let mut pins = self.pins();
+                let fine = self.load_leaf(node::Tree::Containers, domain.0, number, &mut pins).await.is_ok()
+                    && self.load_leaf(node::Tree::Fingerprints, domain.0, number, &mut pins).await.is_ok();
                 if fine {
                     self.index_container(domain, number);
                 }

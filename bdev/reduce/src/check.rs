@@ -94,7 +94,8 @@ impl Pool {
             if self.shard.borrow().volumes.get(&id).is_none_or(absent) {
                 continue;
             }
-            if let Err(status) = self.load_leaf(node::Tree::Map, id, index).await {
+            let mut pins = self.pins();
+            if let Err(status) = self.load_leaf(node::Tree::Map, id, index, &mut pins).await {
                 sums.report.problem(format!("volume {id}: map leaf {index} can not be read: {status}"));
                 continue;
             }
@@ -141,8 +142,9 @@ impl Pool {
             }
             let expected = counts.remove(&number);
             let mut readable = true;
+            let mut pins = self.pins();
             for tree in [node::Tree::Containers, node::Tree::Fingerprints] {
-                if let Err(status) = self.load_leaf(tree, id.0, number).await {
+                if let Err(status) = self.load_leaf(tree, id.0, number, &mut pins).await {
                     sums.report
                         .problem(format!("domain {id}: {tree:?} leaf {number} can not be read: {status}"));
                     readable = false;

@@ -104,6 +104,8 @@ impl Pool {
     #[inline]
     pub(crate) fn must_wait(&self) -> Result<bool, Status> {
         self.check_writable()?;
+        // New leaves come without being loaded.
+        self.keep_budget();
         let journal = self.journal.borrow();
         let (used, all) = journal.usage();
         let dirty = self.dirty_leaves();

@@ -154,7 +154,10 @@ impl Pool {
                 at = next_block(at);
                 continue;
             }
-            if self.is_here(entry.domain, segment, at, &header).await? {
+            let mut pins = self.pins();
+            let container = header.first.container().get();
+            self.load_leaf(node::Tree::Containers, entry.domain.0, container, &mut pins).await?;
+            if self.fragment_at(entry.domain, segment, at, header.first).is_some() {
                 let mut sealed = scanner.bytes(at, unit).await?.to_vec();
                 self.move_fragment(entry.domain, segment, at, &header, &mut sealed).await?;
                 moved += 1;
@@ -167,18 +170,7 @@ impl Pool {
         Ok(())
     }
 
-    /// Whether the fragment that a header at `at` names really lies there (its container is in RAM then).
-    async fn is_here(
-        &self,
-        domain: DomainId,
-        segment: &Segment,
-        at: u32,
-        header: &FragmentHeader,
-    ) -> Result<bool, Status> {
-        self.load_leaf(node::Tree::Containers, domain.0, header.first.container().get()).await?;
-        Ok(self.fragment_at(domain, segment, at, header.first).is_some())
-    }
-
+    /// The fragment that lies at `at`, and whether it lives, by its container (which is in RAM): a header proves nothing.
     fn fragment_at(
         &self,
         domain: DomainId,
@@ -202,14 +194,7 @@ impl Pool {
         sealed: &mut [u8],
     ) -> Result<(), Status> {
         let lane = self.lane(domain, Purpose::Collector);
-        let number = header.first.container().get();
-        loop {
-            self.make_ready(&lane, bound(header.chunks.into())).await?;
-            self.load_leaf(node::Tree::Containers, domain.0, number).await?;
-            if lane.log.room_for(bound(header.chunks.into())).is_ok() {
-                break;
-            }
-        }
+        self.make_ready(&lane, bound(header.chunks.into())).await?;
         self.check_alive()?;
         // Looked at again: hosts went on meanwhile.
         let Some((old, live)) = self.fragment_at(domain, segment, at, header.first) else { return Ok(()) };
@@ -309,7 +294,8 @@ impl Pool {
             index = index * FANOUT as u64 + child as u64;
             level -= 1;
         }
-        self.load_leaf(id.tree, owner, index).await?;
+        let mut pins = self.pins();
+        self.load_leaf(id.tree, owner, index, &mut pins).await?;
         self.with_tree(id.tree, owner, |tree| {
             if tree.is_ready(index) {
                 tree.touch(index);
@@ -330,7 +316,8 @@ impl Pool {
                 self.shard.borrow_mut().emptied.push((domain, container));
                 continue;
             }
-            if self.load_leaf(node::Tree::Containers, domain.0, container.get()).await.is_err() {
+            let mut pins = self.pins();
+            if self.load_leaf(node::Tree::Containers, domain.0, container.get(), &mut pins).await.is_err() {
                 continue;
             }
             let scope = {
@@ -359,6 +346,9 @@ impl Pool {
             });
         }
         self.shard.borrow_mut().segments.bound_handles(MOST_HANDLES);
+        // What was changed can go now.
+        self.eviction_pause.set(0);
+        self.keep_budget();
         if self.is_short() {
             self.collect.notify_one();
         }

@@ -83,32 +83,43 @@ impl Pool {
         for need in needs {
             match need {
                 Need::Segment(number) => drop(self.segment(number).await?),
+                Need::Node { tree, owner, missing } if missing.level == 0 => {
+                    self.load_leaf(tree, owner, missing.index, pins).await?;
+                }
                 Need::Node { tree, owner, missing } => {
                     self.load_node(tree, owner, missing.level, missing.index).await?;
-                    if missing.level == 0 {
-                        let pinned = self.with_tree(tree, owner, |tree| {
-                            let ready = tree.is_ready(missing.index);
-                            if ready {
-                                tree.pin(missing.index);
-                            }
-                            ready
-                        });
-                        if pinned == Some(true) {
-                            pins.list.push((tree, owner, missing.index));
-                        }
-                    }
                 }
             }
         }
         Ok(())
     }
 
-    /// Brings a leaf to RAM, with the interior nodes on the way. Absent leaves are fine.
-    pub(crate) async fn load_leaf(&self, tree: node::Tree, owner: u32, index: u64) -> Result<(), Status> {
-        while self.with_tree(tree, owner, |tree| tree.is_ready(index)) == Some(false) {
-            self.load_node(tree, owner, 0, index).await?;
+    /// Brings a leaf to RAM, with the interior nodes on the way, and keeps it there as long as `pins` lives. Absent leaves
+    /// are fine.
+    pub(crate) async fn load_leaf(
+        &self,
+        tree: node::Tree,
+        owner: u32,
+        index: u64,
+        pins: &mut Pins<'_>,
+    ) -> Result<(), Status> {
+        loop {
+            let ready = self.with_tree(tree, owner, |tree| {
+                let ready = tree.is_ready(index);
+                if ready {
+                    tree.pin(index);
+                }
+                ready
+            });
+            match ready {
+                Some(true) => {
+                    pins.list.push((tree, owner, index));
+                    return Ok(());
+                }
+                Some(false) => self.load_node(tree, owner, 0, index).await?,
+                None => return Ok(()),
+            }
         }
-        Ok(())
     }
 
     /// Brings node (`level`, `index`) nearer: loads it, or the interior node on the way that is missing.
@@ -134,6 +145,8 @@ impl Pool {
             return Ok(());
         }
         let content = result.map_err(|error| self.report(tree, owner.into(), &missing, error))?;
+        // Before it goes in, so that it does not go at once.
+        self.keep_budget();
         let put = self.with_tree(tree, owner, |tree| {
             if missing.level == 0 {
                 tree.insert_content(missing.index, &content)
@@ -146,7 +159,6 @@ impl Pool {
         if let Some(Err(error)) = put {
             return Err(self.report(tree, owner.into(), &missing, NodeError::Damaged(error)));
         }
-        self.keep_budget();
         Ok(())
     }
 
@@ -268,6 +280,11 @@ impl Pool {
         if over == 0 {
             return;
         }
+        // When nearly everything is changed or in use, looking again at once would find nothing again.
+        let patience = self.eviction_pause.get();
+        if patience > 0 {
+            return self.eviction_pause.set(patience - 1);
+        }
         // A little more than needed, so that this is not done for every node.
         let mut goal = over + self.cache_bytes / 32;
         let domains = shard
@@ -279,9 +296,10 @@ impl Pool {
             let freed = tree.evict(goal);
             goal = goal.saturating_sub(freed);
             if goal == 0 {
-                break;
+                return;
             }
         }
+        self.eviction_pause.set(64);
     }
 
     /// The last checkpoint's pointer to a node, loading interior nodes on the way.

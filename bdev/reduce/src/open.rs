@@ -375,6 +375,7 @@ fn assemble(
         gathered: Default::default(),
         locks: Default::default(),
         cache_bytes,
+        eviction_pause: Cell::new(0),
         dirty_limit: (dirty_limit as usize).max(64),
         memory_budget: budget,
         life: Cell::new(Life::Open),

@@ -112,6 +112,8 @@ pub(crate) struct Pool {
     pub locks: ChunkLocks,
     /// Bytes of RAM for the trees' caches.
     pub cache_bytes: usize,
+    /// Calls of [`Pool::keep_budget`] to pass before it looks again.
+    pub eviction_pause: Cell<u32>,
     /// Changed leaves at which a checkpoint is made.
     pub dirty_limit: usize,
     pub memory_budget: u64,

@@ -46,7 +46,7 @@ fn open(registry: &Arc<Registry>) -> Channel {
 /// A block that nothing else looks like; some compress, some do not.
 fn block(lba: u64, stamp: u64) -> Vec<u8> {
     let mut rng = Rng::new(lba << 32 ^ stamp);
-    let words = if stamp % 3 == 0 { 16 } else { 512 };
+    let words = if stamp.is_multiple_of(3) { 16 } else { 512 };
     let mut block: Vec<u8> = (0..words).flat_map(|_| rng.next().to_le_bytes()).collect();
     block.resize(4096, (lba + stamp) as u8);
     block

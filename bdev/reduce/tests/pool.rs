@@ -481,3 +481,45 @@ fn domains_share_nothing() {
         clean(&pool).await;
     });
 }
+
+#[test]
+fn memory_stays_within_its_budget() {
+    run(|| async {
+        let (registry, _disk) = disk(192 * MIB, Image::zeroed());
+        let pool = create(&registry).await;
+        pool.create_volume(&volume("huge", 64 << 30)).await.unwrap();
+        let huge = open(&registry, "p/huge");
+        // Each block has a map leaf of its own: five times what the cache holds.
+        let count = 5000u64;
+        let place = |n: u64| (n * 7919 % count) * 512 + n % 512;
+        let mut most = 0;
+        for n in 0..count {
+            write(&huge, place(n), &noise(n, 1)).await;
+            most = most.max(pool.info().memory_bytes);
+        }
+        for n in (0..count).rev() {
+            assert_eq!(read(&huge, place(n), 1).await, noise(n, 1), "block {}", place(n));
+            most = most.max(pool.info().memory_bytes);
+        }
+        // Overwriting brings back cold leaves of maps and containers.
+        for n in (0..count).step_by(3) {
+            write(&huge, place(n), &text(n, 1)).await;
+            most = most.max(pool.info().memory_bytes);
+        }
+        assert!(most <= MEMORY, "{most} bytes of {MEMORY}");
+        assert!(most > MEMORY / 4, "the test is too small: {most}");
+        clean(&pool).await;
+        drop(huge);
+        pool.close().await.unwrap();
+        let pool = reopen(&registry).await;
+        let huge = open(&registry, "p/huge");
+        for n in (0..count).step_by(7) {
+            let expected = if n % 3 == 0 { text(n, 1) } else { noise(n, 1) };
+            assert_eq!(read(&huge, place(n), 1).await, expected);
+        }
+        assert!(pool.info().memory_bytes <= MEMORY);
+        huge.unmap(0, huge.bdev().blocks()).await.unwrap();
+        assert_eq!(pool.info().space.stored_bytes, 0);
+        clean(&pool).await;
+    });
+}
