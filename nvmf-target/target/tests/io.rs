@@ -517,7 +517,13 @@ fn ana_states_and_resizing() {
     // A device that grows is an event, and the new blocks are there.
     admin.submit(&Sqe::admin(Admin::AsyncEventRequest, Cid(901), Nsid(0)), &[]);
     rig.registry.get("disk").expect("it exists").set_blocks(BLOCKS / 2);
-    assert_eq!(admin.finish(Cid(901), &[]).0.dw0.get(), 0x0004_0002);
+    let mut event = admin.finish(Cid(901), &[]).0.dw0.get();
+    if event == 0x000c_0302 {
+        // The change of all groups above is an event too, and may come first.
+        admin.submit(&Sqe::admin(Admin::AsyncEventRequest, Cid(902), Nsid(0)), &[]);
+        event = admin.finish(Cid(902), &[]).0.dw0.get();
+    }
+    assert_eq!(event, 0x0004_0002);
     assert_eq!(io.read(BLOCKS / 2, 1).0.code(), Status::LBA_OUT_OF_RANGE);
     let (_, data) = admin.admin_in(Admin::Identify, 1, Cns::Namespace as u32, 4096);
     let id = NamespaceIdentify::read_from_bytes(&data).expect("4096 bytes");
