@@ -126,6 +126,8 @@ impl Pool {
                 block_bytes: v.record.block_bytes,
                 blocks: v.record.blocks,
                 flags: v.record.flags,
+                hasher: domain.hasher.clone(),
+                generation: domain.generation,
             },
         ))
     }

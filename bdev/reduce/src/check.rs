@@ -280,7 +280,7 @@ impl Pool {
         };
         let mut plain = vec![0; usize::from(entry.chunks) * CHUNK_BYTES];
         let decoded = {
-            let mut codec = self.decompressor.borrow_mut();
+            let mut codec = self.core.decompressor.borrow_mut();
             decode_fragment(&segment, entry, first, &sealed, &mut plain, &mut Vec::new(), &mut codec)
         };
         if let Err(error) = decoded {

@@ -11,7 +11,7 @@ use std::rc::Rc;
 
 use cryptfold_bdev::Status;
 use cryptfold_reactor as reactor;
-use cryptfold_reduce_format::codec::{self, Compression};
+use cryptfold_reduce_format::codec::{self, Codec, Compression, Compressor};
 use cryptfold_reduce_format::container::FragmentEntry;
 use cryptfold_reduce_format::entry::{MapRun, Record, runs};
 use cryptfold_reduce_format::fingerprint::{Chunk, Fingerprint, Hasher};
@@ -22,12 +22,12 @@ use cryptfold_reduce_format::ids::{
 use cryptfold_reduce_format::journal::Scope;
 use cryptfold_reduce_format::map::{MapEntry, Target};
 use cryptfold_reduce_format::segment::Class;
-use reactor::memory::SgList;
+use reactor::memory::{Buf, SgList};
 use reactor::sync::Mutex;
 use smallvec::SmallVec;
 use std::sync::Arc;
 
-use crate::log::{DataLog, NotAppended, bound};
+use crate::log::{Appended, DataLog, NotAppended, bound};
 use crate::pool::Pool;
 use crate::segments::{Purpose, Segment};
 use crate::shard::{FIRST_CONTAINER, Needs};
@@ -76,6 +76,8 @@ pub(crate) struct Scratch {
     /// (chunk, earlier chunk of the same piece with the same content)
     same: Vec<(u16, u16)>,
     runs: Vec<MapRun>,
+    /// What another core has compressed already.
+    packed: Vec<Packed>,
     /// Duplicates are not looked for: their lists can not be read.
     blind: bool,
 }
@@ -157,7 +159,7 @@ impl Pool {
             let mut scratch = self.scratch.borrow_mut().pop().unwrap_or_default();
             {
                 let mut chunks = SmallVec::new();
-                self.classify(target, &piece, host_key, &mut scratch, &mut chunks);
+                classify(&piece, host_key, &mut scratch, &mut chunks);
                 scratch.fingerprints.clear();
                 scratch.fingerprints.resize(chunks.len(), Fingerprint::NONE);
                 target.hasher.hash_chunks(&chunks, &mut scratch.fingerprints);
@@ -168,6 +170,51 @@ impl Pool {
             at += count as u64;
         }
         Ok(())
+    }
+
+    /// Which of these chunks are stored, and how the volume wants new ones compressed: asked by other cores, before they
+    /// compress.
+    pub(crate) async fn survey(
+        self: &Rc<Self>,
+        volume: VolumeId,
+        generation: Generation,
+        fingerprints: &[Fingerprint],
+    ) -> Result<(Vec<bool>, Compression), Status> {
+        let target = self.target(volume)?;
+        if target.generation != generation {
+            // Its fingerprints mean nothing now: the home will do it all again, so nothing is worth compressing.
+            return Ok((vec![true; fingerprints.len()], Compression::Off));
+        }
+        let mut found = Vec::new();
+        let mut pins = self.pins();
+        loop {
+            let mut needs = Needs::new();
+            self.shard
+                .borrow()
+                .lookup(target.domain, fingerprints, &mut found, &mut needs)
+                .map_err(|_| Status::INVALID_NAMESPACE)?;
+            if needs.is_empty() || self.load_all(needs, &mut pins).await.is_err() {
+                return Ok((found.iter().map(Option::is_some).collect(), target.compression));
+            }
+        }
+    }
+
+    /// Writes a piece that another core has prepared.
+    pub(crate) async fn write_prepared(
+        self: &Rc<Self>,
+        volume: VolumeId,
+        generation: Generation,
+        lba: u64,
+        piece: SgList,
+        host_key: HostKeyId,
+        mut prepared: Prepared,
+    ) -> Result<(), Status> {
+        self.throttle().await?;
+        let target = self.target(volume)?;
+        if target.generation != generation {
+            return self.write_blocks(&target, lba, piece, host_key).await;
+        }
+        self.write_piece(&target, lba, &piece, &mut prepared.scratch).await
     }
 
     /// Writes several small pieces at once, each if nothing has to be waited for; `answer` gets each one's number and result
@@ -183,7 +230,7 @@ impl Pool {
             // Checked for each: the volume may be gone.
             let Ok(target) = self.target(write.volume) else { break };
             let mut scratch = self.scratch.borrow_mut().pop().unwrap_or_default();
-            self.classify(&target, write.data, write.host_key, &mut scratch, &mut chunks);
+            classify(write.data, write.host_key, &mut scratch, &mut chunks);
             pieces.push((target, scratch));
         }
         let mut prints: SmallVec<[Fingerprint; PIECE]> = SmallVec::new();
@@ -225,35 +272,6 @@ impl Pool {
             Ok(Attempt::Done) => Some(Ok(())),
             Ok(_) => None,
             Err(status) => Some(Err(status)),
-        }
-    }
-
-    /// Finds zeros and patterns; the rest is appended to `data`.
-    fn classify<'a>(
-        &self,
-        target: &Target4k,
-        piece: &'a SgList,
-        host_key: HostKeyId,
-        scratch: &mut Scratch,
-        data: &mut SmallVec<[&'a Chunk; PIECE]>,
-    ) {
-        scratch.entries.clear();
-        scratch.sources.clear();
-        scratch.blind = false;
-        for (at, buf) in piece.iter().enumerate() {
-            for (nth, chunk) in buf.as_chunks::<CHUNK_BYTES>().0.iter().enumerate() {
-                let kind = match codec::pattern(chunk) {
-                    Some(0) => Target::Zero,
-                    Some(word) => Target::Pattern(word),
-                    None => {
-                        data.push(chunk);
-                        let block = scratch.entries.len() as u16;
-                        scratch.sources.push(Source { buf: at as u16, nth: nth as u16, block });
-                        Target::Uncorrectable
-                    }
-                };
-                scratch.entries.push(MapEntry { target: kind, birth: target.epoch, host_key });
-            }
         }
     }
 
@@ -344,21 +362,27 @@ impl Pool {
         piece: &SgList,
         scratch: &mut Scratch,
     ) -> Result<(), Status> {
-        let Scratch { sources, fingerprints, found, new, same, .. } = scratch;
+        let Scratch { sources, fingerprints, found, new, same, packed, .. } = scratch;
+        for group in packed.drain(..) {
+            // What has been found since it was packed needs no second copy; all of the group or nothing is stored.
+            if group.members.iter().any(|&at| found[usize::from(at)].is_none()) {
+                self.store_packed(target, lane, piece, sources, fingerprints, found, &group)?;
+            }
+        }
         new.clear();
         same.clear();
         for at in 0..found.len() {
             if found[at].is_some() {
                 continue;
             }
-            match new.iter().find(|&&earlier| fingerprints[usize::from(earlier)] == fingerprints[at]) {
-                Some(&earlier) => same.push((at as u16, earlier)),
+            match fingerprints[..at].iter().position(|earlier| *earlier == fingerprints[at]) {
+                Some(earlier) => same.push((at as u16, earlier as u16)),
                 None => new.push(at as u16),
             }
         }
         let mut rest = new.as_slice();
         while !rest.is_empty() {
-            let (container, slot) = self.container(lane);
+            let (container, slot) = self.container(lane, 1);
             let most = rest.len().min(GROUP).min(SLOTS - usize::from(slot));
             let mut setting = target.compression;
             let mut pieces = neighbours(&rest[..most], piece, sources);
@@ -370,13 +394,13 @@ impl Pool {
             let (group, others) = rest.split_at(count);
             rest = others;
             let first = ChunkAddr::new(container, slot).ok_or(Status::INTERNAL_ERROR)?;
-            let prints: SmallVec<[Fingerprint; GROUP]> =
-                group.iter().map(|&at| fingerprints[usize::from(at)]).collect();
-            self.store_group(target, lane, first, &pieces, &prints, setting)?;
-            for (n, &at) in group.iter().enumerate() {
-                found[usize::from(at)] = first.plus(n as u16);
-            }
-            lane.container.set(Some((container, slot + count as u16)));
+            let prints = prints_of(group, fingerprints);
+            let appended = {
+                let mut compressor = self.core.compressor.borrow_mut();
+                lane.log.append(first, count as u8, &pieces, &mut compressor, setting)
+            };
+            self.record_fragment(target, lane, first, &prints, appended)?;
+            assign(found, group, first);
         }
         for &(at, earlier) in same.iter() {
             found[usize::from(at)] = found[usize::from(earlier)];
@@ -384,21 +408,46 @@ impl Pool {
         Ok(())
     }
 
-    /// Compresses, seals and records chunks as one fragment.
-    fn store_group(
+    /// Stores what another core has compressed.
+    #[allow(clippy::too_many_arguments)]
+    fn store_packed(
+        &self,
+        target: &Target4k,
+        lane: &Lane,
+        piece: &SgList,
+        sources: &[Source],
+        fingerprints: &[Fingerprint],
+        found: &mut [Option<ChunkAddr>],
+        group: &Packed,
+    ) -> Result<(), Status> {
+        let together = if group.body.is_some() { group.members.len() } else { RAW_GROUP };
+        for members in group.members.chunks(together) {
+            let (container, slot) = self.container(lane, members.len());
+            let first = ChunkAddr::new(container, slot).ok_or(Status::INTERNAL_ERROR)?;
+            let appended = match &group.body {
+                Some((codec, body)) => lane.log.append_encoded(first, members.len() as u8, *codec, &[body]),
+                None => {
+                    let pieces = neighbours(members, piece, sources);
+                    lane.log.append_encoded(first, members.len() as u8, Codec::Raw, &pieces)
+                }
+            };
+            let prints = prints_of(members, fingerprints);
+            self.record_fragment(target, lane, first, &prints, appended)?;
+            assign(found, members, first);
+        }
+        Ok(())
+    }
+
+    /// Records a fragment that is in the log now; its slots are taken.
+    fn record_fragment(
         &self,
         target: &Target4k,
         lane: &Lane,
         first: ChunkAddr,
-        pieces: &[&[u8]],
         prints: &[Fingerprint],
-        setting: Compression,
+        appended: Result<Appended, NotAppended>,
     ) -> Result<(), Status> {
         let chunks = prints.len() as u8;
-        let appended = {
-            let mut compressor = self.compressor.borrow_mut();
-            lane.log.append(first, chunks, pieces, &mut compressor, setting)
-        };
         let appended = appended.map_err(|why| {
             if let NotAppended::Failed(error) = &why {
                 tracing::error!(pool = %self.name(), %error, "a fragment can not be sealed");
@@ -420,11 +469,13 @@ impl Pool {
             .fragment_add(target.domain, target.generation, container, &fragment, prints)
             .map_err(|error| self.inconsistent(&error))?;
         shard.index_fragment(target.domain, first, prints);
+        lane.container.set(Some((container, first.slot() + u16::from(chunks))));
         Ok(())
     }
 
     /// Points blocks of a volume to the piece's entries. Their leaves are in RAM, their chunks alive or just stored.
     fn set_blocks(&self, target: &Target4k, lba: u64, scratch: &mut Scratch) -> Result<(), Status> {
+        scratch.entries.iter_mut().for_each(|entry| entry.birth = target.epoch);
         scratch.runs.clear();
         runs(scratch.entries.iter().copied(), &mut scratch.runs);
         let scope = Scope::Domain { domain: target.domain, generation: target.generation };
@@ -434,10 +485,10 @@ impl Pool {
         result.map_err(|error| self.inconsistent(&error))
     }
 
-    /// The lane's open container with a free slot; a new one if need be.
-    fn container(&self, lane: &Lane) -> (ContainerId, u16) {
+    /// The lane's open container with `count` free slots; a new one if need be (what is left of the old one stays unused).
+    fn container(&self, lane: &Lane, count: usize) -> (ContainerId, u16) {
         match lane.container.get() {
-            Some((container, slot)) if usize::from(slot) < SLOTS => (container, slot),
+            Some((container, slot)) if usize::from(slot) + count <= SLOTS => (container, slot),
             old => {
                 let mut shard = self.shard.borrow_mut();
                 let Some(d) = shard.domains.get_mut(&lane.domain.0) else {
@@ -634,7 +685,7 @@ impl Pool {
 }
 
 /// The same bytes in buffers of whole chunks.
-fn whole_chunks(piece: SgList) -> SgList {
+pub(crate) fn whole_chunks(piece: SgList) -> SgList {
     if piece.iter().all(|buf| buf.len().is_multiple_of(CHUNK_BYTES)) {
         piece
     } else {
@@ -655,4 +706,98 @@ fn neighbours<'a>(group: &[u16], piece: &'a SgList, sources: &[Source]) -> Small
         &piece.segments()[usize::from(buf)][from..from + run.len() * CHUNK_BYTES]
     })
     .collect()
+}
+
+/// Finds zeros and patterns; the rest is appended to `data`.
+fn classify<'a>(
+    piece: &'a SgList,
+    host_key: HostKeyId,
+    scratch: &mut Scratch,
+    data: &mut SmallVec<[&'a Chunk; PIECE]>,
+) {
+    scratch.entries.clear();
+    scratch.sources.clear();
+    scratch.packed.clear();
+    scratch.blind = false;
+    for (at, buf) in piece.iter().enumerate() {
+        for (nth, chunk) in buf.as_chunks::<CHUNK_BYTES>().0.iter().enumerate() {
+            let target = match codec::pattern(chunk) {
+                Some(0) => Target::Zero,
+                Some(word) => Target::Pattern(word),
+                None => {
+                    data.push(chunk);
+                    let block = scratch.entries.len() as u16;
+                    scratch.sources.push(Source { buf: at as u16, nth: nth as u16, block });
+                    Target::Uncorrectable
+                }
+            };
+            scratch.entries.push(MapEntry { target, birth: Epoch(0), host_key });
+        }
+    }
+}
+
+/// A piece on another core than the pool's home: what that core works out by itself.
+pub(crate) struct Prepared {
+    scratch: Box<Scratch>,
+}
+
+impl Prepared {
+    /// Classifies and hashes a piece (at most [`PIECE`] blocks in whole chunks).
+    pub fn new(piece: &SgList, host_key: HostKeyId, hasher: &Hasher) -> Prepared {
+        let mut scratch = Box::<Scratch>::default();
+        let mut chunks = SmallVec::new();
+        classify(piece, host_key, &mut scratch, &mut chunks);
+        scratch.fingerprints.resize(chunks.len(), Fingerprint::NONE);
+        hasher.hash_chunks(&chunks, &mut scratch.fingerprints);
+        Prepared { scratch }
+    }
+
+    /// The fingerprints to ask the home about.
+    pub fn fingerprints(&self) -> Vec<Fingerprint> {
+        self.scratch.fingerprints.clone()
+    }
+
+    /// Compresses what the home has not found.
+    pub fn pack(
+        &mut self,
+        piece: &SgList,
+        found: &[bool],
+        setting: Compression,
+        compressor: &mut Compressor,
+    ) {
+        let Scratch { sources, fingerprints, packed, .. } = &mut *self.scratch;
+        let is_first = |at: usize| !fingerprints[..at].contains(&fingerprints[at]);
+        let new: SmallVec<[u16; PIECE]> =
+            (0..found.len()).filter(|&at| !found[at] && is_first(at)).map(|at| at as u16).collect();
+        for members in new.chunks(GROUP) {
+            let pieces = neighbours(members, piece, sources);
+            let mut body = Buf::alloc(members.len() * CHUNK_BYTES);
+            let packing = body.get_mut().and_then(|out| compressor.compress(setting, &pieces, out));
+            let body = packing.map(|(codec, bytes)| {
+                body.truncate(bytes);
+                (codec, body)
+            });
+            packed.push(Packed { members: members.into(), body });
+        }
+    }
+}
+
+/// Chunks of a piece that another core has compressed together.
+pub(crate) struct Packed {
+    members: SmallVec<[u16; GROUP]>,
+    /// `None`: no codec helps.
+    body: Option<(Codec, Buf)>,
+}
+
+fn prints_of(members: &[u16], fingerprints: &[Fingerprint]) -> SmallVec<[Fingerprint; GROUP]> {
+    members.iter().map(|&at| fingerprints[usize::from(at)]).collect()
+}
+
+/// The chunks that were not found are in the slots from `first` on.
+fn assign(found: &mut [Option<ChunkAddr>], members: &[u16], first: ChunkAddr) {
+    for (n, &at) in members.iter().enumerate() {
+        if found[usize::from(at)].is_none() {
+            found[usize::from(at)] = first.plus(n as u16);
+        }
+    }
 }

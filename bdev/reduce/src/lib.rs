@@ -22,6 +22,7 @@ mod check;
 mod checkpoint;
 mod chunklock;
 mod commit;
+mod core;
 mod error;
 mod gc;
 mod hash;

@@ -165,6 +165,30 @@ impl DataLog {
         Ok(Appended { place, unit_bytes: unit as u32, codec })
     }
 
+    /// Seals and appends a body that is encoded already; its pieces follow each other.
+    pub fn append_encoded(
+        self: &Rc<Self>,
+        first: ChunkAddr,
+        chunks: u8,
+        codec: Codec,
+        body: &[&[u8]],
+    ) -> Result<Appended, NotAppended> {
+        let mut inner = self.inner.borrow_mut();
+        self.room(&inner, bound(chunks.into()))?;
+        let Some(active) = &mut inner.active else { return Err(NotAppended::NoSegment) };
+        let key = &active.segment.key;
+        let offset = active.start + active.len as u32;
+        let body_bytes = body.iter().map(|piece| piece.len()).sum::<usize>() as u32;
+        let header = FragmentHeader { first, chunks, codec, body_bytes };
+        let unit = header.unit_bytes(key);
+        let Some(out) = active.buf.get_mut() else { return Err(NotAppended::NoBuffer) };
+        let out = &mut out[active.len..active.len + unit];
+        fragment::seal_fragment(key, offset, &header, body, None, out)
+            .map_err(|error| NotAppended::Failed(error.into()))?;
+        active.len += unit;
+        Ok(Appended { place: active.segment.key.place(offset), unit_bytes: unit as u32, codec })
+    }
+
     /// Moves a fragment here: opens `unit`, which was read from `from` in `old`, and seals its body again.
     pub fn append_moved(
         self: &Rc<Self>,

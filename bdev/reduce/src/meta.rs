@@ -120,7 +120,7 @@ impl Meta {
         let Some(open) = self.open.get_mut(&domain.0) else { return Err(Status::INTERNAL_ERROR) };
         let offset = open.start + open.buf.len() as u32;
         let ptr = {
-            let mut compressor = pool.compressor.borrow_mut();
+            let mut compressor = pool.core.compressor.borrow_mut();
             let options = NodeOptions { compressor: Some(&mut compressor), ..NodeOptions::default() };
             node::seal_node(&open.segment.key, offset, id, birth, plain, options, &mut open.buf)
         };

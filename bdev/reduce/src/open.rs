@@ -12,7 +12,6 @@ use std::sync::{Arc, OnceLock};
 use cryptfold_bdev::{Access, BdevEvent, Descriptor, Registry, Status};
 use cryptfold_reactor as reactor;
 use cryptfold_reduce_format::block::{BLOCK_BYTES, BlockError};
-use cryptfold_reduce_format::codec::{Compressor, Decompressor};
 use cryptfold_reduce_format::entry::Record;
 use cryptfold_reduce_format::ids::{
     DeviceIx, DomainId, Epoch, Generation, OwnerEpoch, Sequence, ShardIx, VolumeId,
@@ -37,6 +36,7 @@ use uuid::Uuid;
 use crate::anchors::{self, Anchors, io_error};
 use crate::base::Base;
 use crate::commit::Commits;
+use crate::core::Core;
 use crate::error::PoolError;
 use crate::index::Index;
 use crate::journal::Journal;
@@ -351,10 +351,9 @@ fn assemble(
     let dirty_limit = (reserve / 3).min(cache_bytes as u64 / 2) / 9000;
     let name = superblock.name.clone();
     Ok(Rc::new(Pool {
-        handle: PoolRef::new(superblock.pool, reactor::current(), &name, &device),
+        handle: PoolRef::new(superblock.pool, reactor::current(), &name, descriptor),
         uuid: superblock.pool,
         descriptor: descriptor.clone(),
-        base,
         keys: found.keys,
         epoch,
         owner: me,
@@ -366,9 +365,8 @@ fn assemble(
         commits: Commits::default(),
         meta: Mutex::new(Meta::new(empty(), empty(), empty(), None)),
         loading: RefCell::default(),
-        compressor: RefCell::new(Compressor::new()),
-        decompressor: RefCell::new(Decompressor::new()),
-        fragments: RefCell::default(),
+        core: Core::new(base.clone()),
+        base,
         lanes: RefCell::default(),
         logs: RefCell::default(),
         scratch: RefCell::default(),

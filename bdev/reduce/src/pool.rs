@@ -12,7 +12,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use cryptfold_bdev::{Descriptor, Status};
 use cryptfold_reactor::sync::{Event, Mutex as AsyncMutex, Notify};
 use cryptfold_reactor::{self as reactor, Handle};
-use cryptfold_reduce_format::codec::{Compressor, Decompressor};
 use cryptfold_reduce_format::ids::DomainId;
 use cryptfold_reduce_format::journal::JournalEpoch;
 use cryptfold_reduce_format::keys::PoolKeys;
@@ -22,13 +21,13 @@ use uuid::Uuid;
 use crate::base::Base;
 use crate::chunklock::ChunkLocks;
 use crate::commit::Commits;
+use crate::core::Core;
 use crate::hash::FastMap;
 use crate::ingest::{Lane, Scratch};
 use crate::journal::Journal;
 use crate::load::LoadKey;
 use crate::log::DataLog;
 use crate::meta::Meta;
-use crate::read::FragmentCache;
 use crate::shard::{ApplyError, Shard};
 use crate::volume::Gathered;
 
@@ -53,6 +52,8 @@ pub(crate) struct PoolRef {
     pub home: Handle,
     pub name: Arc<Mutex<String>>,
     pub base_name: String,
+    /// The pool's opening of its device, while it is open.
+    pub descriptor: std::sync::Weak<Descriptor>,
 }
 
 thread_local! {
@@ -63,13 +64,14 @@ thread_local! {
 static NEXT_POOL: AtomicU64 = AtomicU64::new(1);
 
 impl PoolRef {
-    pub fn new(uuid: Uuid, home: Handle, name: &str, base_name: &str) -> PoolRef {
+    pub fn new(uuid: Uuid, home: Handle, name: &str, descriptor: &Arc<Descriptor>) -> PoolRef {
         PoolRef {
             id: NEXT_POOL.fetch_add(1, Ordering::Relaxed),
             uuid,
             home,
             name: Arc::new(Mutex::new(name.to_owned())),
-            base_name: base_name.to_owned(),
+            base_name: descriptor.bdev().name().to_owned(),
+            descriptor: Arc::downgrade(descriptor),
         }
     }
 
@@ -101,9 +103,8 @@ pub(crate) struct Pool {
     pub commits: Commits,
     pub meta: AsyncMutex<Meta>,
     pub loading: RefCell<FastMap<LoadKey, Rc<Event>>>,
-    pub compressor: RefCell<Compressor>,
-    pub decompressor: RefCell<Decompressor>,
-    pub fragments: RefCell<FragmentCache>,
+    /// The home's own part.
+    pub core: Rc<Core>,
     pub lanes: RefCell<FastMap<(DomainId, bool), Rc<Lane>>>,
     pub logs: RefCell<Vec<Rc<DataLog>>>,
     #[allow(clippy::vec_box)] // Moved in and out of writes; a kilobyte each time otherwise.

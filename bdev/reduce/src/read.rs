@@ -17,6 +17,7 @@ use cryptfold_reduce_format::map::Target;
 use smallvec::SmallVec;
 
 use crate::base::Base;
+use crate::core::Core;
 use crate::pool::Pool;
 use crate::segments::Segment;
 use crate::shard::{Need, Needs, Shard, leaf_of};
@@ -55,6 +56,8 @@ struct Unit {
     segment: Arc<Segment>,
     entry: FragmentEntry,
     first: ChunkAddr,
+    /// Its sealed bytes, while they are not on the device.
+    unwritten: Option<Buf>,
 }
 
 type Extents = SmallVec<[Extent; 2]>;
@@ -101,8 +104,57 @@ fn need<L: Leaf>(tree: &Tree<L>, owner: u32, index: u64, needs: &mut Needs) {
     }
 }
 
+/// What some blocks are, and what has to be fetched for them. Pins the segments that it names.
+pub(crate) struct Resolved {
+    extents: Extents,
+    units: Units,
+}
+
+/// A fragment that does not verify.
+pub(crate) struct Damage {
+    domain: DomainId,
+    entry: FragmentEntry,
+    first: ChunkAddr,
+    error: String,
+}
+
+/// Why a read has no data.
+pub(crate) enum ReadError {
+    Status(Status),
+    Damage(Box<Damage>),
+}
+
+impl From<Status> for ReadError {
+    fn from(status: Status) -> ReadError {
+        ReadError::Status(status)
+    }
+}
+
+/// Blocks of a read that are resolved in one step, from its first: (first block, blocks).
+pub(crate) fn steps(count: u64) -> impl Iterator<Item = (u64, usize)> {
+    (0..count).step_by(STEP as usize).map(move |done| (done, STEP.min(count - done) as usize))
+}
+
+impl Resolved {
+    /// Adds the unmapped runs, `base` blocks into the read.
+    pub fn unmapped(&self, base: u64, unmapped: &mut UnmappedRanges) {
+        for extent in self.extents.iter().filter(|extent| matches!(extent.source, Source::Unmapped)) {
+            let (start, blocks) = (base as u32 + extent.at as u32, extent.count as u32);
+            match unmapped.last_mut().filter(|last| last.start + last.blocks == start) {
+                Some(last) => last.blocks += blocks,
+                None => unmapped.push(BlockRange { start, blocks }),
+            }
+        }
+    }
+
+    /// Whether all blocks read as zeros.
+    fn is_zero(&self) -> bool {
+        self.units.is_empty() && !self.extents.iter().any(|e| matches!(e.source, Source::Pattern(_)))
+    }
+}
+
 impl Pool {
-    /// Reads 4 KiB blocks of a volume: their bytes, and which of them are unmapped.
+    /// Reads 4 KiB blocks of a volume, on the pool's home: their bytes, and which of them are unmapped.
     pub(crate) async fn read_blocks(
         &self,
         volume: VolumeId,
@@ -111,48 +163,79 @@ impl Pool {
     ) -> Result<(SgList, UnmappedRanges), Status> {
         let mut data = SgList::new();
         let mut unmapped = UnmappedRanges::new();
-        let mut done = 0;
-        while done < count {
-            let step = STEP.min(count - done);
-            let part = self.read_step(volume, lba + done, step as usize, done as u32, &mut unmapped).await?;
-            data.append(part);
-            done += step;
+        for (done, blocks) in steps(count) {
+            let resolved = self.resolve_blocks(volume, lba + done, blocks).await?;
+            resolved.unmapped(done, &mut unmapped);
+            let part = self.core.read(&resolved, blocks).await;
+            data.append(part.map_err(|error| self.read_failed(error))?);
         }
         Ok((data, unmapped))
     }
 
-    async fn read_step(
+    /// Finds out what blocks are, loading what that takes.
+    pub(crate) async fn resolve_blocks(
         &self,
         volume: VolumeId,
         lba: u64,
         count: usize,
-        base: u32,
-        unmapped: &mut UnmappedRanges,
-    ) -> Result<SgList, Status> {
+    ) -> Result<Resolved, Status> {
         let mut pins = self.pins();
-        let (extents, units) = loop {
+        loop {
             let mut needs = Needs::new();
-            let resolved = resolve(&self.shard.borrow(), volume, lba, count, &mut needs)?;
-            if needs.is_empty() {
-                break resolved;
+            let (extents, mut units) = resolve(&self.shard.borrow(), volume, lba, count, &mut needs)?;
+            if !needs.is_empty() {
+                self.load_all(needs, &mut pins).await?;
+                continue;
             }
-            self.load_all(needs, &mut pins).await?;
-        };
-        drop(pins);
-        for extent in extents.iter().filter(|extent| matches!(extent.source, Source::Unmapped)) {
-            let (start, blocks) = (base + extent.at as u32, extent.count as u32);
-            match unmapped.last_mut().filter(|last| last.start + last.blocks == start) {
-                Some(last) => last.blocks += blocks,
-                None => unmapped.push(BlockRange { start, blocks }),
+            for unit in &mut units {
+                let (offset, bytes) = (unit.entry.place.offset, unit.entry.unit_bytes);
+                if !unit.segment.is_written(offset + bytes) {
+                    let logs = self.logs.borrow();
+                    let found = logs.iter().find_map(|log| log.unwritten(&unit.segment, offset, bytes));
+                    unit.unwritten = Some(found.ok_or(Status::INTERNAL_ERROR)?);
+                }
             }
+            return Ok(Resolved { extents, units });
         }
-        if units.is_empty() && !extents.iter().any(|e| matches!(e.source, Source::Pattern(_))) {
+    }
+
+    /// The status of a read that failed; damage is remembered.
+    pub(crate) fn read_failed(&self, error: ReadError) -> Status {
+        match error {
+            ReadError::Status(status) => status,
+            ReadError::Damage(d) => self.fragment_damaged(d.domain, &d.entry, d.first, &d.error),
+        }
+    }
+
+    /// Remembers and reports (once) that a fragment is damaged.
+    pub(crate) fn fragment_damaged(
+        &self,
+        domain: DomainId,
+        entry: &FragmentEntry,
+        first: ChunkAddr,
+        error: &str,
+    ) -> Status {
+        if self.shard.borrow_mut().damaged.insert((domain, first)) {
+            self.damaged.set(self.damaged.get() + 1);
+            tracing::error!(
+                pool = %self.name(), %domain, place = ?entry.place, chunk = ?first, chunks = entry.chunks, error,
+                "a fragment is damaged: its blocks can not be read"
+            );
+        }
+        Status::UNRECOVERED_READ
+    }
+}
+
+impl Core {
+    /// The bytes of `count` blocks.
+    pub(crate) async fn read(&self, resolved: &Resolved, count: usize) -> Result<SgList, ReadError> {
+        if resolved.is_zero() {
             return Ok(SgList::zeroes(count * CHUNK_BYTES));
         }
-        let fetched = self.fetch(&units).await?;
+        let fetched = self.fetch(&resolved.units).await?;
         let mut out = Buf::alloc(count * CHUNK_BYTES);
-        let Some(bytes) = out.get_mut() else { return Err(Status::INTERNAL_ERROR) };
-        self.materialise(bytes, &extents, &units, &fetched)?;
+        let Some(bytes) = out.get_mut() else { return Err(Status::INTERNAL_ERROR.into()) };
+        self.materialise(bytes, &resolved.extents, &resolved.units, &fetched)?;
         Ok(out.into())
     }
 
@@ -162,17 +245,13 @@ impl Pool {
         let mut from_device: SmallVec<[usize; 8]> = SmallVec::new();
         for (at, unit) in units.iter().enumerate() {
             let offset = unit.entry.place.offset;
-            let end = offset + unit.entry.unit_bytes;
             if let Some(plain) = self.fragments.borrow().get(&unit.segment, offset) {
                 fetched.push(Fetched::Plain(plain));
-            } else if unit.segment.is_written(end) {
+            } else if let Some(sealed) = &unit.unwritten {
+                fetched.push(Fetched::Sealed(sealed.clone()));
+            } else {
                 fetched.push(Fetched::Nothing);
                 from_device.push(at);
-            } else {
-                let logs = self.logs.borrow();
-                let found =
-                    logs.iter().find_map(|log| log.unwritten(&unit.segment, offset, unit.entry.unit_bytes));
-                fetched.push(found.map(Fetched::Sealed).ok_or(Status::INTERNAL_ERROR)?);
             }
         }
         from_device.sort_unstable_by_key(|&at| (units[at].segment.start_bytes, units[at].entry.place.offset));
@@ -216,7 +295,7 @@ impl Pool {
         extents: &[Extent],
         units: &[Unit],
         fetched: &[Fetched],
-    ) -> Result<(), Status> {
+    ) -> Result<(), ReadError> {
         let mut plain: SmallVec<[Option<Buf>; 8]> = SmallVec::new();
         plain.resize(units.len(), None);
         for extent in extents {
@@ -228,7 +307,7 @@ impl Pool {
                     words.fill(word.to_le_bytes());
                 }
                 Source::Unit { unit, slot } => {
-                    let Unit { domain, segment, entry, first } = &units[unit];
+                    let Unit { domain, segment, entry, first, .. } = &units[unit];
                     let whole = slot == entry.first_slot && extent.count == usize::from(entry.chunks);
                     match &fetched[unit] {
                         Fetched::Sealed(sealed) if whole => {
@@ -247,7 +326,7 @@ impl Pool {
                             }
                         }
                         Fetched::Plain(buf) => copy_slots(buf, entry, slot, bytes),
-                        Fetched::Nothing => return Err(Status::INTERNAL_ERROR),
+                        Fetched::Nothing => return Err(Status::INTERNAL_ERROR.into()),
                     }
                 }
             }
@@ -264,29 +343,11 @@ impl Pool {
         first: ChunkAddr,
         sealed: &[u8],
         out: &mut [u8],
-    ) -> Result<(), Status> {
+    ) -> Result<(), ReadError> {
         let mut cache = self.fragments.borrow_mut();
         let mut codec = self.decompressor.borrow_mut();
         let decoded = decode_fragment(segment, entry, first, sealed, out, &mut cache.scratch, &mut codec);
-        decoded.map_err(|error| self.fragment_damaged(domain, entry, first, &error))
-    }
-
-    /// Remembers and reports (once) that a fragment is damaged.
-    pub(crate) fn fragment_damaged(
-        &self,
-        domain: DomainId,
-        entry: &FragmentEntry,
-        first: ChunkAddr,
-        error: &str,
-    ) -> Status {
-        if self.shard.borrow_mut().damaged.insert((domain, first)) {
-            self.damaged.set(self.damaged.get() + 1);
-            tracing::error!(
-                pool = %self.name(), %domain, place = ?entry.place, chunk = ?first, chunks = entry.chunks, error,
-                "a fragment is damaged: its blocks can not be read"
-            );
-        }
-        Status::UNRECOVERED_READ
+        decoded.map_err(|error| ReadError::Damage(Box::new(Damage { domain, entry: *entry, first, error })))
     }
 }
 
@@ -412,7 +473,7 @@ fn resolve_chunk(
         return Ok(None);
     };
     let first = ChunkAddr::new(addr.container(), entry.first_slot).ok_or(Status::INTERNAL_ERROR)?;
-    units.push(Unit { domain: d.record.id, segment: handle, entry, first });
+    units.push(Unit { domain: d.record.id, segment: handle, entry, first, unwritten: None });
     Ok(Some(Source::Unit { unit: units.len() - 1, slot: addr.slot() }))
 }
 

@@ -1,7 +1,8 @@
 //! A volume as a block device.
 //!
 //! Owns the translation of host I/O (blocks of 512 or 4096 bytes) to whole 4 KiB blocks of the pool. I/O that comes on
-//! another core than the pool's home goes there by message and back, with its buffers, without a copy.
+//! another core than the pool's home is hashed and compressed, read and decoded there; what concerns the pool's state goes to
+//! the home by message, with its buffers, without a copy.
 //!
 //! On a volume with 512-byte blocks every change locks the 4 KiB blocks that it touches: a change of part of a block reads
 //! it, changes it and writes it, and must not undo a change of the rest that came in between.
@@ -14,14 +15,17 @@ use cryptfold_bdev::{
     BdevError, BlockRange, Device, DeviceInfo, Io, Op, OpSet, Queue, Status, UnmappedRanges,
 };
 use cryptfold_reactor as reactor;
+use cryptfold_reduce_format::fingerprint::Hasher;
 use cryptfold_reduce_format::fragment::CHUNK_BYTES;
-use cryptfold_reduce_format::ids::{HostKeyId, VolumeId};
+use cryptfold_reduce_format::ids::{Generation, HostKeyId, VolumeId};
 use cryptfold_reduce_format::map::Target;
 use cryptfold_reduce_format::record::volume_flags;
 use reactor::memory::{Buf, SgList};
 
-use crate::ingest::{HASHED, Small};
+use crate::core::Core;
+use crate::ingest::{HASHED, PIECE, Prepared, Small, whole_chunks};
 use crate::pool::{Pool, PoolRef};
+use crate::read::steps;
 
 /// Largest write that is gathered with others, in 4 KiB blocks: larger ones fill the hash's lanes by themselves.
 const SMALL_BLOCKS: u64 = 2;
@@ -32,6 +36,8 @@ pub(crate) struct VolumeDevice {
     id: VolumeId,
     info: DeviceInfo,
     domain: String,
+    hasher: Arc<Hasher>,
+    generation: Generation,
 }
 
 /// What a volume's device says of itself.
@@ -44,6 +50,8 @@ pub(crate) struct VolumeFacts<'a> {
     pub block_bytes: u32,
     pub blocks: u64,
     pub flags: u32,
+    pub hasher: Arc<Hasher>,
+    pub generation: Generation,
 }
 
 impl VolumeDevice {
@@ -65,7 +73,14 @@ impl VolumeDevice {
         info.reports_unmapped = true;
         info.thin = true;
         info.read_only = facts.flags & volume_flags::READ_ONLY != 0;
-        Arc::new(VolumeDevice { pool, id: facts.id, info, domain: facts.domain.to_owned() })
+        Arc::new(VolumeDevice {
+            pool,
+            id: facts.id,
+            info,
+            domain: facts.domain.to_owned(),
+            hasher: facts.hasher.clone(),
+            generation: facts.generation,
+        })
     }
 }
 
@@ -75,8 +90,14 @@ impl Device for VolumeDevice {
     }
 
     fn open_queue(self: Arc<Self>) -> Result<Rc<dyn Queue>, BdevError> {
-        let local = if self.pool.home.is_current() { self.pool.get() } else { None };
-        Ok(Rc::new(VolumeQueue { local, device: self }))
+        let gone = || BdevError::Removing(self.info.name.clone());
+        let side = if self.pool.home.is_current() {
+            Side::Home(self.pool.get().ok_or_else(gone)?)
+        } else {
+            let descriptor = self.pool.descriptor.upgrade().ok_or_else(gone)?;
+            Side::Away(Core::of(self.pool.id, &descriptor)?)
+        };
+        Ok(Rc::new(VolumeQueue { side, device: self }))
     }
 
     fn driver_specific(&self) -> serde_json::Value {
@@ -96,8 +117,16 @@ impl Device for VolumeDevice {
 
 pub(crate) struct VolumeQueue {
     device: Arc<VolumeDevice>,
-    /// The pool, on its home core.
-    local: Option<Rc<Pool>>,
+    side: Side,
+}
+
+/// Which core this is.
+#[derive(Clone)]
+enum Side {
+    /// The pool's home.
+    Home(Rc<Pool>),
+    /// Another one, with what the pool has there.
+    Away(Rc<Core>),
 }
 
 /// An I/O without its way back, so that it can cross cores.
@@ -118,8 +147,8 @@ struct Answer {
 
 impl Queue for VolumeQueue {
     fn submit(self: Rc<Self>, io: Box<Io>) {
-        match &self.local {
-            Some(pool) if self.is_small(&io) => {
+        match &self.side {
+            Side::Home(pool) if self.is_small(&io) => {
                 let pool = pool.clone();
                 let mut gathered = pool.gathered.0.borrow_mut();
                 gathered.push((self, io));
@@ -184,15 +213,19 @@ impl VolumeQueue {
     /// Does an I/O in a task of its own.
     fn start(self: Rc<Self>, mut io: Box<Io>) {
         let (id, block_bytes) = (self.device.id, self.device.info.block_size_bytes);
-        if let (Some(pool), Op::Read) = (&self.local, io.op) {
-            // By itself, because a read's future is much smaller than a write's.
-            let pool = pool.clone();
-            let per_chunk = CHUNK_BYTES as u64 / u64::from(block_bytes);
-            let task = async move {
-                let answer = read(&pool, id, per_chunk, io.lba, io.blocks).await;
+        let per_chunk = CHUNK_BYTES as u64 / u64::from(block_bytes);
+        if io.op == Op::Read {
+            // By itself, because a read's future is much smaller than a write's. Its own buffers stay on the I/O.
+            return reactor::spawn_local(async move {
+                let answer = match &self.side {
+                    Side::Home(pool) => read(Reader::Home(pool), id, per_chunk, io.lba, io.blocks).await,
+                    Side::Away(core) => {
+                        read(Reader::Away(&self.device, core), id, per_chunk, io.lba, io.blocks).await
+                    }
+                };
                 finish(io, answer.unwrap_or_else(Answer::failed));
-            };
-            return reactor::spawn_local(task).detach();
+            })
+            .detach();
         }
         let request = Request {
             op: io.op,
@@ -200,29 +233,101 @@ impl VolumeQueue {
             host_key: io.host_key,
             lba: io.lba,
             blocks: io.blocks,
-            // A read's own buffers stay here; its data is copied into them.
-            data: if io.op == Op::Read { SgList::new() } else { std::mem::take(&mut io.data) },
+            data: std::mem::take(&mut io.data),
         };
-        match self.local.clone() {
-            Some(pool) => reactor::spawn_local(async move {
-                finish(io, execute(pool, id, block_bytes, request).await);
-            })
-            .detach(),
-            None => reactor::spawn_local(async move {
-                let pool = self.device.pool.clone();
-                let home = pool.home.clone();
-                let gone = Answer::failed(Status::INVALID_NAMESPACE.do_not_retry());
-                let call = home.call(move || async move {
-                    match pool.get() {
-                        Some(pool) => execute(pool, id, block_bytes, request).await,
-                        None => Answer::failed(Status::INVALID_NAMESPACE.do_not_retry()),
-                    }
-                });
-                finish(io, call.await.unwrap_or(gone));
-            })
-            .detach(),
-        }
+        reactor::spawn_local(async move {
+            let answer = match &self.side {
+                Side::Home(pool) => execute(pool.clone(), id, block_bytes, request).await,
+                Side::Away(core) => self.device.execute_away(core, request).await,
+            };
+            finish(io, answer);
+        })
+        .detach();
     }
+}
+
+impl VolumeDevice {
+    /// Runs `f` with the pool on its home.
+    async fn on_home<F, Fut, T>(&self, f: F) -> Result<T, Status>
+    where
+        F: FnOnce(Rc<Pool>) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<T, Status>> + 'static,
+        T: Send + 'static,
+    {
+        let pool = self.pool.clone();
+        let gone = Status::INVALID_NAMESPACE.do_not_retry();
+        let call = self.pool.home.call(move || async move {
+            match pool.get() {
+                Some(pool) => f(pool).await,
+                None => Err(gone),
+            }
+        });
+        call.await.unwrap_or(Err(gone))
+    }
+
+    /// Does what is no read from another core than the home: hashes and compresses larger writes here, and leaves the rest to
+    /// the home.
+    async fn execute_away(&self, core: &Core, request: Request) -> Answer {
+        let (id, block_bytes) = (self.id, self.info.block_size_bytes);
+        let whole = block_bytes as usize == CHUNK_BYTES;
+        if request.op == Op::Write && whole && request.blocks > SMALL_BLOCKS {
+            return self.write_away(core, request).await.into();
+        }
+        let done = self.on_home(move |pool| async move { Ok(execute(pool, id, block_bytes, request).await) });
+        done.await.unwrap_or_else(Answer::failed)
+    }
+
+    async fn write_away(&self, core: &Core, request: Request) -> Result<(), Status> {
+        let Request { fua, host_key, mut lba, mut data, .. } = request;
+        let (id, generation, key) = (self.id, self.generation, HostKeyId(host_key));
+        while !data.is_empty() {
+            let count = PIECE.min(data.len_bytes() / CHUNK_BYTES);
+            let piece = whole_chunks(data.split_to(count * CHUNK_BYTES));
+            let mut prepared = Prepared::new(&piece, key, &self.hasher);
+            let prints = prepared.fingerprints();
+            if !prints.is_empty() {
+                let survey = self
+                    .on_home(move |pool| async move { pool.survey(id, generation, &prints).await })
+                    .await?;
+                prepared.pack(&piece, &survey.0, survey.1, &mut core.compressor.borrow_mut());
+            }
+            let last = data.is_empty();
+            self.on_home(move |pool| async move {
+                let _busy = pool.enter();
+                pool.write_prepared(id, generation, lba, piece, key, prepared).await?;
+                if fua && last { pool.flush().await } else { Ok(()) }
+            })
+            .await?;
+            lba += count as u64;
+        }
+        Ok(())
+    }
+
+    async fn read_away(&self, core: &Core, lba: u64, count: u64) -> Result<(SgList, UnmappedRanges), Status> {
+        let id = self.id;
+        let mut data = SgList::new();
+        let mut unmapped = UnmappedRanges::new();
+        for (done, blocks) in steps(count) {
+            let resolving =
+                self.on_home(move |pool| async move { pool.resolve_blocks(id, lba + done, blocks).await });
+            let resolved = resolving.await?;
+            resolved.unmapped(done, &mut unmapped);
+            match core.read(&resolved, blocks).await {
+                Ok(part) => data.append(part),
+                Err(error) => {
+                    let status = self.on_home(move |pool| async move { Ok(pool.read_failed(error)) }).await?;
+                    return Err(status);
+                }
+            }
+        }
+        Ok((data, unmapped))
+    }
+}
+
+/// Where a read's blocks come from.
+enum Reader<'a> {
+    Home(&'a Pool),
+    Away(&'a VolumeDevice, &'a Core),
 }
 
 impl Answer {
@@ -266,9 +371,6 @@ fn copy_into(to: &mut SgList, from: &SgList) -> bool {
 async fn execute(pool: Rc<Pool>, id: VolumeId, block_bytes: u32, request: Request) -> Answer {
     let per_chunk = CHUNK_BYTES as u64 / u64::from(block_bytes);
     match request.op {
-        Op::Read => {
-            read(&pool, id, per_chunk, request.lba, request.blocks).await.unwrap_or_else(Answer::failed)
-        }
         Op::Flush | Op::Reset => pool.flush().await.into(),
         _ => {
             let _busy = pool.enter();
@@ -282,12 +384,21 @@ async fn execute(pool: Rc<Pool>, id: VolumeId, block_bytes: u32, request: Reques
     }
 }
 
-async fn read(pool: &Pool, id: VolumeId, per_chunk: u64, lba: u64, blocks: u64) -> Result<Answer, Status> {
+async fn read(
+    reader: Reader<'_>,
+    id: VolumeId,
+    per_chunk: u64,
+    lba: u64,
+    blocks: u64,
+) -> Result<Answer, Status> {
     if blocks == 0 {
         return Ok(Answer::failed(Status::SUCCESS));
     }
     let (first, end) = (lba / per_chunk, (lba + blocks).div_ceil(per_chunk));
-    let (mut data, chunks) = pool.read_blocks(id, first, end - first).await?;
+    let (mut data, chunks) = match reader {
+        Reader::Home(pool) => pool.read_blocks(id, first, end - first).await?,
+        Reader::Away(device, core) => device.read_away(core, first, end - first).await?,
+    };
     if per_chunk == 1 {
         return Ok(Answer { status: Status::SUCCESS, data, unmapped: chunks });
     }
