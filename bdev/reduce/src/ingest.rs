@@ -340,7 +340,9 @@ impl Pool {
         }
         let new = scratch.found.iter().filter(|found| found.is_none()).count();
         if new > 0 {
-            let bytes = (new.div_ceil(RAW_GROUP) + 1) * bound(0) + new * CHUNK_BYTES;
+            // Groups that are packed already are stored whole.
+            let most = if scratch.packed.is_empty() { new } else { scratch.sources.len() };
+            let bytes = (most.div_ceil(RAW_GROUP) + 1) * bound(0) + most * CHUNK_BYTES;
             if lane.log.room_for(bytes).is_err() {
                 return Ok(Attempt::Room(bytes));
             }
