@@ -429,6 +429,7 @@ impl Pool {
                 shard.domains.insert(id, domain.map_err(|e| self.damage(e))?);
             }
         }
+        shard.segments.set_domains(shard.domains.len());
         for page in self.pages(&catalogue.volumes) {
             for (_, record) in decode_page(&page).map_err(bad)? {
                 let record = VolumeRecord::decode(record).map_err(bad)?;

@@ -89,6 +89,8 @@ pub(crate) struct Segments {
     free_count: usize,
     usable: usize,
     next_incarnation: u64,
+    /// Domains, and the pool itself: each has segments of its own.
+    streams: usize,
     dirty_pages: Vec<bool>,
     /// Sum over data segments.
     pub live_data_bytes: u64,
@@ -134,6 +136,7 @@ impl Segments {
             free_count: 0,
             // Unique over the pool's life: owner epochs are.
             next_incarnation: epoch.0 << 32 | 1,
+            streams: 2,
             dirty_pages: vec![true; pages],
             live_data_bytes: 0,
             live_meta_bytes: 0,
@@ -224,9 +227,17 @@ impl Segments {
 
     /// Segments that hosts must leave to metadata, deletion and collection, and those of them that the collector may not
     /// take either.
+    ///
+    /// The collector has an open segment for each domain, and so have checkpoints: if hosts could take these too, the
+    /// collector could not begin, and nothing would ever become free again.
     pub fn reserve(&self) -> (usize, usize) {
-        let base = (self.usable / 50).max(4);
-        (2 * base, base)
+        let checkpoint = (self.usable / 50).max(4);
+        (checkpoint + (self.usable / 50).max(2 * self.streams), checkpoint)
+    }
+
+    /// Tells how many domains there are.
+    pub fn set_domains(&mut self, count: usize) {
+        self.streams = count + 1;
     }
 
     /// Takes a free segment. `None`: there is none that may be opened now.

@@ -473,6 +473,7 @@ impl Shard {
                 let domain =
                     Domain::open(record, wrap, self.pool_id, &self.meter).map_err(ApplyError::Record)?;
                 self.domains.insert(domain.record.id.0, domain);
+                self.segments.set_domains(self.domains.len());
             }
             Record::PoolUpdate { record } => {
                 let new = PoolRecord::decode(record).map_err(bad)?;
