@@ -286,6 +286,7 @@ pub(crate) async fn open(claim: &Claim, kek: &Kek, opening: &Opening) -> Result<
     let pool = assemble(descriptor, base, found, me, opening)?;
     pool.load_catalogue().await?;
     pool.replay().await?;
+    pool.shard.borrow_mut().segments.recount();
     pool.start().await?;
     // From here on the pool is told when its device goes away. A claim is used once.
     let _ = claim.owner.set(pool.handle.clone());

@@ -221,6 +221,17 @@ impl Segments {
         }
     }
 
+    /// Forgets which queued segments are not free any more: a replay uses segments without taking them.
+    pub fn recount(&mut self) {
+        let rows = &mut self.rows;
+        self.free.retain(|&number| {
+            let row = &mut rows[number as usize];
+            row.queued = Segments::is_free(row);
+            row.queued
+        });
+        self.free_count = self.free.len();
+    }
+
     fn touch(&mut self, number: u32) {
         self.dirty_pages[number as usize / SEGMENTS_PER_LEAF] = true;
     }
