@@ -380,6 +380,13 @@ fn subsystems_namespaces_listeners_and_hosts() {
     let guid = json!({"nqn": nqn, "namespace": {"bdev_name": "M1", "nsid": 7, "eui64": "0102030405060708",
         "nguid": "00112233445566778899AABBCCDDEEFF", "uuid": "a0a1a2a3-a4a5-a6a7-a8a9-aaabacadaeaf"}});
     assert_eq!(t.call("nvmf_subsystem_add_ns", guid), 7);
+    t.malloc("M2");
+    let hidden = json!({"nqn": nqn, "namespace": {"bdev_name": "M2", "nsid": 9, "no_auto_visible": true}});
+    assert_eq!(t.call("nvmf_subsystem_add_ns", hidden), 9);
+    let seen = |nsid: u32| json!({"nqn": nqn, "nsid": nsid, "host": "nqn.2026-01.io.cryptfold:host"});
+    t.call("nvmf_ns_add_host", seen(9));
+    assert_eq!(t.refused("nvmf_ns_add_host", seen(7)).0, -32602, "visible to all");
+    assert!(t.refused("nvmf_ns_remove_host", seen(8)).1.contains("not found"));
     let (code, what) = t.refused(
         "nvmf_subsystem_add_ns",
         json!({"nqn": "nqn.2026-01.io.cryptfold:no",
@@ -428,6 +435,9 @@ fn subsystems_namespaces_listeners_and_hosts() {
     t.call("nvmf_subsystem_remove_host", host);
     t.call("nvmf_subsystem_remove_listener", listener);
     t.call("nvmf_subsystem_remove_ns", json!({"nqn": nqn, "nsid": 7}));
+    t.call("nvmf_ns_remove_host", seen(9));
+    assert_eq!(t.call("nvmf_get_subsystems", json!({"nqn": nqn}))[0]["namespaces"][1]["hosts"], json!([]));
+    t.call("nvmf_subsystem_remove_ns", json!({"nqn": nqn, "nsid": 9}));
     t.call("bdev_malloc_delete", json!({"name": "M0"}));
     assert_eq!(t.call("nvmf_get_subsystems", json!({"nqn": nqn}))[0]["namespaces"], json!([]), "hot-removed");
     t.call("nvmf_delete_subsystem", json!({"nqn": nqn}));

@@ -49,6 +49,16 @@ pub enum TargetError {
         /// The identifier.
         nsid: u32,
     },
+    /// Every host sees the namespace: there is no list.
+    #[error(
+        "Invalid parameters: namespace {nsid} of {nqn} is visible to every host: add it with no_auto_visible"
+    )]
+    AutoVisible {
+        /// The subsystem.
+        nqn: String,
+        /// The identifier.
+        nsid: u32,
+    },
     /// All identifiers of the subsystem are taken.
     #[error("{nqn} has all of its {max} namespaces: create it with a larger max_namespaces")]
     TooManyNamespaces {

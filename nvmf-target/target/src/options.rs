@@ -159,6 +159,8 @@ pub struct NsOptions {
     pub uuid: Option<Uuid>,
     /// ANA group; the namespace identifier if absent.
     pub anagrpid: Option<u32>,
+    /// No host sees it until `nvmf_ns_add_host` names one.
+    pub no_auto_visible: bool,
 }
 
 /// Where to listen.

@@ -92,6 +92,8 @@ pub(crate) struct Listener {
 #[derive(Default)]
 pub(crate) struct Tables {
     pub namespaces: BTreeMap<u32, Arc<Namespace>>,
+    /// Namespaces that only these hosts see; the others are seen by all.
+    pub visible_to: BTreeMap<u32, BTreeSet<String>>,
     pub hosts: BTreeSet<String>,
     pub allow_any_host: bool,
     pub listeners: Vec<Listener>,
@@ -101,6 +103,18 @@ pub(crate) struct Tables {
     pub deleted: bool,
     /// Counts changes of ANA states.
     pub ana_changes: u64,
+}
+
+impl Tables {
+    /// Whether this host may connect.
+    pub fn allows(&self, hostnqn: &str) -> bool {
+        !self.deleted && (self.allow_any_host || self.hosts.contains(hostnqn))
+    }
+
+    /// Whether a namespace exists for this host.
+    fn shows(&self, nsid: u32, hostnqn: &str) -> bool {
+        self.visible_to.get(&nsid).is_none_or(|hosts| hosts.contains(hostnqn))
+    }
 }
 
 /// A subsystem.
@@ -138,17 +152,50 @@ impl Subsystem {
     pub(crate) fn admits(&self, hostnqn: &str, port: &Arc<Port>) -> bool {
         let t = self.tables();
         let listens = self.discovery || t.listeners.iter().any(|l| Arc::ptr_eq(&l.port, port));
-        listens && !t.deleted && (t.allow_any_host || t.hosts.contains(hostnqn))
+        listens && t.allows(hostnqn)
     }
 
-    /// The namespace with this identifier.
-    pub(crate) fn namespace(&self, nsid: Nsid) -> Option<Arc<Namespace>> {
-        self.tables().namespaces.get(&nsid.0).cloned()
+    /// The namespace with this identifier, if this host may see it.
+    pub(crate) fn namespace(&self, nsid: Nsid, hostnqn: &str) -> Option<Arc<Namespace>> {
+        let t = self.tables();
+        t.namespaces.get(&nsid.0).filter(|_| t.shows(nsid.0, hostnqn)).cloned()
     }
 
-    /// All namespaces, by identifier.
-    pub(crate) fn namespaces(&self) -> Vec<Arc<Namespace>> {
-        self.tables().namespaces.values().cloned().collect()
+    /// All namespaces that this host may see, by identifier.
+    pub(crate) fn namespaces(&self, hostnqn: &str) -> Vec<Arc<Namespace>> {
+        let t = self.tables();
+        t.namespaces.iter().filter(|(n, _)| t.shows(**n, hostnqn)).map(|(_, ns)| ns.clone()).collect()
+    }
+
+    /// Identifiers of all namespaces, seen or not.
+    pub(crate) fn nsids(&self) -> Vec<Nsid> {
+        self.tables().namespaces.keys().map(|n| Nsid(*n)).collect()
+    }
+
+    /// Shows a namespace to a host, or hides it; its controllers are told. Only for namespaces that were added with
+    /// `no_auto_visible`.
+    pub(crate) fn set_visible(&self, nsid: Nsid, hostnqn: &str, visible: bool) -> Result<(), TargetError> {
+        let nqn = || self.nqn().to_owned();
+        {
+            let mut t = self.tables();
+            if !t.namespaces.contains_key(&nsid.0) {
+                return Err(TargetError::NoNamespace { nqn: nqn(), nsid: nsid.0 });
+            }
+            let hosts = t.visible_to.get_mut(&nsid.0);
+            let hosts = hosts.ok_or(TargetError::AutoVisible { nqn: nqn(), nsid: nsid.0 })?;
+            let changed = if visible { hosts.insert(hostnqn.into()) } else { hosts.remove(hostnqn) };
+            if !changed {
+                return Ok(());
+            }
+        }
+        self.generation.fetch_add(1, Ordering::Release);
+        for c in self.controllers().iter().filter(|c| c.host.nqn == hostnqn) {
+            c.namespace_changed(nsid);
+        }
+        if !visible {
+            self.purge_channels();
+        }
+        Ok(())
     }
 
     /// State of an ANA group behind a port.
@@ -202,6 +249,9 @@ impl Subsystem {
             anagrpid,
         };
         t.namespaces.insert(nsid, Arc::new(ns));
+        if o.no_auto_visible {
+            t.visible_to.insert(nsid, BTreeSet::new());
+        }
         self.generation.fetch_add(1, Ordering::Release);
         drop(t);
         self.namespace_changed(Nsid(nsid));
@@ -210,13 +260,20 @@ impl Subsystem {
 
     /// Takes a namespace out; returns a way to see when nobody uses its device any more.
     pub(crate) fn remove_ns(&self, nsid: Nsid) -> Result<Weak<Descriptor>, TargetError> {
-        let removed = self.tables().namespaces.remove(&nsid.0);
+        let (removed, seen_by) = {
+            let mut t = self.tables();
+            (t.namespaces.remove(&nsid.0), t.visible_to.remove(&nsid.0))
+        };
         let ns =
             removed.ok_or_else(|| TargetError::NoNamespace { nqn: self.nqn().to_owned(), nsid: nsid.0 })?;
         self.generation.fetch_add(1, Ordering::Release);
         let device = Arc::downgrade(&ns.descriptor);
         drop(ns);
-        self.namespace_changed(nsid);
+        for c in self.controllers() {
+            if seen_by.as_ref().is_none_or(|hosts| hosts.contains(&c.host.nqn)) {
+                c.namespace_changed(nsid);
+            }
+        }
         self.purge_channels();
         Ok(device)
     }
@@ -236,9 +293,11 @@ impl Subsystem {
     }
 
     fn namespace_changed(&self, nsid: Nsid) {
-        for c in self.controllers() {
-            c.namespace_changed(nsid);
-        }
+        let told: Vec<_> = {
+            let t = self.tables();
+            t.controllers.values().filter(|c| t.shows(nsid.0, &c.host.nqn)).cloned().collect()
+        };
+        told.iter().for_each(|c| c.namespace_changed(nsid));
     }
 
     /// Tells all connections to let go of channels that are not current any more.
@@ -264,14 +323,16 @@ impl Subsystem {
         self.tables().controllers.values().cloned().collect()
     }
 
-    /// A free controller identifier, and the controller that `make` builds for it, both entered at once.
+    /// A free controller identifier, and the controller that `make` builds for it, both entered at once; nothing if the
+    /// host is not (or no longer) allowed.
     pub(crate) fn add_controller(
         &self,
+        hostnqn: &str,
         make: impl FnOnce(Cntlid) -> Arc<Controller>,
     ) -> Option<Arc<Controller>> {
         let mut t = self.tables();
         let (min, max) = (self.options.min_cntlid.max(1), self.options.max_cntlid.min(Cntlid::MAX.0));
-        if t.deleted {
+        if !t.allows(hostnqn) {
             return None;
         }
         // After the last one: an identifier is not reused while an old controller may still be remembered.

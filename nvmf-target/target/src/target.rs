@@ -132,7 +132,7 @@ impl Shared {
         if names.cntlid != Cntlid::DYNAMIC {
             return Err(ConnectReject::Data(ipo::CNTLID));
         }
-        let made = subsystem.add_controller(|cntlid| {
+        let made = subsystem.add_controller(names.hostnqn, |cntlid| {
             Controller::new(NewController {
                 subsystem: subsystem.clone(),
                 cntlid,
@@ -158,7 +158,7 @@ impl Shared {
         let mut entries = Vec::new();
         for s in subsystems.iter().filter(|s| !s.discovery) {
             let t = s.tables();
-            if t.deleted || !(t.allow_any_host || t.hosts.contains(hostnqn)) {
+            if !t.allows(hostnqn) {
                 continue;
             }
             for port in t.listeners.iter().map(|l| &l.port) {
@@ -308,7 +308,7 @@ impl Target {
         subsystem.tables().deleted = true;
         self.end_controllers(&subsystem, |_| true)?;
         let devices: Vec<_> =
-            subsystem.namespaces().iter().filter_map(|n| subsystem.remove_ns(n.nsid).ok()).collect();
+            subsystem.nsids().into_iter().filter_map(|n| subsystem.remove_ns(n).ok()).collect();
         subsystem.tables().listeners.clear();
         self.shared.state().subsystems.retain(|s| !Arc::ptr_eq(s, &subsystem));
         self.close_unused_ports();
@@ -358,6 +358,16 @@ impl Target {
         } else {
             Err(TargetError::Busy(format!("Namespace {nsid} of {nqn}"), DRAIN_LIMIT.as_secs()))
         }
+    }
+
+    /// Shows a namespace that was added with `no_auto_visible` to a host, or hides it from the host again. Idempotent.
+    ///
+    /// # Errors
+    /// Unknown subsystem or namespace, no NQN, or a namespace that every host sees.
+    pub fn set_ns_visible(&self, nqn: &str, nsid: u32, host: &str, visible: bool) -> Result<(), TargetError> {
+        let subsystem = self.subsystem(nqn)?;
+        Nqn::parse(host).map_err(|reason| TargetError::Nqn { nqn: host.into(), reason })?;
+        subsystem.set_visible(Nsid(nsid), host, visible)
     }
 
     /// Makes a subsystem reachable at an address; returns the address with the port that was chosen for port 0.
@@ -752,6 +762,7 @@ fn describe(s: &Subsystem) -> SubsystemInfo {
         eui64: n.eui64,
         uuid: n.uuid,
         anagrpid: n.anagrpid,
+        visible_to: t.visible_to.get(&n.nsid.0).map(|hosts| hosts.iter().cloned().collect()),
     };
     SubsystemInfo {
         options: SubsystemOptions { allow_any_host: t.allow_any_host, ..s.options.clone() },

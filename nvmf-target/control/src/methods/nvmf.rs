@@ -296,8 +296,8 @@ params! {
         uuid: Option<Uuid>,
         /// ANA group; the namespace's identifier when not given.
         anagrpid: Option<u32>,
-        /// Hide from hosts.
-        no_auto_visible: Option<OnlyFalse>,
+        /// Hide from every host until `nvmf_ns_add_host` names it.
+        no_auto_visible: bool = false,
         /// No effect: there is no metadata.
         hide_metadata: Option<bool>,
     }
@@ -316,6 +316,17 @@ params! {
         nqn: String,
         /// Namespace.
         nsid: u32,
+        /// Target.
+        tgt_name: Option<TargetName>,
+    }
+    /// `nvmf_ns_add_host`, `nvmf_ns_remove_host`.
+    pub struct NsHost {
+        /// Name of the subsystem.
+        nqn: String,
+        /// Namespace.
+        nsid: u32,
+        /// Name of the host.
+        host: String,
         /// Target.
         tgt_name: Option<TargetName>,
     }
@@ -396,6 +407,22 @@ pub fn methods() -> Vec<Method> {
             c.target()?.remove_ns(&p.nqn, p.nsid)?;
             Ok(TRUE)
         }),
+        Method::new(
+            "nvmf_ns_add_host",
+            "Shows a namespace that was added with `no_auto_visible` to a host.",
+            |c, p: NsHost| {
+                c.target()?.set_ns_visible(&p.nqn, p.nsid, &p.host, true)?;
+                Ok(TRUE)
+            },
+        ),
+        Method::new(
+            "nvmf_ns_remove_host",
+            "Hides a namespace that was added with `no_auto_visible` from a host.",
+            |c, p: NsHost| {
+                c.target()?.set_ns_visible(&p.nqn, p.nsid, &p.host, false)?;
+                Ok(TRUE)
+            },
+        ),
         Method::new(
             "nvmf_subsystem_add_listener",
             "Makes a subsystem reachable at an address.",
@@ -639,6 +666,10 @@ fn describe(s: &SubsystemInfo) -> Value {
             if n.eui64 != [0; 8] {
                 ns["eui64"] = hex(&n.eui64).into();
             }
+            if let Some(hosts) = &n.visible_to {
+                ns["no_auto_visible"] = true.into();
+                ns["hosts"] = hosts.iter().map(|h| json!({"nqn": h})).collect();
+            }
             ns
         })
         .collect();
@@ -671,6 +702,7 @@ fn add_ns(c: &Control, p: AddNs) -> RpcResult {
         eui64: n.eui64.map(|h| h.0),
         uuid: n.uuid,
         anagrpid: n.anagrpid,
+        no_auto_visible: n.no_auto_visible,
     };
     Ok(json!(c.target()?.add_ns(&p.nqn, &options)?))
 }
@@ -779,7 +811,13 @@ pub fn config(c: &Control) -> Vec<(String, Value)> {
             if n.eui64 != [0; 8] {
                 ns["eui64"] = hex(&n.eui64).into();
             }
+            if n.visible_to.is_some() {
+                ns["no_auto_visible"] = true.into();
+            }
             add("nvmf_subsystem_add_ns", json!({"nqn": name, "namespace": ns}));
+            for h in n.visible_to.iter().flatten() {
+                add("nvmf_ns_add_host", json!({"nqn": name, "nsid": n.nsid, "host": h}));
+            }
         }
         for l in &s.listeners {
             add("nvmf_subsystem_add_listener", json!({"nqn": name, "listen_address": address(&l.addr)}));

@@ -401,7 +401,7 @@ impl Conn {
             return known.clone();
         }
         // The identifier is that of an existing namespace from here on, so it is small.
-        let ns = subsystem.namespace(nsid).ok_or(invalid)?;
+        let ns = subsystem.namespace(nsid, &queue.controller.host.nqn).ok_or(invalid)?;
         let group = self.group.upgrade().ok_or(Status::INTERNAL_ERROR)?;
         let usable = match subsystem.ana_state(&self.port, ns.anagrpid).status() {
             Some(status) => Err(status),

@@ -41,7 +41,7 @@ impl Controller {
                 if nsid.0 >= 0xffff_fffe {
                     return Err(Status::INVALID_NAMESPACE.with_dnr());
                 }
-                let all = self.subsystem.namespaces().into_iter().map(|n| n.nsid);
+                let all = self.subsystem.namespaces(&self.host.nqn).into_iter().map(|n| n.nsid);
                 NamespaceList::after(nsid, all).as_bytes().to_vec()
             }
             Cns::NamespaceDescriptors => descriptors(self.active(nsid)?.as_ref()).as_bytes().to_vec(),
@@ -72,7 +72,7 @@ impl Controller {
         if nsid.0 == 0 || nsid.0 > self.subsystem.max_namespaces() {
             return Err(Status::INVALID_NAMESPACE.with_dnr());
         }
-        Ok(self.subsystem.namespace(nsid))
+        Ok(self.subsystem.namespace(nsid, &self.host.nqn))
     }
 
     fn active(&self, nsid: Nsid) -> Result<std::sync::Arc<Namespace>, Status> {

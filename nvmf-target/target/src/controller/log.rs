@@ -105,7 +105,7 @@ impl Controller {
     }
 
     fn ana_page(&self, groups_only: bool) -> Vec<u8> {
-        let namespaces = self.subsystem.namespaces();
+        let namespaces = self.subsystem.namespaces(&self.host.nqn);
         let changes = self.subsystem.tables().ana_changes;
         let mut groups: Vec<u32> = namespaces.iter().map(|n| n.anagrpid).collect();
         groups.sort_unstable();

@@ -121,6 +121,8 @@ pub struct Client {
     /// Ask to do without flow control, so that C2HData may stand for the response.
     pub no_flow_control: bool,
     pub data_limit: usize,
+    /// This host's name.
+    pub hostnqn: String,
 }
 
 impl Client {
@@ -139,6 +141,7 @@ impl Client {
             next_cid: 0,
             no_flow_control: false,
             data_limit: 131_072,
+            hostnqn: HOST.into(),
         }
     }
 
@@ -296,7 +299,7 @@ impl Client {
 
     pub fn connect(&mut self, subnqn: &str, qid: u16, entries: u16, cntlid: Cntlid) -> Cqe {
         let cid = self.cid();
-        let data = connect_data(subnqn, cntlid);
+        let data = connect_data_as(&self.hostnqn, subnqn, cntlid);
         let mut c = Connect::new(cid, Qid(qid), entries - 1, 0);
         c.cattr = Cattr::default().with_no_sq_flow_control(self.no_flow_control.into()).0;
         self.submit(&Sqe::from_view(&c), zerocopy::IntoBytes::as_bytes(&data));
@@ -362,8 +365,12 @@ impl Client {
 }
 
 pub fn connect_data(subnqn: &str, cntlid: Cntlid) -> ConnectData {
+    connect_data_as(HOST, subnqn, cntlid)
+}
+
+pub fn connect_data_as(hostnqn: &str, subnqn: &str, cntlid: Cntlid) -> ConnectData {
     let name = |n| Nqn::parse(n).expect("a name");
-    ConnectData::new([7; 16], cntlid, name(subnqn), name(HOST))
+    ConnectData::new([7; 16], cntlid, name(subnqn), name(hostnqn))
 }
 
 pub fn rw_sqe(op: Io, lba: u64, blocks: u32, sgl: Sgl) -> Sqe {
