@@ -131,6 +131,8 @@ impl Pool {
                 "a segment could not be emptied; it is left alone until the pool is opened again"
             );
             self.shard.borrow_mut().segments.spoil(number);
+        } else {
+            self.emptied.set(self.emptied.get() + 1);
         }
         Ok(true)
     }

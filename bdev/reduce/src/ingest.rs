@@ -590,16 +590,17 @@ impl Pool {
             if let Some(number) = self.shard.borrow_mut().segments.take_free(purpose, durable) {
                 return Ok(number);
             }
-            let before = self.space_progress();
+            let (ready, emptied) = (self.space_progress(), self.emptied.get());
             self.flush().await?;
-            if self.space_progress() == before && purpose != Purpose::Host {
+            if self.space_progress() == ready && purpose != Purpose::Host {
                 // The collector itself: a checkpoint may free metadata segments.
                 self.checkpoint().await?;
-            } else if self.space_progress() == before {
+            } else if self.space_progress() == ready {
                 self.collect_once_or_wait().await;
             }
-            let after = self.space_progress();
-            fruitless = if after > before { 0 } else { fruitless + 1 };
+            // What the collector empties, it or others may take at once; each time there is less that is dead.
+            let progress = self.space_progress() > ready || self.emptied.get() > emptied;
+            fruitless = if progress { 0 } else { fruitless + 1 };
             if fruitless > 2 {
                 return Err(Status::CAPACITY_EXCEEDED);
             }

@@ -382,6 +382,7 @@ fn assemble(
         damaged: Cell::new(0),
         collect: Notify::new(),
         collections: Cell::new(0),
+        emptied: Cell::new(0),
         busy: Cell::new(0),
         idle: Notify::new(),
         jobs: RefCell::default(),

@@ -125,6 +125,8 @@ pub(crate) struct Pool {
     /// Wakes the collector.
     pub collect: Notify,
     pub collections: Cell<u64>,
+    /// Segments that the collector has emptied.
+    pub emptied: Cell<u64>,
     /// Changes under way; closing waits for them.
     pub busy: Cell<u64>,
     pub idle: Notify,

@@ -144,6 +144,15 @@ fn power_cuts_at_random_events() {
     seeds(AGAIN, default_seeds(), |seed| life(&pool, &options(seed), seed));
 }
 
+/// Seeds that failed once: 72, 106, 543 ran out of room for prepared groups; 328, 1000, 3424 were refused space that the
+/// collector was about to make.
+#[test]
+fn power_cuts_of_seeds_that_failed_once() {
+    for seed in [72, 106, 328, 543, 1000, 3424] {
+        life(&pool, &options(seed), seed).unwrap_or_else(|why| panic!("seed {seed}: {why}"));
+    }
+}
+
 #[test]
 fn power_cuts_at_every_event_of_a_recorded_run() {
     let mut options = options(3);
