@@ -196,7 +196,7 @@ impl ChannelInner {
                     return Err(Status::LBA_OUT_OF_RANGE);
                 }
             }
-            Op::Flush | Op::Reset | Op::Unmap | Op::WriteZeroes => {}
+            Op::Flush | Op::Reset | Op::Unmap | Op::WriteZeroes | Op::WriteUncorrectable => {}
             _ => return Err(Status::INVALID_FIELD),
         }
         if io.op.modifies() {

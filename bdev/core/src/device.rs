@@ -79,6 +79,23 @@ impl DeviceInfo {
     }
 }
 
+/// Space behind a thin device, bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Space {
+    /// Left, now.
+    pub free_bytes: u64,
+    /// All there is.
+    pub total_bytes: u64,
+}
+
+impl Space {
+    /// Percent left, rounded down: 0..=100.
+    pub fn free_percent(&self) -> u8 {
+        let percent = u128::from(self.free_bytes) * 100 / u128::from(self.total_bytes.max(1));
+        percent.min(100) as u8
+    }
+}
+
 /// Lets a kind of device find its own again (to change a latency, to inject an error).
 pub trait AsAny: 'static {
     /// The device as what it is.
@@ -105,6 +122,11 @@ pub trait Device: AsAny + Send + Sync {
     /// Called once, on any thread, after the last descriptor has closed and the device left the registry. Gives back
     /// what the device holds (descriptors of its base, files).
     fn destruct(&self) {}
+
+    /// Space that the device shares out, where it can run out before the device is full. Any thread, does not block.
+    fn space(&self) -> Option<Space> {
+        None
+    }
 
     /// The `driver_specific` object of `bdev_get_bdevs`.
     fn driver_specific(&self) -> serde_json::Value {

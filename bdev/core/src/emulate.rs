@@ -1,5 +1,6 @@
 //! Operations that a device does not do itself, made of those it does: write-zeroes, compare, compare-and-write and
-//! copy from reads and writes. Unmap of a device that can not is refused: nothing would be given up.
+//! copy from reads and writes. Unmap and write-uncorrectable of a device that can not are refused: nothing would be given up,
+//! and nothing would remember.
 
 use std::rc::Rc;
 
@@ -17,7 +18,7 @@ const STEP_BYTES: u64 = 1 << 20;
 /// Runs `io` (counted in by the channel) as a task and ends it.
 #[cold]
 pub(crate) fn run(c: Rc<ChannelInner>, mut io: Box<Io>) {
-    if matches!(io.op, Op::Read | Op::Write | Op::Unmap | Op::Reset) {
+    if matches!(io.op, Op::Read | Op::Write | Op::Unmap | Op::WriteUncorrectable | Op::Reset) {
         return io.finish(Status::INVALID_OPCODE.do_not_retry());
     }
     reactor::spawn_local(async move {

@@ -43,13 +43,15 @@ pub enum Op {
     CompareAndWrite,
     /// Copies `blocks` from `src_lba` to `lba`.
     Copy,
+    /// Reads of the range fail with `UNRECOVERED_READ` until it is written again.
+    WriteUncorrectable,
     /// Brings the device back to a working state; outstanding I/O ends first.
     Reset,
 }
 
 impl Op {
     /// All operations, in the order of their bits in [`OpSet`].
-    pub const ALL: [Op; 9] = [
+    pub const ALL: [Op; 10] = [
         Op::Read,
         Op::Write,
         Op::Flush,
@@ -58,13 +60,17 @@ impl Op {
         Op::Compare,
         Op::CompareAndWrite,
         Op::Copy,
+        Op::WriteUncorrectable,
         Op::Reset,
     ];
     /// Whether the operation can change what a later read returns.
     pub const fn modifies(self) -> bool {
-        matches!(self, Op::Write | Op::Unmap | Op::WriteZeroes | Op::CompareAndWrite | Op::Copy)
+        matches!(
+            self,
+            Op::Write | Op::Unmap | Op::WriteZeroes | Op::CompareAndWrite | Op::Copy | Op::WriteUncorrectable
+        )
     }
-    /// The name that SPDK's `supported_io_types` gives it.
+    /// The name that SPDK's `supported_io_types` gives it, or would.
     pub const fn spdk_name(self) -> &'static str {
         match self {
             Op::Read => "read",
@@ -75,6 +81,7 @@ impl Op {
             Op::Compare => "compare",
             Op::CompareAndWrite => "compare_and_write",
             Op::Copy => "copy",
+            Op::WriteUncorrectable => "write_uncorrectable",
             Op::Reset => "reset",
         }
     }

@@ -33,7 +33,7 @@ impl Counter {
 pub enum Class {
     /// Read and compare.
     Read,
-    /// Write, write-zeroes, compare-and-write.
+    /// Write, write-zeroes, write-uncorrectable, compare-and-write.
     Write,
     /// Unmap.
     Unmap,
@@ -53,7 +53,7 @@ impl Class {
     pub const fn of(op: Op) -> Class {
         match op {
             Op::Read | Op::Compare => Class::Read,
-            Op::Write | Op::WriteZeroes | Op::CompareAndWrite => Class::Write,
+            Op::Write | Op::WriteZeroes | Op::CompareAndWrite | Op::WriteUncorrectable => Class::Write,
             Op::Unmap => Class::Unmap,
             Op::Copy => Class::Copy,
             Op::Flush | Op::Reset => Class::Other,

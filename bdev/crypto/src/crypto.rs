@@ -57,7 +57,7 @@ pub fn create(registry: &Arc<Registry>, options: CryptoOptions) -> Result<Arc<Bd
     info.blocks = below.blocks();
     info.uuid = options.uuid.unwrap_or(info.uuid);
     let own = OpSet::of(&[Op::Read, Op::Write, Op::Flush]);
-    info.ops = passed_through(own, below.info().ops, &[Op::Unmap, Op::Reset]);
+    info.ops = passed_through(own, below.info().ops, &[Op::Unmap, Op::WriteUncorrectable, Op::Reset]);
     let device = Crypto { info, base, key: options.key, key_ref: options.key_ref };
     Base::register(registry, Arc::new(device), &below)
 }
@@ -96,6 +96,10 @@ impl Device for Crypto {
 
     fn destruct(&self) {
         self.base.close();
+    }
+
+    fn space(&self) -> Option<cryptfold_bdev::Space> {
+        self.base.bdev().device().space()
     }
 
     fn driver_specific(&self) -> Value {

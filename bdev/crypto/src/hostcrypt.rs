@@ -141,7 +141,7 @@ pub fn create(registry: &Arc<Registry>, options: HostcryptOptions) -> Result<Arc
     info.atomic_blocks = (u64::from(info.atomic_blocks) / ratio) as u32;
     info.optimal_io_blocks = u64::from(info.optimal_io_blocks).div_ceil(ratio) as u32;
     let own = OpSet::of(&[Op::Read, Op::Write, Op::Flush]);
-    info.ops = passed_through(own, below.info().ops, &[Op::Unmap, Op::Reset]);
+    info.ops = passed_through(own, below.info().ops, &[Op::Unmap, Op::WriteUncorrectable, Op::Reset]);
     if below.info().reports_unmapped {
         info.ops = passed_through(info.ops, below.info().ops, &[Op::WriteZeroes]);
     }
@@ -173,6 +173,10 @@ impl Device for Hostcrypt {
 
     fn destruct(&self) {
         self.base.close();
+    }
+
+    fn space(&self) -> Option<cryptfold_bdev::Space> {
+        self.base.bdev().device().space()
     }
 
     fn driver_specific(&self) -> Value {

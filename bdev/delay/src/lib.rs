@@ -117,6 +117,10 @@ impl Device for Delay {
         self.base.close();
     }
 
+    fn space(&self) -> Option<cryptfold_bdev::Space> {
+        self.base.bdev().device().space()
+    }
+
     fn driver_specific(&self) -> Value {
         json!({"delay": self.config()[0].1})
     }

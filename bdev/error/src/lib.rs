@@ -147,6 +147,10 @@ impl Device for ErrorDevice {
         self.base.close();
     }
 
+    fn space(&self) -> Option<cryptfold_bdev::Space> {
+        self.base.bdev().device().space()
+    }
+
     fn driver_specific(&self) -> Value {
         json!({"error": {"base_bdev": self.base.name()}})
     }

@@ -50,6 +50,10 @@ impl Device for Passthru {
         self.base.close();
     }
 
+    fn space(&self) -> Option<cryptfold_bdev::Space> {
+        self.base.bdev().device().space()
+    }
+
     fn driver_specific(&self) -> Value {
         json!({"passthru": {"name": self.info.name, "base_bdev_name": self.base.name()}})
     }

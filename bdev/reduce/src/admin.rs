@@ -296,9 +296,7 @@ impl Pool {
     pub(crate) fn info(&self) -> PoolInfo {
         let shard = self.shard.borrow();
         let superblock = self.superblock.borrow();
-        let (host_reserve, _) = shard.segments.reserve();
-        let segment = u64::from(self.segment_bytes);
-        let free = shard.segments.free_count() as u64;
+        let for_hosts = self.host_space();
         let mut space = Space {
             metadata_bytes: shard.segments.live_meta_bytes,
             stored_bytes: shard.segments.live_data_bytes,
@@ -316,9 +314,9 @@ impl Pool {
             device_bytes: superblock.devices[0].blocks * 4096,
             segment_bytes: self.segment_bytes,
             segments: shard.segments.usable() as u64,
-            free_segments: free,
-            capacity_bytes: (shard.segments.usable() as u64).saturating_sub(host_reserve as u64) * segment,
-            free_bytes: free.saturating_sub(host_reserve as u64) * segment,
+            free_segments: shard.segments.free_count() as u64,
+            capacity_bytes: for_hosts.total_bytes,
+            free_bytes: for_hosts.free_bytes,
             dead_bytes: shard.segments.dead_bytes(),
             space,
             volumes: shard.volumes.values().filter(|v| !v.is_deleting()).count() as u64,

@@ -613,7 +613,7 @@ impl Pool {
         self.shard.borrow().segments.ready_count(durable)
     }
 
-    /// Unmaps blocks or makes them plaintext zeros. `lba` and `count` in 4 KiB blocks.
+    /// Unmaps blocks, or makes them plaintext zeros or uncorrectable. `lba` and `count` in 4 KiB blocks.
     pub(crate) async fn fill_blocks(
         self: &Rc<Self>,
         target: &Target4k,

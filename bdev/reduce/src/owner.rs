@@ -113,6 +113,7 @@ impl Pool {
     pub(crate) async fn run_heartbeat(self: Rc<Self>) {
         let mut beat = 1;
         while matches!(self.life.get(), Life::Open | Life::Closing) {
+            self.publish_space();
             reactor::sleep(BEAT).await;
             if !matches!(self.life.get(), Life::Open) {
                 break;

@@ -9,7 +9,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use cryptfold_bdev::{Descriptor, Status};
+use cryptfold_bdev::{Descriptor, Space, Status};
 use cryptfold_reactor::sync::{Event, Mutex as AsyncMutex, Notify};
 use cryptfold_reactor::{self as reactor, Handle};
 use cryptfold_reduce_format::ids::DomainId;
@@ -54,6 +54,8 @@ pub(crate) struct PoolRef {
     pub base_name: String,
     /// The pool's opening of its device, while it is open.
     pub descriptor: std::sync::Weak<Descriptor>,
+    /// Bytes that hosts have left, and had, as of the last heartbeat.
+    pub space: Arc<[AtomicU64; 2]>,
 }
 
 thread_local! {
@@ -72,7 +74,14 @@ impl PoolRef {
             name: Arc::new(Mutex::new(name.to_owned())),
             base_name: descriptor.bdev().name().to_owned(),
             descriptor: Arc::downgrade(descriptor),
+            space: Arc::default(),
         }
+    }
+
+    /// Space for hosts, a few seconds old; `None` before it is known.
+    pub fn space(&self) -> Option<Space> {
+        let [free_bytes, total_bytes] = [0, 1].map(|i| self.space[i].load(Ordering::Relaxed));
+        (total_bytes > 0).then_some(Space { free_bytes, total_bytes })
     }
 
     /// The pool; only on its home reactor, while it is open.
@@ -190,6 +199,24 @@ impl Pool {
     pub fn check_writable(&self) -> Result<(), Status> {
         self.check_alive()?;
         if self.life.get() == Life::Closing { Err(Status::INVALID_NAMESPACE) } else { Ok(()) }
+    }
+
+    /// Space for hosts: what garbage collection can win is not counted as free.
+    pub fn host_space(&self) -> Space {
+        let shard = self.shard.borrow();
+        let segment = u64::from(self.segment_bytes);
+        let bytes = |segments: usize| segments.saturating_sub(shard.segments.reserve().0) as u64 * segment;
+        Space {
+            free_bytes: bytes(shard.segments.free_count()),
+            total_bytes: bytes(shard.segments.usable()),
+        }
+    }
+
+    /// Tells other threads how much space there is.
+    pub fn publish_space(&self) {
+        let space = self.host_space();
+        self.handle.space[0].store(space.free_bytes, Ordering::Relaxed);
+        self.handle.space[1].store(space.total_bytes, Ordering::Relaxed);
     }
 
     /// Sends all started buffers of all logs to the device; what to wait for.

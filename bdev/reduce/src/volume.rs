@@ -12,7 +12,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use cryptfold_bdev::{
-    BdevError, BlockRange, Device, DeviceInfo, Io, Op, OpSet, Queue, Status, UnmappedRanges,
+    BdevError, BlockRange, Device, DeviceInfo, Io, Op, OpSet, Queue, Space, Status, UnmappedRanges,
 };
 use cryptfold_reactor as reactor;
 use cryptfold_reduce_format::fingerprint::Hasher;
@@ -67,6 +67,10 @@ impl VolumeDevice {
         info.uuid = facts.uuid;
         info.aliases = vec![format!("{}/{}", facts.pool_name, facts.name)];
         info.ops = OpSet::of(&[Op::Read, Op::Write, Op::Flush, Op::Unmap, Op::WriteZeroes, Op::Reset]);
+        if per_chunk == 1 {
+            // The map knows whole 4 KiB blocks: a part of one can not be uncorrectable while the rest is not.
+            info.ops = info.ops.with(Op::WriteUncorrectable);
+        }
         info.write_cache = true;
         info.atomic_blocks = per_chunk as u32;
         info.optimal_io_blocks = (128 << 10) / facts.block_bytes;
@@ -98,6 +102,10 @@ impl Device for VolumeDevice {
             Side::Away(Core::of(self.pool.id, &descriptor)?)
         };
         Ok(Rc::new(VolumeQueue { side, device: self }))
+    }
+
+    fn space(&self) -> Option<Space> {
+        self.pool.space()
     }
 
     fn driver_specific(&self) -> serde_json::Value {
@@ -429,6 +437,9 @@ async fn change(pool: &Rc<Pool>, id: VolumeId, per_chunk: u64, request: Request)
             Op::Write => pool.write_blocks(&target, lba, data, key).await,
             Op::Unmap | Op::WriteZeroes => {
                 pool.fill_blocks(&target, lba, blocks, Target::Unmapped, HostKeyId(0)).await
+            }
+            Op::WriteUncorrectable => {
+                pool.fill_blocks(&target, lba, blocks, Target::Uncorrectable, HostKeyId(0)).await
             }
             _ => Err(Status::INVALID_OPCODE.do_not_retry()),
         };

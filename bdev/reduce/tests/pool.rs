@@ -4,7 +4,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use cryptfold_bdev::{Access, Channel, Registry, Status};
+use cryptfold_bdev::{Access, Channel, Io, Op, Registry, Status};
 use cryptfold_bdev_sim::{DiskOptions, Image, Rng, SimDisk};
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{self as reactor, Sim};
@@ -521,5 +521,46 @@ fn memory_stays_within_its_budget() {
         huge.unmap(0, huge.bdev().blocks()).await.unwrap();
         assert_eq!(pool.info().space.stored_bytes, 0);
         clean(&pool).await;
+    });
+}
+
+/// Write Uncorrectable: reads of exactly those blocks fail, also after a restart, until they are written or given up.
+#[test]
+fn uncorrectable_blocks() {
+    run(|| async {
+        let (registry, _) = disk(64 * MIB, Image::zeroed());
+        let pool = create(&registry).await;
+        pool.create_volume(&volume("v", MIB)).await.unwrap();
+        let channel = open(&registry, "p/v");
+        let data = noise(3, 16);
+        write(&channel, 0, &data).await;
+        let mark = |channel: Channel, lba, blocks| async move {
+            let io = channel.io(Io::new(Op::WriteUncorrectable, lba, blocks)).await;
+            let status = io.status();
+            io.recycle();
+            status.ok()
+        };
+        mark(channel.clone(), 4, 3).await.unwrap();
+        assert_eq!(channel.read(3, 2).await.unwrap_err(), Status::UNRECOVERED_READ);
+        drop(channel);
+        clean(&pool).await;
+        pool.close().await.unwrap();
+
+        let pool = reopen(&registry).await;
+        let channel = open(&registry, "p/v");
+        assert!(read(&channel, 0, 4).await == data[..4 * CHUNK]);
+        for lba in 4..7 {
+            assert_eq!(channel.read(lba, 1).await.unwrap_err(), Status::UNRECOVERED_READ, "block {lba}");
+        }
+        assert!(read(&channel, 7, 9).await == data[7 * CHUNK..]);
+        write(&channel, 4, &data[..CHUNK]).await;
+        channel.unmap(5, 1).await.unwrap();
+        channel.write_zeroes(6, 1).await.unwrap();
+        assert!(read(&channel, 4, 1).await == data[..CHUNK]);
+        assert!(read(&channel, 5, 2).await.iter().all(|b| *b == 0));
+        assert_eq!(mark(channel.clone(), 255, 2).await.unwrap_err(), Status::LBA_OUT_OF_RANGE);
+        drop(channel);
+        clean(&pool).await;
+        pool.close().await.unwrap();
     });
 }

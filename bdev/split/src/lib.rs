@@ -120,6 +120,10 @@ impl Device for Part {
         }
     }
 
+    fn space(&self) -> Option<cryptfold_bdev::Space> {
+        self.whole.base.bdev().device().space()
+    }
+
     fn driver_specific(&self) -> Value {
         json!({"split": {"base_bdev": self.whole.base.name(), "offset_blocks": self.offset_blocks}})
     }

@@ -230,6 +230,7 @@ fn describe(b: &Bdev) -> Value {
             "seek_hole": false,
             "seek_data": false,
             "copy": emulated || has(Op::Copy),
+            "write_uncorrectable": has(Op::WriteUncorrectable),
             "nvme_iov_md": false,
         },
         "driver_specific": b.device().driver_specific(),
