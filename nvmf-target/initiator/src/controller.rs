@@ -249,6 +249,7 @@ impl Controller {
             (has(oncs::COMPARE), Op::Compare),
             (has(oncs::DSM), Op::Unmap),
             (has(oncs::WRITE_ZEROES), Op::WriteZeroes),
+            (has(oncs::WRITE_UNCORRECTABLE), Op::WriteUncorrectable),
             (has(oncs::COPY) && copy, Op::Copy),
             (self.identify.fuses.get() & 1 != 0, Op::CompareAndWrite),
         ] {

@@ -98,6 +98,8 @@ impl NamespaceQueue {
     fn limit(&self, op: Op) -> u64 {
         match op {
             Op::Read | Op::Write | Op::Compare | Op::CompareAndWrite | Op::WriteZeroes => self.max_blocks,
+            // Its length field has 16 bits, and it carries no data.
+            Op::WriteUncorrectable => 1 << 16,
             Op::Unmap => u64::from(u32::MAX),
             Op::Copy => self.max_copy_blocks,
             Op::Flush | Op::Reset => 0,
@@ -144,6 +146,7 @@ pub(crate) fn begin(state: &mut State, ns: Ns, io: Box<Io>) {
         Op::Write => (rw(opcode::Io::Write, ns, &io), Payload::Out(io.data.clone())),
         Op::Compare => (rw(opcode::Io::Compare, ns, &io), Payload::Out(io.data.clone())),
         Op::WriteZeroes => (rw(opcode::Io::WriteZeroes, ns, &io), Payload::Nothing),
+        Op::WriteUncorrectable => (rw(opcode::Io::WriteUncorrectable, ns, &io), Payload::Nothing),
         Op::Flush => (Sqe::io(opcode::Io::Flush, Cid(0), ns.nsid), Payload::Nothing),
         Op::Unmap => unmap(ns, &io),
         Op::Copy => copy(ns, &io),
