@@ -409,6 +409,9 @@ fn subsystems_namespaces_listeners_and_hosts() {
         "nvmf_subsystem_listener_set_ana_state",
         json!({"nqn": nqn, "listen_address": addr, "ana_state": "inaccessible", "anagrpid": 1}),
     );
+    t.call("nvmf_subsystem_set_ns_ana_group", json!({"nqn": nqn, "nsid": 7, "anagrpid": 2}));
+    let wrong = json!({"nqn": nqn, "nsid": 7, "anagrpid": 99});
+    assert!(t.refused("nvmf_subsystem_set_ns_ana_group", wrong).1.contains("anagrpid"));
     let host = json!({"nqn": nqn, "host": "nqn.2026-01.io.cryptfold:host"});
     t.call("nvmf_subsystem_add_host", host.clone());
     t.call("nvmf_set_crdt", json!({"crdt1": 3}));

@@ -292,6 +292,8 @@ impl AsyncEvent {
     pub const PERSISTENT_ERROR: Self = Self::new(0, 0x03, Lid::Error);
     /// Error: transient internal error.
     pub const TRANSIENT_ERROR: Self = Self::new(0, 0x04, Lid::Error);
+    /// SMART / Health: available spare has fallen below its threshold.
+    pub const SPARE_BELOW: Self = Self::new(1, 0x02, Lid::Health);
     /// SMART / Health: reliability is compromised.
     pub const RELIABILITY: Self = Self::new(1, 0x00, Lid::Health);
 

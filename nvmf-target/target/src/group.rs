@@ -14,6 +14,7 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use cryptfold_bdev::BdevError;
+use cryptfold_reactor::sync::Semaphore;
 use cryptfold_reactor::{self as reactor, Handle, Poller, PollerGuard, SleepVerdict};
 
 use crate::conn::Conn;
@@ -26,6 +27,8 @@ use crate::wire::Wire;
 
 /// Bytes taken from a socket at once, when they have no better place to go.
 pub(crate) const STAGING_BYTES: usize = 256 << 10;
+/// Copy and Verify commands that hold data at the same time.
+const LARGE_COMMANDS: usize = 16;
 /// How often deadlines are looked at.
 const TICK: Duration = Duration::from_millis(250);
 
@@ -89,6 +92,8 @@ pub(crate) struct Group {
     serving: RefCell<Vec<Rc<Conn>>>,
     staging: RefCell<Box<[u8]>>,
     channels: RefCell<HashMap<u64, Weak<NsChannel>>>,
+    /// Permits for commands that hold a megabyte at a time.
+    pub large_commands: Semaphore,
     watches: RefCell<Option<Watches>>,
     poller: RefCell<Option<PollerGuard>>,
     ticking: Cell<bool>,
@@ -115,6 +120,7 @@ impl Group {
             serving: RefCell::default(),
             staging: RefCell::new(vec![0; STAGING_BYTES].into_boxed_slice()),
             channels: RefCell::default(),
+            large_commands: Semaphore::new(LARGE_COMMANDS),
             watches: RefCell::new(None),
             poller: RefCell::new(None),
             ticking: Cell::new(false),

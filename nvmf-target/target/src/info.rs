@@ -23,6 +23,8 @@ pub struct NsInfo {
     pub uuid: Uuid,
     /// ANA group.
     pub anagrpid: u32,
+    /// File for reservations.
+    pub ptpl_file: Option<String>,
     /// The hosts that see it; `None`: all that may connect.
     pub visible_to: Option<Vec<String>>,
 }

@@ -3,7 +3,16 @@
 use cryptfold_bdev::{self as bdev, Op};
 use cryptfold_nvmf_spec::opcode::{Direction, Io};
 use cryptfold_nvmf_spec::status::Sct;
-use cryptfold_nvmf_spec::{Sqe, Status, dsm};
+use cryptfold_nvmf_spec::{Sqe, Status, copy, dsm};
+
+use crate::reservation::{self, Access};
+
+/// Bytes that one Copy copies at most: they are read before anything is written, so that ranges may overlap.
+pub const COPY_MAX_BYTES: u32 = 1 << 20;
+/// Source ranges of one Copy.
+pub const COPY_MAX_RANGES: u32 = 128;
+/// Bytes that a task reads at once.
+pub const STEP_BYTES: u64 = 1 << 20;
 
 /// What a namespace looks like to a command.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -16,6 +25,8 @@ pub struct Geometry {
     pub deallocate_zeroes: bool,
     /// The device deallocates at all.
     pub can_deallocate: bool,
+    /// The device remembers uncorrectable blocks.
+    pub can_uncorrectable: bool,
 }
 
 /// A checked I/O command.
@@ -41,6 +52,28 @@ pub enum Plan {
         /// AD is set and the device can.
         deallocate: bool,
     },
+    /// Verify: the range is read, and nothing is transferred.
+    Verify {
+        /// First block.
+        lba: u64,
+        /// Blocks.
+        blocks: u64,
+    },
+    /// Copy with so many source ranges (1..=128) in its data.
+    Copy {
+        /// Entries in the data.
+        count: u32,
+    },
+    /// Reservation Register, Acquire or Release with so many bytes of data.
+    Reservation {
+        /// Bytes of data.
+        bytes: u32,
+    },
+    /// Reservation Report of at most so many bytes.
+    ReservationReport {
+        /// Bytes that the host asks for.
+        bytes: u32,
+    },
 }
 
 /// Checks a command. Its data is checked by [`Plan::check_transfer`].
@@ -57,31 +90,75 @@ pub fn plan(sqe: &Sqe, ns: &Geometry) -> Result<Plan, Status> {
             let deallocate = dsm::attributes(sqe).ad() != 0 && ns.can_deallocate;
             return Ok(Plan::Ranges { count: dsm::range_count(sqe) as u32, deallocate });
         }
+        Io::Copy => return plan_copy(sqe),
+        Io::ReservationRegister | Io::ReservationAcquire | Io::ReservationRelease => {
+            return Ok(Plan::Reservation { bytes: reservation::data_bytes(sqe, opcode) as u32 });
+        }
+        Io::ReservationReport => {
+            let bytes = u32::try_from(reservation::data_bytes(sqe, opcode));
+            return Ok(Plan::ReservationReport {
+                bytes: bytes.map_err(|_| Status::INVALID_FIELD.with_dnr())?,
+            });
+        }
         Io::Read => Op::Read,
         Io::Write => Op::Write,
         Io::Compare => Op::Compare,
         Io::WriteZeroes if sqe.rw().deac() != 0 && ns.deallocate_zeroes => Op::Unmap,
         Io::WriteZeroes => Op::WriteZeroes,
+        Io::WriteUncorrectable if ns.can_uncorrectable => Op::WriteUncorrectable,
+        // Checked below, and then read.
+        Io::Verify => Op::Read,
         _ => return Err(Status::INVALID_OPCODE.with_dnr()),
     };
     let (lba, blocks) = (sqe.slba(), u64::from(sqe.block_count()));
     if lba.checked_add(blocks).is_none_or(|end| end > ns.blocks) {
         return Err(Status::LBA_OUT_OF_RANGE.with_dnr());
     }
+    if opcode == Io::Verify {
+        return Ok(Plan::Verify { lba, blocks });
+    }
     let bytes = match op {
-        Op::Unmap | Op::WriteZeroes => 0,
+        Op::Unmap | Op::WriteZeroes | Op::WriteUncorrectable => 0,
         // At most 65,536 blocks of 4,096 bytes: below 4 GiB.
         _ => sqe.block_count() * ns.block_bytes,
     };
     Ok(Plan::Block { op, lba, blocks, fua: sqe.rw().fua() != 0, bytes })
 }
 
+fn plan_copy(sqe: &Sqe) -> Result<Plan, Status> {
+    let control = copy::control(sqe);
+    if control.desfmt() != 0 {
+        return Err(Status::INVALID_FIELD.with_dnr());
+    }
+    let count = control.nr() + 1;
+    if count > COPY_MAX_RANGES {
+        return Err(Status::COMMAND_SIZE_LIMIT_EXCEEDED.with_dnr());
+    }
+    Ok(Plan::Copy { count })
+}
+
 impl Plan {
+    /// What it does to the namespace.
+    pub const fn access(&self) -> Access {
+        match self {
+            Plan::Block { op: Op::Read | Op::Compare, .. } | Plan::Verify { .. } => Access::Read,
+            Plan::Block { op: Op::Flush, .. } => Access::Flush,
+            Plan::Block { .. } | Plan::Ranges { .. } | Plan::Copy { .. } => Access::Write,
+            Plan::Reservation { .. } | Plan::ReservationReport { .. } => Access::Free,
+        }
+    }
+
+    /// Whether it is carried out in steps that can be stopped between.
+    pub const fn is_task(&self) -> bool {
+        matches!(self, Plan::Ranges { .. } | Plan::Copy { .. } | Plan::Verify { .. })
+    }
+
     /// Which way the data goes.
     pub const fn direction(&self) -> Direction {
         match self {
-            Plan::Ranges { .. } => Direction::HostToController,
-            Plan::Block { bytes: 0, .. } => Direction::None,
+            Plan::Ranges { .. } | Plan::Copy { .. } | Plan::Reservation { .. } => Direction::HostToController,
+            Plan::ReservationReport { .. } => Direction::ControllerToHost,
+            Plan::Verify { .. } | Plan::Block { bytes: 0, .. } => Direction::None,
             Plan::Block { op: Op::Read, .. } => Direction::ControllerToHost,
             Plan::Block { .. } => Direction::HostToController,
         }
@@ -91,7 +168,11 @@ impl Plan {
     pub const fn bytes(&self) -> u32 {
         match self {
             Plan::Ranges { count, .. } => *count * DSM_RANGE_BYTES,
-            Plan::Block { bytes, .. } => *bytes,
+            Plan::Copy { count } => *count * COPY_RANGE_BYTES,
+            Plan::Verify { .. } => 0,
+            Plan::Block { bytes, .. } | Plan::Reservation { bytes } | Plan::ReservationReport { bytes } => {
+                *bytes
+            }
         }
     }
 
@@ -105,7 +186,10 @@ impl Plan {
         }
         let fits = match self {
             Plan::Ranges { .. } => sgl_bytes >= self.bytes() && sgl_bytes <= 256 * DSM_RANGE_BYTES,
-            Plan::Block { .. } => sgl_bytes == self.bytes(),
+            Plan::Copy { .. } => sgl_bytes >= self.bytes() && sgl_bytes <= COPY_MAX_RANGES * COPY_RANGE_BYTES,
+            Plan::Reservation { .. } => sgl_bytes >= self.bytes() && sgl_bytes <= 4096,
+            Plan::ReservationReport { .. } => sgl_bytes >= self.bytes(),
+            Plan::Block { .. } | Plan::Verify { .. } => sgl_bytes == self.bytes(),
         };
         if fits { Ok(()) } else { Err(Status::DATA_SGL_LENGTH_INVALID.with_dnr()) }
     }
@@ -122,6 +206,37 @@ pub fn dsm_ranges(sqe: &Sqe, data: &[u8], ns: &Geometry) -> Result<Vec<(u64, u64
     let ranges = dsm::ranges(sqe, data)?.iter().map(|r| r.within(ns.blocks));
     let ranges = ranges.map(|r| r.map(|(lba, blocks)| (lba, u64::from(blocks))));
     ranges.filter(|r| !matches!(r, Ok((_, 0)))).collect()
+}
+
+/// Bytes of a Copy source range.
+const COPY_RANGE_BYTES: u32 = 32;
+
+/// The source ranges (LBA, blocks) of a Copy, and how many blocks they are together.
+///
+/// # Errors
+/// LBA Out of Range when one, or the destination, leaves the namespace; Command Size Limit Exceeded when one or all of
+/// them are longer than Identify says.
+pub fn copy_ranges(sqe: &Sqe, data: &[u8], ns: &Geometry) -> Result<(Vec<(u64, u64)>, u64), Status> {
+    let most = copy_max_blocks(ns.block_bytes);
+    let mut total = 0;
+    let mut ranges = Vec::new();
+    for range in copy::ranges(sqe, data)? {
+        let (lba, blocks) = range.within(ns.blocks)?;
+        total += blocks;
+        if total > most {
+            return Err(Status::COMMAND_SIZE_LIMIT_EXCEEDED.with_dnr());
+        }
+        ranges.push((lba, u64::from(blocks)));
+    }
+    if sqe.slba().checked_add(total.into()).is_none_or(|end| end > ns.blocks) {
+        return Err(Status::LBA_OUT_OF_RANGE.with_dnr());
+    }
+    Ok((ranges, total.into()))
+}
+
+/// Blocks of one Copy (MCL), and of each of its ranges (MSSRL).
+pub const fn copy_max_blocks(block_bytes: u32) -> u32 {
+    COPY_MAX_BYTES / block_bytes
 }
 
 /// A device's verdict as the host sees it: the same numbers.
@@ -161,8 +276,13 @@ mod tests {
     use cryptfold_nvmf_spec::sqe::RwControl;
     use cryptfold_nvmf_spec::{Cid, Nsid};
 
-    const NS: Geometry =
-        Geometry { block_bytes: 512, blocks: 1000, deallocate_zeroes: true, can_deallocate: true };
+    const NS: Geometry = Geometry {
+        block_bytes: 512,
+        blocks: 1000,
+        deallocate_zeroes: true,
+        can_deallocate: true,
+        can_uncorrectable: true,
+    };
 
     fn rw(op: Io, lba: u64, blocks: u32, control: RwControl) -> Sqe {
         let mut sqe = Sqe::io(op, Cid(0), Nsid(1));
@@ -205,12 +325,15 @@ mod tests {
 
     #[test]
     fn unknown_opcodes_are_refused() {
-        let known = [Io::Flush, Io::Read, Io::Write, Io::Compare, Io::WriteZeroes, Io::DatasetManagement];
+        let known: Vec<Io> = Io::ALL.iter().copied().filter(|o| *o != Io::Fabrics).collect();
         for opcode in 0..=255u8 {
             let mut sqe = rw(Io::Read, 0, 1, RwControl(0));
             sqe.opcode = opcode;
             let ok = known.iter().any(|k| *k as u8 == opcode);
             assert_eq!(plan(&sqe, &NS).is_ok(), ok, "opcode {opcode:#x}");
+            let simple = Geometry { can_uncorrectable: false, ..NS };
+            let ok = ok && opcode != Io::WriteUncorrectable as u8;
+            assert_eq!(plan(&sqe, &simple).is_ok(), ok, "opcode {opcode:#x}");
         }
     }
 
@@ -239,6 +362,36 @@ mod tests {
         assert_eq!(with(3), Ok(vec![(10, 5), (990, 10)]));
         assert_eq!(with(4), Err(Status::LBA_OUT_OF_RANGE));
         assert_eq!(with(5), Err(Status::DATA_SGL_LENGTH_INVALID));
+    }
+
+    #[test]
+    fn copy() {
+        let mut sqe = Sqe::io(Io::Copy, Cid(0), Nsid(1));
+        sqe.set_slba(100);
+        sqe.cdw12 = 1.into();
+        assert_eq!(plan(&sqe, &NS), Ok(Plan::Copy { count: 2 }));
+        let range = |lba: u64, blocks: u16| {
+            let mut raw = [0u8; 32];
+            raw[8..16].copy_from_slice(&lba.to_le_bytes());
+            raw[16..18].copy_from_slice(&(blocks - 1).to_le_bytes());
+            raw.to_vec()
+        };
+        let ranges = |sqe: &Sqe, a: Vec<u8>, b: Vec<u8>, ns: &Geometry| {
+            copy_ranges(sqe, &[a, b].concat(), ns).map_err(Status::code)
+        };
+        let both = Ok((vec![(0, 3), (990, 10)], 13));
+        assert_eq!(ranges(&sqe, range(0, 3), range(990, 10), &NS), both);
+        assert_eq!(ranges(&sqe, range(0, 3), range(990, 11), &NS), Err(Status::LBA_OUT_OF_RANGE));
+        let large = Geometry { blocks: 1 << 20, ..NS };
+        assert!(ranges(&sqe, range(0, 1024), range(0, 1024), &large).is_ok());
+        let limit = Err(Status::COMMAND_SIZE_LIMIT_EXCEEDED);
+        assert_eq!(ranges(&sqe, range(0, 1024), range(0, 1025), &large), limit);
+        sqe.set_slba(988);
+        assert_eq!(ranges(&sqe, range(0, 3), range(0, 10), &NS), Err(Status::LBA_OUT_OF_RANGE));
+        sqe.cdw12 = 128.into();
+        assert_eq!(plan(&sqe, &NS).map_err(Status::code), Err(Status::COMMAND_SIZE_LIMIT_EXCEEDED));
+        sqe.cdw12 = 0x100.into();
+        assert_eq!(plan(&sqe, &NS).map_err(Status::code), Err(Status::INVALID_FIELD));
     }
 
     #[test]

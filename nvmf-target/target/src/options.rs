@@ -159,6 +159,9 @@ pub struct NsOptions {
     pub uuid: Option<Uuid>,
     /// ANA group; the namespace identifier if absent.
     pub anagrpid: Option<u32>,
+    /// File for what of the namespace outlives a power loss: reservations and write protection. Without one hosts can not
+    /// make these persist.
+    pub ptpl_file: Option<String>,
     /// No host sees it until `nvmf_ns_add_host` names one.
     pub no_auto_visible: bool,
 }

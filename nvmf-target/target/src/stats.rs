@@ -12,6 +12,7 @@ pub struct QueueStats {
     write_bytes: AtomicU64,
     other: AtomicU64,
     errors: AtomicU64,
+    executing: AtomicU64,
 }
 
 /// Totals of a queue, a controller or a reactor.
@@ -73,6 +74,15 @@ impl QueueStats {
     #[inline]
     pub(crate) fn error(&self) {
         add(&self.errors, 1);
+    }
+    /// So many commands are with devices now.
+    #[inline]
+    pub(crate) fn set_executing(&self, n: usize) {
+        self.executing.store(n as u64, Ordering::Relaxed);
+    }
+    /// Whether commands are with devices.
+    pub(crate) fn is_busy(&self) -> bool {
+        self.executing.load(Ordering::Relaxed) > 0
     }
     /// Now.
     pub fn totals(&self) -> Totals {

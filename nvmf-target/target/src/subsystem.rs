@@ -6,7 +6,7 @@
 //! Lock order: target, subsystem, controller. Nothing blocks while one of them is held.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use cryptfold_bdev::{Access, Bdev, BdevEvent, Channel, Descriptor, Op, Registry};
@@ -18,6 +18,7 @@ use crate::controller::Controller;
 use crate::controller::events::EventKind;
 use crate::io::Geometry;
 use crate::port::Port;
+use crate::reservation::{Reservations, StateFile};
 use crate::{NsOptions, SubsystemOptions, TargetError};
 
 /// Takes a lock whose holder panicked as it is: tables are changed in single steps.
@@ -44,11 +45,22 @@ pub struct Namespace {
     pub eui64: [u8; 8],
     /// UUID.
     pub uuid: Uuid,
-    /// ANA group.
-    pub anagrpid: u32,
+    anagrpid: AtomicU32,
+    /// Reservations and write protection.
+    pub(crate) reservations: Reservations,
 }
 
 impl Namespace {
+    /// ANA group.
+    pub fn anagrpid(&self) -> u32 {
+        self.anagrpid.load(Ordering::Relaxed)
+    }
+
+    /// Whether changes are refused, by the device or because a host wanted it.
+    pub fn is_protected(&self) -> bool {
+        self.bdev().info().read_only || self.reservations.is_protected()
+    }
+
     /// The device.
     pub fn bdev(&self) -> &Arc<Bdev> {
         self.descriptor.bdev()
@@ -63,6 +75,7 @@ impl Namespace {
             blocks: bdev.blocks(),
             deallocate_zeroes: can_deallocate && info.reports_unmapped,
             can_deallocate,
+            can_uncorrectable: info.ops.has(Op::WriteUncorrectable),
         }
     }
 }
@@ -238,7 +251,9 @@ impl Subsystem {
         }
         let descriptor = registry.open(&o.bdev_name, Access::ReadWrite, on_event)?;
         descriptor.claim("NVMe-oF Target")?;
-        let uuid = o.uuid.unwrap_or(descriptor.bdev().info().uuid);
+        let device = descriptor.bdev().info().uuid;
+        let uuid = o.uuid.unwrap_or(device);
+        let file = o.ptpl_file.as_deref().map(|f| StateFile::open(f, device)).transpose()?;
         let ns = Namespace {
             nsid: Nsid(nsid),
             uid,
@@ -246,7 +261,8 @@ impl Subsystem {
             nguid: o.nguid.unwrap_or(*uuid.as_bytes()),
             eui64: o.eui64.unwrap_or_default(),
             uuid,
-            anagrpid,
+            anagrpid: AtomicU32::new(anagrpid),
+            reservations: Reservations::new(file),
         };
         t.namespaces.insert(nsid, Arc::new(ns));
         if o.no_auto_visible {
@@ -292,7 +308,7 @@ impl Subsystem {
         }
     }
 
-    fn namespace_changed(&self, nsid: Nsid) {
+    pub(crate) fn namespace_changed(&self, nsid: Nsid) {
         let told: Vec<_> = {
             let t = self.tables();
             t.controllers.values().filter(|c| t.shows(nsid.0, &c.host.nqn)).cloned().collect()
@@ -307,6 +323,24 @@ impl Subsystem {
                 q.send(|conn| conn.refresh_namespaces());
             }
         }
+    }
+
+    /// Moves a namespace to another ANA group; its hosts are told of both the change of the namespace and of the groups.
+    pub(crate) fn set_ana_group(&self, nsid: Nsid, group: u32) -> Result<(), TargetError> {
+        let ns = self.tables().namespaces.get(&nsid.0).cloned();
+        let ns = ns.ok_or_else(|| TargetError::NoNamespace { nqn: self.nqn().to_owned(), nsid: nsid.0 })?;
+        if ns.anagrpid.swap(group, Ordering::Relaxed) != group {
+            self.namespace_changed(nsid);
+            self.ana_changed();
+        }
+        Ok(())
+    }
+
+    /// Percent of space left behind the namespaces that a host sees: the least of them; 100 if none can run out.
+    pub(crate) fn free_percent(&self, hostnqn: &str) -> u8 {
+        let spaces = self.namespaces(hostnqn);
+        let spaces = spaces.iter().filter_map(|n| n.bdev().device().space());
+        spaces.map(|s| s.free_percent()).min().unwrap_or(100)
     }
 
     /// Tells controllers of an ANA change.

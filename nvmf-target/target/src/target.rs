@@ -523,6 +523,22 @@ impl Target {
         Ok(())
     }
 
+    /// Moves a namespace to another ANA group.
+    ///
+    /// # Errors
+    /// Unknown subsystem or namespace, group out of range, or a subsystem without ANA reporting.
+    pub fn set_ns_ana_group(&self, nqn: &str, nsid: u32, group: u32) -> Result<(), TargetError> {
+        let subsystem = self.subsystem(nqn)?;
+        if !subsystem.options.ana_reporting {
+            return Err(TargetError::WrongState("the subsystem was created without ana_reporting"));
+        }
+        let max = subsystem.max_namespaces();
+        if group == 0 || group > max {
+            return Err(TargetError::Invalid("anagrpid", format!("{group} is not within 1 to {max}")));
+        }
+        subsystem.set_ana_group(Nsid(nsid), group)
+    }
+
     /// Lets a host connect.
     ///
     /// # Errors
@@ -761,7 +777,8 @@ fn describe(s: &Subsystem) -> SubsystemInfo {
         nguid: n.nguid,
         eui64: n.eui64,
         uuid: n.uuid,
-        anagrpid: n.anagrpid,
+        anagrpid: n.anagrpid(),
+        ptpl_file: n.reservations.file().map(|f| f.path().display().to_string()),
         visible_to: t.visible_to.get(&n.nsid.0).map(|hosts| hosts.iter().cloned().collect()),
     };
     SubsystemInfo {

@@ -282,6 +282,17 @@ params! {
         /// Group; all of them when not given.
         anagrpid: Option<u32>,
     }
+    /// `nvmf_subsystem_set_ns_ana_group`.
+    pub struct SetNsAna {
+        /// Name of the subsystem.
+        nqn: String,
+        /// Namespace.
+        nsid: u32,
+        /// New group.
+        anagrpid: u32,
+        /// Target.
+        tgt_name: Option<TargetName>,
+    }
     /// A namespace.
     pub struct Namespace {
         /// Identifier; the lowest free one when not given.
@@ -296,6 +307,8 @@ params! {
         uuid: Option<Uuid>,
         /// ANA group; the namespace's identifier when not given.
         anagrpid: Option<u32>,
+        /// File that keeps reservations and write protection over a power loss.
+        ptpl_file: Option<String>,
         /// Hide from every host until `nvmf_ns_add_host` names it.
         no_auto_visible: bool = false,
         /// No effect: there is no metadata.
@@ -446,6 +459,14 @@ pub fn methods() -> Vec<Method> {
                     p.ana_state.state(),
                     p.anagrpid,
                 )?;
+                Ok(TRUE)
+            },
+        ),
+        Method::new(
+            "nvmf_subsystem_set_ns_ana_group",
+            "Moves a namespace to another ANA group.",
+            |c, p: SetNsAna| {
+                c.target()?.set_ns_ana_group(&p.nqn, p.nsid, p.anagrpid)?;
                 Ok(TRUE)
             },
         ),
@@ -666,6 +687,9 @@ fn describe(s: &SubsystemInfo) -> Value {
             if n.eui64 != [0; 8] {
                 ns["eui64"] = hex(&n.eui64).into();
             }
+            if let Some(file) = &n.ptpl_file {
+                ns["ptpl_file"] = file.as_str().into();
+            }
             if let Some(hosts) = &n.visible_to {
                 ns["no_auto_visible"] = true.into();
                 ns["hosts"] = hosts.iter().map(|h| json!({"nqn": h})).collect();
@@ -702,6 +726,7 @@ fn add_ns(c: &Control, p: AddNs) -> RpcResult {
         eui64: n.eui64.map(|h| h.0),
         uuid: n.uuid,
         anagrpid: n.anagrpid,
+        ptpl_file: n.ptpl_file,
         no_auto_visible: n.no_auto_visible,
     };
     Ok(json!(c.target()?.add_ns(&p.nqn, &options)?))
@@ -810,6 +835,9 @@ pub fn config(c: &Control) -> Vec<(String, Value)> {
                 "uuid": n.uuid.to_string(), "anagrpid": n.anagrpid});
             if n.eui64 != [0; 8] {
                 ns["eui64"] = hex(&n.eui64).into();
+            }
+            if let Some(file) = &n.ptpl_file {
+                ns["ptpl_file"] = file.as_str().into();
             }
             if n.visible_to.is_some() {
                 ns["no_auto_visible"] = true.into();

@@ -10,7 +10,7 @@ pub use discovery::{
 };
 pub use pages::{
     ChangedNamespaces, CommandEffects, ErrorEntry, FirmwareSlots, Health, LidSupport,
-    ReservationNotification, SupportedLogPages, effects,
+    ReservationNotification, SupportedLogPages, effects, health_warning,
 };
 
 use core::ops::Range;

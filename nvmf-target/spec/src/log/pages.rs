@@ -103,6 +103,14 @@ wire! {
     }
 }
 
+/// Bits of [`Health::critical_warning`].
+pub mod health_warning {
+    /// Available spare is below its threshold.
+    pub const SPARE: u8 = 1 << 0;
+    /// All media is read only.
+    pub const READ_ONLY: u8 = 1 << 3;
+}
+
 impl Health {
     /// Data units of this many bytes: thousands of 512 bytes, rounded up (NVMe Base 2.0 section 5.16.1).
     pub fn data_units(bytes: u128) -> U128 {

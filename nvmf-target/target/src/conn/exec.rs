@@ -9,9 +9,8 @@ use cryptfold_nvmf_spec::opcode::FABRICS;
 use cryptfold_nvmf_spec::pdu::build::{self, DataPart};
 use cryptfold_nvmf_spec::pdu::{Digest, MAX_HDR_BYTES};
 use cryptfold_nvmf_spec::sqe::Fuse;
-use cryptfold_nvmf_spec::{Cid, Cqe, Qid, Status};
-use cryptfold_reactor as reactor;
-use cryptfold_reactor::memory::{Buf, SgList};
+use cryptfold_nvmf_spec::{Cqe, Status};
+use cryptfold_reactor::memory::SgList;
 use zerocopy::FromBytes;
 
 use super::slot::Phase;
@@ -19,8 +18,9 @@ use super::state::State;
 use super::{Conn, Inner, Queue};
 use crate::controller::events::Report;
 use crate::controller::{Answer, QueueRef};
-use crate::group::Group;
 use crate::io::{self, Plan};
+use crate::later::Later;
+use crate::reservation::Access;
 use crate::stats::QueueStats;
 use crate::subsystem::NsChannel;
 use crate::target::NewQueue;
@@ -48,7 +48,9 @@ impl Conn {
         let controller = queue.controller.clone();
         let room = sqe.sgl.length.get().min(self.options.max_io_size);
         let data = std::mem::take(&mut inner.slots[index].data);
-        let answer = controller.admin(&sqe, index, &data, room);
+        let generation = inner.slots[index].generation;
+        let later = || self.reference().map(|back| Arc::new(Later::new(back, index, generation)));
+        let answer = controller.admin(&sqe, index, &data, room, &later);
         self.answer(inner, index, answer);
     }
 
@@ -58,6 +60,11 @@ impl Conn {
             Answer::Data(buf) => self.complete_read(inner, index, SgList::from(buf)),
             Answer::Waits => inner.slots[index].phase = Phase::Event,
             Answer::Abort(qid, cid) => self.abort_command(inner, index, qid, cid),
+            // Completes by message, so not before this.
+            Answer::Later(later) => {
+                self.begin(inner, index);
+                drop(later);
+            }
         }
     }
 
@@ -135,18 +142,26 @@ impl Conn {
             }
             return;
         }
-        match (slot.plan, slot.channel.clone()) {
-            (Some(Plan::Block { op, lba, blocks, fua, .. }), Some(ns)) => {
+        let (Some(plan), Some(ns)) = (slot.plan, slot.channel.clone()) else {
+            // Admission gave every I/O command both.
+            return self.complete(inner, index, Status::INTERNAL_ERROR, 0);
+        };
+        if let Err(status) = self.may(inner, &ns, plan.access()) {
+            return self.complete(inner, index, status, 0);
+        }
+        let slot = &mut inner.slots[index];
+        match plan {
+            Plan::Block { op, lba, blocks, fua, .. } => {
                 let mut io = Io::new(op, lba, blocks);
                 io.fua = fua;
                 io.data = SgList::from(std::mem::take(&mut slot.data));
                 self.start(inner, index, &ns, io);
             }
-            (Some(Plan::Ranges { deallocate, .. }), Some(ns)) => {
-                self.deallocate(inner, index, ns, deallocate)
-            }
-            // Admission gave every I/O command both.
-            _ => self.complete(inner, index, Status::INTERNAL_ERROR, 0),
+            Plan::Ranges { deallocate, .. } => self.deallocate(inner, index, ns, deallocate),
+            Plan::Verify { lba, blocks } => self.verify(inner, index, ns, lba, blocks),
+            Plan::Copy { .. } => self.copy(inner, index, ns),
+            Plan::Reservation { .. } => self.reserve(inner, index, &ns),
+            Plan::ReservationReport { bytes } => self.report_reservations(inner, index, &ns, bytes),
         }
     }
 
@@ -155,6 +170,12 @@ impl Conn {
         let write_second = inner.slots[index].sqe.fuse() == Fuse::Second;
         let (first, second) = if write_second { (other, index) } else { (index, other) };
         let expected = std::mem::take(&mut inner.slots[first].data);
+        if let Some(ns) = inner.slots[second].channel.clone()
+            && let Err(status) = self.may(inner, &ns, Access::Write)
+        {
+            self.complete(inner, first, status, 0);
+            return self.complete(inner, second, Status::ABORTED_FAILED_FUSED, 0);
+        }
         inner.slots[first].phase = Phase::Executing;
         let slot = &mut inner.slots[second];
         let (Some(Plan::Block { lba, blocks, fua, .. }), Some(ns)) = (slot.plan, slot.channel.clone()) else {
@@ -169,48 +190,30 @@ impl Conn {
 
     fn start(&self, inner: &mut Inner, index: u16, ns: &NsChannel, mut io: Box<Io>) {
         let (Some(me), Some(queue)) = (self.me.upgrade(), &inner.queue) else { return };
-        let slot = &mut inner.slots[index];
-        slot.phase = Phase::Executing;
         io.fua |= queue.controller.write_through() && io.op.modifies();
         io.tag = self.tag(index);
         io.push(me, 0, u64::from(index));
-        inner.executing += 1;
+        self.begin(inner, index);
         // Completes by message, never in here.
         ns.channel.submit(io);
     }
 
-    /// Dataset Management: a task that gives the ranges up one after the other.
-    fn deallocate(&self, inner: &mut Inner, index: u16, ns: Rc<NsChannel>, deallocate: bool) {
-        let slot = &mut inner.slots[index];
-        let ranges = match io::dsm_ranges(&slot.sqe, &slot.data, &ns.ns.geometry()) {
-            Ok(r) => r,
-            Err(status) => return self.complete(inner, index, status, 0),
-        };
-        slot.data = Buf::empty();
-        let Some(me) = self.me.upgrade() else { return };
-        if !deallocate || ranges.is_empty() {
-            return self.complete(inner, index, Status::SUCCESS, 0);
-        }
-        slot.phase = Phase::Executing;
+    /// A device, task or other core has the command now.
+    pub(super) fn begin(&self, inner: &mut Inner, index: u16) {
+        inner.slots[index].phase = Phase::Executing;
         inner.executing += 1;
-        reactor::spawn_local(async move {
-            let mut status = Status::SUCCESS;
-            for (lba, blocks) in ranges {
-                if let Err(s) = ns.channel.unmap(lba, blocks).await {
-                    status = io::status(s);
-                    break;
-                }
-            }
-            drop(ns);
-            me.finished(index, |conn, inner| conn.complete(inner, index, status, 0));
-        })
-        .detach();
+        if let Some(queue) = &inner.queue {
+            queue.stats.set_executing(inner.executing);
+        }
     }
 
     /// What a device, task or other core held is back: answers it, or in a connection that ends, lets go of it.
-    fn finished(&self, index: u16, answer: impl FnOnce(&Conn, &mut Inner)) {
+    pub(super) fn finished(&self, index: u16, answer: impl FnOnce(&Conn, &mut Inner)) {
         let mut inner = self.inner.borrow_mut();
         inner.executing -= 1;
+        if let Some(queue) = &inner.queue {
+            queue.stats.set_executing(inner.executing);
+        }
         if self.state.get().answers() {
             return answer(self, &mut inner);
         }
@@ -223,8 +226,11 @@ impl Conn {
         }
     }
 
-    fn io_done(&self, inner: &mut Inner, index: u16, status: Status, data: SgList) {
+    pub(super) fn io_done(&self, inner: &mut Inner, index: u16, mut status: Status, data: SgList) {
         let slot = &inner.slots[index];
+        if slot.preempted && status.code() == Status::ABORT_REQUESTED {
+            status = Status::ABORTED_PREEMPT;
+        }
         let bytes = slot.plan.map_or(0, |p| p.bytes());
         match slot.plan {
             Some(Plan::Block { op: Op::Read, .. }) if status.is_success() => {
@@ -259,12 +265,15 @@ impl Conn {
         // A response always fits its buffer.
         debug_assert!(built.is_ok());
         self.count(inner, index, status);
+        if status.code() == Status::ABORT_REQUESTED {
+            inner.slots[index].waited_for.iter().for_each(|l| l.set_dw0(0));
+        }
         inner.slots.release(index);
         self.list();
     }
 
     /// Answers a command with data: C2HData, and a response where the data can not stand for it.
-    fn complete_read(&self, inner: &mut Inner, index: u16, data: SgList) {
+    pub(super) fn complete_read(&self, inner: &mut Inner, index: u16, data: SgList) {
         let cid = inner.slots[index].sqe.cid();
         // At most max_io_size.
         let len = data.len_bytes() as u32;
@@ -301,10 +310,15 @@ impl Conn {
         match inner.slots[index].plan {
             Some(Plan::Block { op: Op::Read | Op::Compare, bytes, .. }) => queue.stats.read(bytes.into()),
             Some(Plan::Block { op: Op::Write, bytes, .. }) => queue.stats.write(bytes.into()),
+            Some(Plan::Verify { blocks, .. }) => {
+                let ns = inner.slots[index].channel.as_ref();
+                queue.stats.read(ns.map_or(0, |ns| blocks * u64::from(ns.ns.bdev().block_size_bytes())));
+            }
             _ => queue.stats.other(),
         }
         if !status.is_success() {
             queue.stats.error();
+            queue.controller.log_error(queue.qid, &inner.slots[index].sqe, status);
         }
     }
 
@@ -314,58 +328,6 @@ impl Conn {
         let waits = inner.slots.get_mut(report.slot).is_some_and(|s| s.phase == Phase::Event);
         if waits && self.state.get() == State::Ready {
             self.complete(&mut inner, report.slot, Status::SUCCESS, report.dw0.into());
-        }
-    }
-
-    /// Abort: here for event requests, on the queue's own reactor for everything else.
-    fn abort_command(&self, inner: &mut Inner, index: u16, qid: Qid, cid: Cid) {
-        let Some(controller) = inner.queue.as_ref().map(|q| q.controller.clone()) else { return };
-        if qid.is_admin() {
-            let event = controller.abort_event(cid);
-            if let Some(event) = event {
-                self.complete(inner, event, Status::ABORT_REQUESTED, 0);
-            }
-            return self.complete(inner, index, Status::SUCCESS, u64::from(event.is_none()));
-        }
-        let (Some(other), Some(back)) = (controller.queue(qid), self.reference()) else {
-            return self.complete(inner, index, Status::SUCCESS, 1);
-        };
-        inner.slots[index].phase = Phase::Executing;
-        inner.executing += 1;
-        let generation = inner.slots[index].generation;
-        other.handle.clone().send(move || {
-            let conn = Group::here(other.target).and_then(|g| g.conn(other.id));
-            let aborted = conn.is_some_and(|c| c.abort(cid));
-            back.send(move |conn| conn.abort_done(index, generation, aborted));
-        });
-    }
-
-    fn abort_done(&self, index: u16, generation: u32, aborted: bool) {
-        let current =
-            self.inner.borrow_mut().slots.get_mut(index).is_some_and(|s| s.generation == generation);
-        assert!(current, "slot {index} was freed while an abort was under way");
-        self.finished(index, |conn, inner| {
-            conn.complete(inner, index, Status::SUCCESS, u64::from(!aborted));
-        });
-    }
-
-    /// Tries to end a command early. True: it ends with Command Abort Requested (or has just ended otherwise).
-    fn abort(&self, cid: Cid) -> bool {
-        let mut inner = self.inner.borrow_mut();
-        let Some(index) = inner.slots.find(cid) else { return false };
-        let slot = &inner.slots[index];
-        match slot.phase {
-            Phase::Executing => match &slot.channel {
-                Some(ns) => ns.channel.abort(self.tag(index)),
-                None => false,
-            },
-            Phase::R2tQueue | Phase::Fused => {
-                self.unpair(&mut inner, index);
-                self.fail(&mut inner, index, Status::ABORT_REQUESTED);
-                true
-            }
-            // The host is about to send its data: that has to be taken first.
-            Phase::Free | Phase::Capsule | Phase::HostData | Phase::Event => false,
         }
     }
 }

@@ -16,6 +16,7 @@ pub mod out;
 mod rx;
 mod slot;
 pub mod state;
+mod tasks;
 mod transfer;
 
 use std::cell::{Cell, RefCell};
@@ -35,6 +36,7 @@ use crate::TransportOptions;
 use crate::controller::Controller;
 use crate::group::{ConnRef, Group, LOAD_CONNECTION, LOAD_IO};
 use crate::port::Port;
+use crate::reservation::{Access, Rights};
 use crate::stats::QueueStats;
 use crate::subsystem::{NsChannel, locked};
 use crate::watch::{Ready, WatchId};
@@ -87,6 +89,8 @@ struct Inner {
     /// By namespace identifier, from 1: the channel, or why the namespace can not be used through this port now (ANA).
     channels: Vec<Option<Result<Rc<NsChannel>, Status>>>,
     channels_generation: u64,
+    /// By namespace identifier, from 1: what reservations let this host do.
+    rights: Vec<Rights>,
     executing: usize,
     /// Close, or when terminating stop sending, when everything is sent.
     closing: bool,
@@ -141,6 +145,7 @@ impl Conn {
                 queue: None,
                 channels: Vec::new(),
                 channels_generation: 0,
+                rights: Vec::new(),
                 executing: 0,
                 closing: false,
                 since: reactor::now(),
@@ -282,6 +287,7 @@ impl Conn {
             group.unwatch(watch);
         }
         for slot in inner.slots.busy() {
+            inner.slots[slot].cancelled = true;
             if let Some(ns) = &inner.slots[slot].channel {
                 ns.channel.abort(self.tag(slot));
             }
@@ -347,6 +353,9 @@ impl Conn {
 
     fn overdue(&self, inner: &Inner, now: Nanos) -> bool {
         let Some(queue) = &inner.queue else { return false };
+        if queue.qid.is_admin() {
+            queue.controller.sample(now);
+        }
         if queue.qid.is_admin() && queue.controller.expired(now) {
             tracing::warn!(
                 "{}: keep-alive timer of controller {} expired ({} ms)",
@@ -403,7 +412,7 @@ impl Conn {
         // The identifier is that of an existing namespace from here on, so it is small.
         let ns = subsystem.namespace(nsid, &queue.controller.host.nqn).ok_or(invalid)?;
         let group = self.group.upgrade().ok_or(Status::INTERNAL_ERROR)?;
-        let usable = match subsystem.ana_state(&self.port, ns.anagrpid).status() {
+        let usable = match subsystem.ana_state(&self.port, ns.anagrpid()).status() {
             Some(status) => Err(status),
             None => Ok(group.channel(&ns).map_err(|e| {
                 tracing::error!("{}: namespace {nsid}: {e}", subsystem.nqn());
@@ -415,6 +424,16 @@ impl Conn {
         }
         inner.channels[index] = Some(usable.clone());
         usable
+    }
+
+    /// Whether a command may do this to its namespace now.
+    fn may(&self, inner: &mut Inner, ns: &NsChannel, access: Access) -> Result<(), Status> {
+        let Some(queue) = &inner.queue else { return Err(Status::INTERNAL_ERROR) };
+        let index = ns.ns.nsid.0 as usize - 1;
+        if inner.rights.len() <= index {
+            inner.rights.resize(index + 1, Rights::default());
+        }
+        ns.ns.reservations.check(&queue.controller.host.id, access, &mut inner.rights[index])
     }
 
     /// Namespaces have changed: lets go of channels, so that removed devices can end.

@@ -4,6 +4,7 @@
 //! exactly while a tracked slot carries it. A slot's index is its transfer tag.
 
 use std::rc::Rc;
+use std::sync::Arc;
 
 use cryptfold_nvmf_spec::pdu::Digest;
 use cryptfold_nvmf_spec::{Cid, Sqe, Status};
@@ -11,6 +12,7 @@ use cryptfold_reactor::Nanos;
 use cryptfold_reactor::memory::Buf;
 
 use crate::io::Plan;
+use crate::later::Later;
 use crate::subsystem::NsChannel;
 
 /// What a slot's command is waiting for.
@@ -58,6 +60,12 @@ pub struct Slot {
     pub channel: Option<Rc<NsChannel>>,
     /// First half of a fused operation: the slot of the second, and the other way round.
     pub partner: Option<u16>,
+    /// Its task is to end as soon as it can.
+    pub cancelled: bool,
+    /// Another host has preempted this one's reservation, and its commands with it.
+    pub preempted: bool,
+    /// Commands that complete when this one is gone.
+    pub waited_for: Vec<Arc<Later>>,
 }
 
 impl Slot {
@@ -75,6 +83,9 @@ impl Slot {
             plan: None,
             channel: None,
             partner: None,
+            cancelled: false,
+            preempted: false,
+            waited_for: Vec::new(),
         }
     }
 }
@@ -125,6 +136,9 @@ impl Slots {
         slot.plan = None;
         slot.channel = None;
         slot.partner = None;
+        slot.cancelled = false;
+        slot.preempted = false;
+        slot.waited_for.clear();
         if !slot.data.is_empty() {
             slot.data = Buf::empty();
         }

@@ -7,12 +7,12 @@
 use cryptfold_nvmf_spec::Cid;
 use cryptfold_nvmf_spec::features::AsyncEvent;
 use cryptfold_nvmf_spec::identify::oaes;
-use cryptfold_nvmf_spec::log::Lid;
+use cryptfold_nvmf_spec::log::{Lid, health_warning};
 
 /// Requests that may wait at once; AERL is one less.
 pub const SLOTS: usize = 4;
 
-/// The events that this target reports. All are of the type Notice (2h).
+/// The events that this target reports.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[repr(usize)]
 pub enum EventKind {
@@ -22,19 +22,31 @@ pub enum EventKind {
     AnaChange = 1,
     /// Discovery Log Page Change.
     DiscoveryChange = 2,
+    /// Reservation Log Page Available.
+    Reservation = 3,
+    /// SMART / Health: spare below its threshold: a pool runs out of space.
+    SpareBelow = 4,
 }
 
 impl EventKind {
     /// All kinds.
-    pub const ALL: [EventKind; 3] =
-        [EventKind::NamespaceChanged, EventKind::AnaChange, EventKind::DiscoveryChange];
+    pub const ALL: [EventKind; 5] = [
+        EventKind::NamespaceChanged,
+        EventKind::AnaChange,
+        EventKind::DiscoveryChange,
+        EventKind::Reservation,
+        EventKind::SpareBelow,
+    ];
 
-    /// Bit in Asynchronous Event Configuration and in OAES (NVMe Base 2.0 Figures 275, 326).
+    /// Bit in Asynchronous Event Configuration and, except that of SMART, in OAES (NVMe Base 2.0 Figures 275, 326); 0: cannot
+    /// be switched off.
     pub const fn config_bit(self) -> u32 {
         match self {
             EventKind::NamespaceChanged => oaes::NAMESPACE_ATTRIBUTES,
             EventKind::AnaChange => oaes::ANA_CHANGE,
             EventKind::DiscoveryChange => oaes::DISCOVERY_CHANGE,
+            EventKind::Reservation => 0,
+            EventKind::SpareBelow => health_warning::SPARE as u32,
         }
     }
 
@@ -44,6 +56,8 @@ impl EventKind {
             EventKind::NamespaceChanged => Lid::ChangedNamespaces,
             EventKind::AnaChange => Lid::Ana,
             EventKind::DiscoveryChange => Lid::Discovery,
+            EventKind::Reservation => Lid::Reservation,
+            EventKind::SpareBelow => Lid::Health,
         }
     }
 
@@ -53,6 +67,8 @@ impl EventKind {
             EventKind::NamespaceChanged => AsyncEvent::NAMESPACE_CHANGED.0,
             EventKind::AnaChange => AsyncEvent::ANA_CHANGE.0,
             EventKind::DiscoveryChange => AsyncEvent::DISCOVERY_CHANGE.0,
+            EventKind::Reservation => AsyncEvent::RESERVATION.0,
+            EventKind::SpareBelow => AsyncEvent::SPARE_BELOW.0,
         }
     }
 }
@@ -98,7 +114,8 @@ impl Events {
     /// Something happened. Returns the request that reports it, if one waits and the host wants to know.
     pub fn raise(&mut self, kind: EventKind) -> Option<Report> {
         let p = &mut self.pending[kind as usize];
-        if self.config & kind.config_bit() == 0 || p.masked {
+        let enabled = kind.config_bit() == 0 || self.config & kind.config_bit() != 0;
+        if !enabled || p.masked {
             return None;
         }
         p.waiting = true;

@@ -2,16 +2,22 @@
 
 use cryptfold_nvmf_spec::features::{
     AsyncEventConfig, Capabilities, Fid, HostBehavior, HostIdentifier, NumberOfQueues, PowerManagement,
-    Select, VolatileWriteCache,
+    ReservationMask, Select, VolatileWriteCache, WriteProtection,
 };
 use cryptfold_nvmf_spec::identify::oaes;
 use cryptfold_nvmf_spec::opcode::Direction;
 use cryptfold_nvmf_spec::sqe::{GetFeaturesCdw10, SetFeaturesCdw10};
-use cryptfold_nvmf_spec::{Sqe, Status};
+use cryptfold_nvmf_spec::{Nsid, Sqe, Status};
 use cryptfold_reactor::memory::Buf;
 use zerocopy::{FromBytes, IntoBytes};
 
-use super::{Answer, Controller, State};
+use super::{Answer, Controller, MakeLater, State};
+use crate::group::Group;
+use crate::later::Later;
+use crate::reservation::Notice;
+use crate::subsystem::Namespace;
+use std::collections::BTreeMap;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 /// What the host has set.
@@ -26,6 +32,9 @@ pub(super) struct Features {
     error_recovery: u32,
     write_atomicity: u32,
     host_behavior: HostBehavior,
+    /// Reservation Notification Mask by namespace; those that are not here have `mask_of_all`.
+    masks: BTreeMap<u32, ReservationMask>,
+    mask_of_all: ReservationMask,
 }
 
 /// Composite temperature threshold after a reset, kelvin: no limit.
@@ -42,7 +51,19 @@ impl Features {
             error_recovery: 0,
             write_atomicity: 0,
             host_behavior: HostBehavior::default(),
+            masks: BTreeMap::new(),
+            mask_of_all: ReservationMask::default(),
         }
+    }
+
+    fn mask(&self, nsid: Nsid) -> ReservationMask {
+        self.masks.get(&nsid.0).copied().unwrap_or(self.mask_of_all)
+    }
+
+    /// Whether the host does not want to hear of this.
+    pub fn is_masked(&self, nsid: Nsid, notice: Notice) -> bool {
+        // Bits are numbered as the notices are.
+        self.mask(nsid).0 & 1 << notice as u32 != 0
     }
 }
 
@@ -63,6 +84,10 @@ pub(super) fn set_direction(sqe: &Sqe) -> Direction {
         Ok(Fid::HostBehavior | Fid::HostIdentifier) => Direction::HostToController,
         _ => Direction::None,
     }
+}
+
+fn is_namespace_specific(fid: Fid) -> bool {
+    matches!(fid, Fid::ReservationMask | Fid::ReservationPersistence | Fid::WriteProtection)
 }
 
 fn done(dw0: u32) -> Result<Answer, Status> {
@@ -95,7 +120,10 @@ impl Controller {
             | Fid::NumberOfQueues
             | Fid::WriteAtomicity
             | Fid::HostBehavior
-            | Fid::HostIdentifier => !self.is_discovery(),
+            | Fid::HostIdentifier
+            | Fid::ReservationMask
+            | Fid::ReservationPersistence
+            | Fid::WriteProtection => !self.is_discovery(),
             _ => false,
         }
     }
@@ -105,6 +133,8 @@ impl Controller {
         let fid =
             fid(d10.fid()).ok().filter(|f| self.has_feature(*f)).ok_or(Status::INVALID_FIELD.with_dnr())?;
         let defaults = Features::new(self.options.max_io_qpairs_per_ctrlr);
+        // Before the lock is taken: namespaces are the subsystem's.
+        let ns = if is_namespace_specific(fid) { Some(self.namespace_of(sqe)) } else { None };
         let s = self.state();
         let (f, default) = match Select::from_u8(d10.sel() as u8) {
             Some(Select::Current) => (&s.features, false),
@@ -112,7 +142,9 @@ impl Controller {
             Some(Select::Default | Select::Saved) => (&defaults, true),
             Some(Select::Supported) => {
                 let changeable = !matches!(fid, Fid::HostIdentifier);
-                return done(Capabilities::default().with_changeable(changeable.into()).0);
+                let specific = is_namespace_specific(fid);
+                let capabilities = Capabilities::default().with_changeable(changeable.into());
+                return done(capabilities.with_namespace_specific(specific.into()).0);
             }
             None => return Err(Status::INVALID_FIELD.with_dnr()),
         };
@@ -135,11 +167,37 @@ impl Controller {
             Fid::HostBehavior => data(f.host_behavior.as_bytes()),
             // On fabrics it is always 128 bits (NVMe Base 2.0 section 5.27.1.25).
             Fid::HostIdentifier if HostIdentifier(sqe.cdw11.get()).exhid() == 1 => data(&self.host.id),
+            Fid::ReservationMask | Fid::ReservationPersistence | Fid::WriteProtection => {
+                let ns =
+                    ns.unwrap_or(Err(Status::INTERNAL_ERROR))?.ok_or(Status::INVALID_FIELD.with_dnr())?;
+                done(match fid {
+                    _ if default => 0,
+                    Fid::ReservationMask => f.mask(ns.nsid).0,
+                    Fid::WriteProtection => ns.reservations.protection().into(),
+                    _ => ns.reservations.persistent().into(),
+                })
+            }
             _ => Err(Status::INVALID_FIELD.with_dnr()),
         }
     }
 
-    pub(super) fn set_features(&self, sqe: &Sqe, data: &[u8]) -> Result<Answer, Status> {
+    /// The namespace that a namespace specific feature is about; `None`: all of them.
+    fn namespace_of(&self, sqe: &Sqe) -> Result<Option<Arc<Namespace>>, Status> {
+        if sqe.nsid() == Nsid::ALL {
+            return Ok(None);
+        }
+        self.subsystem
+            .namespace(sqe.nsid(), &self.host.nqn)
+            .map(Some)
+            .ok_or(Status::INVALID_NAMESPACE.with_dnr())
+    }
+
+    pub(super) fn set_features(
+        &self,
+        sqe: &Sqe,
+        data: &[u8],
+        later: MakeLater<'_>,
+    ) -> Result<Answer, Status> {
         let d10 = SetFeaturesCdw10(sqe.cdw10.get());
         let fid =
             fid(d10.fid()).ok().filter(|f| self.has_feature(*f)).ok_or(Status::INVALID_FIELD.with_dnr())?;
@@ -147,6 +205,9 @@ impl Controller {
             return Err(Status::FEATURE_NOT_SAVEABLE.with_dnr());
         }
         let value = sqe.cdw11.get();
+        if is_namespace_specific(fid) {
+            return self.set_namespace_feature(fid, sqe, later);
+        }
         let mut s = self.state();
         match fid {
             Fid::Arbitration => s.features.arbitration = value,
@@ -178,6 +239,64 @@ impl Controller {
             _ => return Err(Status::INVALID_FIELD.with_dnr()),
         }
         done(0)
+    }
+
+    fn set_namespace_feature(&self, fid: Fid, sqe: &Sqe, later: MakeLater<'_>) -> Result<Answer, Status> {
+        let (value, ns) = (sqe.cdw11.get(), self.namespace_of(sqe)?);
+        if fid == Fid::ReservationMask {
+            let features = &mut self.state().features;
+            match ns {
+                Some(ns) => drop(features.masks.insert(ns.nsid.0, ReservationMask(value))),
+                None => {
+                    features.masks.clear();
+                    features.mask_of_all = ReservationMask(value);
+                }
+            }
+            return done(0);
+        }
+        let gone = Status::ABORTED_SQ_DELETION;
+        let all = match ns {
+            Some(ns) => vec![ns],
+            // Of all namespaces at once only persistence can be set (NVMe Base 2.0 sections 5.27.1.27, .29).
+            None if fid == Fid::ReservationPersistence => self.subsystem.namespaces(&self.host.nqn),
+            None => return Err(Status::INVALID_FIELD.with_dnr()),
+        };
+        // From here on it completes the command, now or later.
+        let wait = later().ok_or(gone)?;
+        for ns in all {
+            let done = if fid == Fid::ReservationPersistence {
+                ns.reservations.set_persistent(value & 1 == 1, || wait.clone()).map(drop)
+            } else {
+                self.protect(&ns, WriteProtection(value).state() as u8, &wait)
+            };
+            if let Err(status) = done {
+                wait.set(status);
+            }
+        }
+        Ok(Answer::Later(wait))
+    }
+
+    fn protect(&self, ns: &Arc<Namespace>, wanted: u8, wait: &Arc<Later>) -> Result<(), Status> {
+        let before = ns.reservations.protection();
+        ns.reservations.protect(wanted, || wait.clone())?;
+        if ns.reservations.protection() != before {
+            self.flush_protected(ns, wait);
+            self.subsystem.namespace_changed(ns.nsid);
+        }
+        Ok(())
+    }
+
+    /// What was written before a namespace became protected is durable when the command completes.
+    fn flush_protected(&self, ns: &Arc<Namespace>, wait: &Arc<Later>) {
+        let group = self.target.upgrade().and_then(|t| Group::here(t.id));
+        let Some(Ok(channel)) = group.map(|g| g.channel(ns)) else { return wait.set(Status::INTERNAL_ERROR) };
+        let wait = wait.clone();
+        cryptfold_reactor::spawn_local(async move {
+            if let Err(status) = channel.channel.flush().await {
+                wait.set(crate::io::status(status));
+            }
+        })
+        .detach();
     }
 
     fn set_queues(&self, s: &mut State, asked: NumberOfQueues) -> Result<Answer, Status> {

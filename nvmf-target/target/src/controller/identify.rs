@@ -11,7 +11,9 @@ use cryptfold_reactor::memory::Buf;
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U16, U32};
 
+use super::records::ERRORS;
 use super::{ACL, Answer, Controller, VERSION, events};
+use crate::io;
 use crate::subsystem::Namespace;
 
 /// Seconds that an ANA change may take (ANATT).
@@ -75,6 +77,11 @@ impl Controller {
         Ok(self.subsystem.namespace(nsid, &self.host.nqn))
     }
 
+    /// Whether a namespace of this host knows Write Uncorrectable; others refuse the opcode.
+    pub(super) fn knows_uncorrectable(&self) -> bool {
+        self.subsystem.namespaces(&self.host.nqn).iter().any(|n| n.geometry().can_uncorrectable)
+    }
+
     fn active(&self, nsid: Nsid) -> Result<std::sync::Arc<Namespace>, Status> {
         self.known(nsid)?.ok_or(Status::INVALID_NAMESPACE.with_dnr())
     }
@@ -111,7 +118,20 @@ impl Controller {
         id.lpa |= 1 << 1;
         id.nn = U32::new(self.subsystem.max_namespaces());
         id.mnan = id.nn;
-        id.oncs = U16::new(oncs::COMPARE | oncs::DSM | oncs::WRITE_ZEROES);
+        id.oncs = U16::new(
+            oncs::COMPARE
+                | oncs::DSM
+                | oncs::WRITE_ZEROES
+                | oncs::SAVE
+                | oncs::RESERVATIONS
+                | oncs::VERIFY
+                | oncs::COPY
+                | if self.knows_uncorrectable() { oncs::WRITE_UNCORRECTABLE } else { 0 },
+        );
+        id.cdfs = U16::new(1);
+        id.elpe = ERRORS as u8 - 1;
+        // Write protection for good (of namespaces with a state file), and until the target is restarted.
+        id.nwpc = 1 << 0 | 1 << 1;
         id.fuses = U16::new(1);
         // Present in any case: a namespace with a cache may be added later, and a host that has once read "no cache" would
         // never flush it. Flush needs a namespace (10b).
@@ -161,8 +181,13 @@ fn identify_namespace(ns: &Namespace) -> NamespaceIdentify {
         let unit = less_one(info.optimal_io_blocks);
         (id.npwg, id.npwa, id.npdg, id.npda, id.nows) = (unit, unit, unit, unit, unit);
     }
-    id.nsattr = info.read_only.into();
-    id.anagrpid = U32::new(ns.anagrpid);
+    let most = io::copy_max_blocks(geometry.block_bytes);
+    id.mssrl = U16::new(most as u16);
+    id.mcl = U32::new(most);
+    id.msrc = (io::COPY_MAX_RANGES - 1) as u8;
+    id.rescap = ns.reservations.capabilities();
+    id.nsattr = ns.is_protected().into();
+    id.anagrpid = U32::new(ns.anagrpid());
     id.nguid = ns.nguid;
     id.eui64 = ns.eui64;
     id
@@ -171,8 +196,9 @@ fn identify_namespace(ns: &Namespace) -> NamespaceIdentify {
 fn independent(ns: &Namespace) -> IndependentNamespace {
     let mut id = IndependentNamespace::default();
     id.nmic = 1;
-    id.anagrpid = U32::new(ns.anagrpid);
-    id.nsattr = ns.bdev().info().read_only.into();
+    id.rescap = ns.reservations.capabilities();
+    id.anagrpid = U32::new(ns.anagrpid());
+    id.nsattr = ns.is_protected().into();
     id.nstat = 1;
     id
 }

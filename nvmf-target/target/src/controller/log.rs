@@ -2,8 +2,8 @@
 
 use cryptfold_nvmf_spec::identify::set_text;
 use cryptfold_nvmf_spec::log::{
-    ANA_RGO, AnaWriter, ChangedNamespaces, CommandEffects, ErrorEntry, FirmwareSlots, GetLogPage, Health,
-    Lid, LidSupport, SupportedLogPages, effects,
+    ANA_RGO, AnaWriter, ChangedNamespaces, CommandEffects, FirmwareSlots, GetLogPage, Health, Lid,
+    LidSupport, SupportedLogPages, effects, health_warning,
 };
 use cryptfold_nvmf_spec::opcode::{Admin, FABRICS, Io};
 use cryptfold_nvmf_spec::{Nsid, Sqe, Status};
@@ -11,7 +11,8 @@ use cryptfold_reactor::memory::Buf;
 use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U32, U128};
 
-use super::{Answer, Controller};
+use super::events::EventKind;
+use super::{Answer, Controller, SPARE_THRESHOLD_PCT};
 
 /// What the temperature of something without a sensor is, kelvin: room temperature.
 const TEMPERATURE_K: u16 = 296;
@@ -26,8 +27,8 @@ impl Controller {
         }
         let page = match lid {
             Lid::SupportedLogPages => self.supported_pages().as_bytes().to_vec(),
-            // One entry, unused: errors are reported by their completions.
-            Lid::Error => ErrorEntry::default().as_bytes().to_vec(),
+            Lid::Error => self.state().errors.page(),
+            Lid::Reservation => self.state().notices.page(request.rae).as_bytes().to_vec(),
             Lid::Health => self.health(sqe.nsid())?.as_bytes().to_vec(),
             Lid::FirmwareSlots => {
                 let mut page = FirmwareSlots::default();
@@ -36,7 +37,7 @@ impl Controller {
                 page.as_bytes().to_vec()
             }
             Lid::ChangedNamespaces => self.changed_namespaces(request.rae).as_bytes().to_vec(),
-            Lid::CommandEffects => command_effects().as_bytes().to_vec(),
+            Lid::CommandEffects => command_effects(self.knows_uncorrectable()).as_bytes().to_vec(),
             Lid::Ana => self.ana_page(request.lsp & ANA_RGO != 0),
             Lid::Discovery => {
                 let target = self.target.upgrade().ok_or(Status::INTERNAL_ERROR)?;
@@ -47,7 +48,13 @@ impl Controller {
         let mut out = Buf::alloc(request.len_bytes as usize);
         request.copy_window(&page, out.make_mut())?;
         if !request.rae {
-            self.state().events.log_read(lid);
+            let mut s = self.state();
+            s.events.log_read(lid);
+            let more = lid == Lid::Reservation && !s.notices.is_empty();
+            drop(s);
+            if more {
+                self.raise(EventKind::Reservation);
+            }
         }
         Ok(Answer::Data(out))
     }
@@ -57,9 +64,12 @@ impl Controller {
             Lid::Discovery => self.is_discovery(),
             Lid::SupportedLogPages => true,
             Lid::Ana => self.subsystem.options.ana_reporting,
-            Lid::Error | Lid::Health | Lid::FirmwareSlots | Lid::ChangedNamespaces | Lid::CommandEffects => {
-                !self.is_discovery()
-            }
+            Lid::Error
+            | Lid::Health
+            | Lid::FirmwareSlots
+            | Lid::ChangedNamespaces
+            | Lid::CommandEffects
+            | Lid::Reservation => !self.is_discovery(),
             _ => false,
         }
     }
@@ -79,9 +89,23 @@ impl Controller {
         }
         let t = self.totals();
         let age = cryptfold_reactor::now().since(self.born);
+        let spare = self.subsystem.free_percent(&self.host.nqn);
+        let namespaces = self.subsystem.namespaces(&self.host.nqn);
         let mut page = Health::default();
         page.temperature_k = TEMPERATURE_K.into();
-        page.available_spare_pct = 100;
+        page.available_spare_pct = spare;
+        page.spare_threshold_pct = SPARE_THRESHOLD_PCT;
+        if spare < SPARE_THRESHOLD_PCT {
+            page.critical_warning |= health_warning::SPARE;
+        }
+        if !namespaces.is_empty() && namespaces.iter().all(|n| n.bdev().info().read_only) {
+            page.critical_warning |= health_warning::READ_ONLY;
+        }
+        let s = self.state();
+        page.busy_min = U128::new(u128::from(s.busy.as_secs() / 60));
+        page.media_errors = U128::new(s.errors.media.into());
+        page.error_log_entries = U128::new(s.errors.count.into());
+        drop(s);
         page.data_units_read = Health::data_units(t.read_bytes.into());
         page.data_units_written = Health::data_units(t.write_bytes.into());
         page.host_reads = U128::new(t.reads.into());
@@ -107,13 +131,13 @@ impl Controller {
     fn ana_page(&self, groups_only: bool) -> Vec<u8> {
         let namespaces = self.subsystem.namespaces(&self.host.nqn);
         let changes = self.subsystem.tables().ana_changes;
-        let mut groups: Vec<u32> = namespaces.iter().map(|n| n.anagrpid).collect();
+        let mut groups: Vec<u32> = namespaces.iter().map(|n| n.anagrpid()).collect();
         groups.sort_unstable();
         groups.dedup();
         let mut page = vec![0; 16 + 32 * groups.len() + 4 * namespaces.len()];
         let Ok(mut writer) = AnaWriter::new(&mut page, changes) else { return page };
         for group in groups {
-            let members = namespaces.iter().filter(|n| n.anagrpid == group && !groups_only).map(|n| n.nsid);
+            let members = namespaces.iter().filter(|n| n.anagrpid() == group && !groups_only).map(|n| n.nsid);
             // The buffer has room for all of them.
             if writer.group(group, changes, self.subsystem.ana_state(&self.port, group), members).is_err() {
                 break;
@@ -125,7 +149,8 @@ impl Controller {
     }
 }
 
-fn command_effects() -> CommandEffects {
+/// `uncorrectable`: a namespace knows Write Uncorrectable.
+fn command_effects(uncorrectable: bool) -> CommandEffects {
     let mut page = CommandEffects::default();
     let admin = [
         Admin::GetLogPage,
@@ -139,11 +164,17 @@ fn command_effects() -> CommandEffects {
     for code in admin.iter().map(|a| *a as u8).chain([FABRICS]) {
         page.admin[usize::from(code)] = U32::new(effects::SUPPORTED);
     }
-    let io = [(Io::Read, 0), (Io::Compare, 0), (Io::Flush, 0)];
-    let changing = [Io::Write, Io::WriteZeroes, Io::DatasetManagement].map(|o| (o, effects::DATA_CHANGE));
-    for (opcode, effect) in io.into_iter().chain(changing) {
-        page.io[usize::from(opcode as u8)] = U32::new(effects::SUPPORTED | effect);
+    for opcode in Io::ALL {
+        let changes = match opcode {
+            Io::Write | Io::WriteZeroes | Io::WriteUncorrectable | Io::DatasetManagement | Io::Copy => {
+                effects::DATA_CHANGE
+            }
+            _ => 0,
+        };
+        page.io[usize::from(*opcode as u8)] = U32::new(effects::SUPPORTED | changes);
     }
-    page.io[usize::from(FABRICS)] = U32::new(effects::SUPPORTED);
+    if !uncorrectable {
+        page.io[usize::from(Io::WriteUncorrectable as u8)] = U32::new(0);
+    }
     page
 }

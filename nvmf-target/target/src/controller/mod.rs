@@ -11,6 +11,7 @@ pub mod events;
 mod features;
 mod identify;
 mod log;
+mod records;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -28,17 +29,24 @@ use cryptfold_reactor::memory::Buf;
 
 use crate::TransportOptions;
 use crate::group::ConnRef;
+use crate::later::Later;
 use crate::port::Port;
+use crate::reservation::Notice;
 use crate::stats::QueueStats;
 use crate::subsystem::{Subsystem, locked};
 use crate::target::Shared;
 use events::{EventKind, Events};
 use features::Features;
+use records::{ErrorLog, NoticeLog};
 
 /// NVMe 1.4.0: what the target promises to implement.
 const VERSION: Vs = Vs::V1_4;
 /// Abort commands that may be outstanding, 0's based (ACL).
 const ACL: u8 = 3;
+/// Space below which hosts are warned, percent.
+pub(crate) const SPARE_THRESHOLD_PCT: u8 = 10;
+/// How often space is looked at.
+const SPACE_INTERVAL: Duration = Duration::from_secs(2);
 /// Changed namespaces that are remembered one by one (NVMe Base 2.0 section 5.16.1.5).
 const CHANGED_MAX: usize = 1024;
 
@@ -72,7 +80,12 @@ pub(crate) enum Answer {
     Waits,
     /// Abort: the queue takes it from here.
     Abort(Qid, Cid),
+    /// Completes when the last reference to this is dropped.
+    Later(Arc<Later>),
 }
+
+/// Makes a [`Later`] of the command that is being executed; `None` when its connection is going away.
+pub(crate) type MakeLater<'a> = &'a dyn Fn() -> Option<Arc<Later>>;
 
 impl From<Status> for Answer {
     fn from(status: Status) -> Answer {
@@ -91,6 +104,14 @@ pub(crate) struct State {
     features: Features,
     /// Totals of queues that are gone.
     past: crate::stats::Totals,
+    errors: ErrorLog,
+    notices: NoticeLog,
+    /// When the controller was last looked at, and how long it had I/O then.
+    sampled: Nanos,
+    busy: Duration,
+    /// When space was last looked at, and whether there was too little.
+    space_sampled: Nanos,
+    space_low: bool,
 }
 
 /// A controller.
@@ -153,6 +174,12 @@ impl Controller {
                 queues: BTreeMap::from([(0, n.admin)]),
                 features: Features::new(n.options.max_io_qpairs_per_ctrlr),
                 past: Default::default(),
+                errors: ErrorLog::default(),
+                notices: NoticeLog::default(),
+                sampled: now,
+                busy: Duration::ZERO,
+                space_sampled: now,
+                space_low: false,
             }),
             options: n.options,
         });
@@ -280,6 +307,7 @@ impl Controller {
                 self.write_through.store(false, Ordering::Relaxed);
                 s.changed.clear();
                 s.changed_overflow = false;
+                s.notices = NoticeLog::default();
             }
             enable::State::ShuttingDown => {
                 self.move_on(s, enable::Event::ShutdownDone);
@@ -410,13 +438,13 @@ impl Controller {
     }
 
     /// Executes an admin command. `data`: from the host; `room`: bytes that the host takes; `slot`: where the command
-    /// waits if it has to.
-    pub(crate) fn admin(&self, sqe: &Sqe, slot: u16, data: &[u8], room: u32) -> Answer {
+    /// waits for an event; `later`: for what takes longer.
+    pub(crate) fn admin(&self, sqe: &Sqe, slot: u16, data: &[u8], room: u32, later: MakeLater<'_>) -> Answer {
         let answer = match Admin::from_u8(sqe.opcode) {
             Some(Admin::Identify) => self.identify(sqe, room),
             Some(Admin::GetLogPage) => self.get_log_page(sqe, room),
             Some(Admin::GetFeatures) => self.get_features(sqe, room),
-            Some(Admin::SetFeatures) => self.set_features(sqe, data),
+            Some(Admin::SetFeatures) => self.set_features(sqe, data, later),
             Some(Admin::KeepAlive) => {
                 self.keep_alive();
                 Ok(Status::SUCCESS.into())
@@ -437,6 +465,47 @@ impl Controller {
             _ => Err(Status::INVALID_OPCODE.with_dnr()),
         };
         answer.unwrap_or_else(Answer::from)
+    }
+
+    /// A command has failed.
+    pub(crate) fn log_error(&self, qid: Qid, sqe: &Sqe, status: Status) {
+        // Ended because somebody wanted it: no errors.
+        if !matches!(status.code(), Status::ABORT_REQUESTED | Status::ABORTED_SQ_DELETION) {
+            self.state().errors.add(qid, sqe, status);
+        }
+    }
+
+    /// Another host did something to this one's registration or to the reservation of a namespace.
+    pub(crate) fn reservation_notice(&self, nsid: Nsid, notice: Notice) {
+        let mut s = self.state();
+        if s.features.is_masked(nsid, notice) {
+            return;
+        }
+        s.notices.add(nsid, notice);
+        drop(s);
+        self.raise(EventKind::Reservation);
+    }
+
+    /// Called regularly: what is only known by looking now and then.
+    pub(crate) fn sample(&self, now: Nanos) {
+        let mut s = self.state();
+        let since = now.since(s.sampled);
+        s.sampled = now;
+        if s.queues.iter().any(|(qid, q)| *qid != 0 && q.stats.is_busy()) {
+            s.busy += since;
+        }
+        if self.is_discovery() || now.since(s.space_sampled) < SPACE_INTERVAL {
+            return;
+        }
+        s.space_sampled = now;
+        drop(s);
+        // Lock order: subsystem before controller.
+        let low = self.subsystem.free_percent(&self.host.nqn) < SPARE_THRESHOLD_PCT;
+        let was_low = std::mem::replace(&mut self.state().space_low, low);
+        if low && !was_low {
+            tracing::warn!("{}: less than {SPARE_THRESHOLD_PCT}% of the space is left", self.subsystem.nqn());
+            self.raise(EventKind::SpareBelow);
+        }
     }
 
     /// Takes back a waiting event request, to be aborted.

@@ -10,6 +10,7 @@ use std::time::Duration;
 use cryptfold_bdev::Registry;
 use cryptfold_bdev_malloc::MallocOptions;
 use cryptfold_nvmf_spec::fabrics::{Cattr, Connect, ConnectData, Disconnect, PropertyCommand};
+use cryptfold_nvmf_spec::log::{GetLogPage, Lid};
 use cryptfold_nvmf_spec::opcode::{Admin, Io};
 use cryptfold_nvmf_spec::pdu::build::{self, DataPart, Format};
 use cryptfold_nvmf_spec::pdu::{Digest, Event, Header, Limits, Parser, Role};
@@ -44,14 +45,23 @@ impl Rig {
         Rig::with(2, IdlePolicy::Interrupt, TransportOptions::default())
     }
 
+    /// Whose RAM disk has this identity.
+    pub fn with_disk_uuid(uuid: uuid::Uuid) -> Rig {
+        Rig::build(2, IdlePolicy::Interrupt, TransportOptions::default(), Some(uuid))
+    }
+
     pub fn with(cores: usize, policy: IdlePolicy, options: TransportOptions) -> Rig {
+        Rig::build(cores, policy, options, None)
+    }
+
+    fn build(cores: usize, policy: IdlePolicy, options: TransportOptions, uuid: Option<uuid::Uuid>) -> Rig {
         let runtime = runtime(cores, policy);
         let registry = Registry::new();
         let disk = MallocOptions {
             name: "disk".into(),
             num_blocks: BLOCKS,
             block_size_bytes: 512,
-            uuid: None,
+            uuid,
             optimal_io_boundary: 0,
         };
         cryptfold_bdev_malloc::create(&registry, disk).expect("a RAM disk");
@@ -76,12 +86,41 @@ impl Rig {
         c
     }
 
+    /// An enabled controller and its I/O queue 1, of a host with this identifier.
+    pub fn host(&self, hostid: u8) -> (Client, Client) {
+        let mut admin = Client::open(self.addr, false, false);
+        (admin.hostid, admin.hostnqn) = ([hostid; 16], format!("nqn.2024-01.io.cryptfold:host{hostid}"));
+        let cqe = admin.connect(NQN, 0, 32, Cntlid::DYNAMIC);
+        assert_eq!(cqe.status(), Status::SUCCESS);
+        admin.cntlid = Cntlid(cqe.dw0.get() as u16);
+        admin.enable();
+        let mut io = Client::open(self.addr, false, false);
+        (io.hostid, io.hostnqn) = (admin.hostid, admin.hostnqn.clone());
+        assert_eq!(io.connect(NQN, 1, 128, admin.cntlid).status(), Status::SUCCESS);
+        (admin, io)
+    }
+
     /// An I/O queue of the same controller.
     pub fn io(&self, admin: &Client, qid: u16, hdgst: bool, ddgst: bool) -> Client {
         let mut c = Client::open(self.addr, hdgst, ddgst);
         let cqe = c.connect(NQN, qid, 128, admin.cntlid);
         assert_eq!(cqe.status(), Status::SUCCESS, "queue {qid}");
         c
+    }
+
+    /// Puts a slow disk in place of the RAM disk, so that commands are under way for `latency`.
+    pub fn slow(&self, latency: Duration) {
+        self.target.remove_ns(NQN, 1).expect("it is there");
+        let us = latency.as_micros() as u64;
+        let options = cryptfold_bdev_delay::DelayOptions {
+            name: "slow".into(),
+            base_bdev_name: "disk".into(),
+            uuid: None,
+            latencies_us: [us; 4],
+        };
+        cryptfold_bdev_delay::create(&self.registry, options).expect("a layer");
+        let ns = NsOptions { bdev_name: "slow".into(), ..Default::default() };
+        assert_eq!(self.target.add_ns(NQN, &ns), Ok(1));
     }
 
     /// Waits until the subsystem has no controllers.
@@ -123,6 +162,7 @@ pub struct Client {
     pub data_limit: usize,
     /// This host's name.
     pub hostnqn: String,
+    pub hostid: [u8; 16],
 }
 
 impl Client {
@@ -142,6 +182,7 @@ impl Client {
             no_flow_control: false,
             data_limit: 131_072,
             hostnqn: HOST.into(),
+            hostid: [7; 16],
         }
     }
 
@@ -299,7 +340,8 @@ impl Client {
 
     pub fn connect(&mut self, subnqn: &str, qid: u16, entries: u16, cntlid: Cntlid) -> Cqe {
         let cid = self.cid();
-        let data = connect_data_as(&self.hostnqn, subnqn, cntlid);
+        let mut data = connect_data_as(&self.hostnqn, subnqn, cntlid);
+        data.hostid = self.hostid;
         let mut c = Connect::new(cid, Qid(qid), entries - 1, 0);
         c.cattr = Cattr::default().with_no_sq_flow_control(self.no_flow_control.into()).0;
         self.submit(&Sqe::from_view(&c), zerocopy::IntoBytes::as_bytes(&data));
@@ -344,6 +386,20 @@ impl Client {
         sqe.cdw10 = fid.into();
         sqe.cdw11 = value.into();
         self.run(sqe, &[], &[]).0
+    }
+
+    /// The start of a log page.
+    pub fn log(&mut self, lid: Lid, bytes: u32) -> Vec<u8> {
+        let mut sqe = GetLogPage::new(lid, 0, bytes.into()).expect("legal").to_sqe(Cid(0), Nsid(0));
+        sqe.sgl = Sgl::transport(bytes);
+        let (cqe, page) = self.run(sqe, &[], &[]);
+        assert_eq!(cqe.status(), Status::SUCCESS, "{lid:?}");
+        page
+    }
+
+    /// Asks to be told of the next event; [`Client::finish`] waits for it.
+    pub fn await_event(&mut self, cid: u16) {
+        self.submit(&Sqe::admin(Admin::AsyncEventRequest, Cid(cid), Nsid(0)), &[]);
     }
 
     pub fn read(&mut self, lba: u64, blocks: u32) -> (Status, Vec<u8>) {

@@ -1,0 +1,274 @@
+//! The less usual commands, features and logs: Verify, Copy, Write Uncorrectable, write protection, Abort, errors, health.
+
+mod common;
+
+use std::time::{Duration, Instant};
+
+use common::*;
+use cryptfold_bdev::Op;
+use cryptfold_bdev_error::{ErrorOptions, Injection, Kind};
+use cryptfold_nvmf_spec::features::Fid;
+use cryptfold_nvmf_spec::identify::{Cns, IdentifyController, NamespaceIdentify, oncs};
+use cryptfold_nvmf_spec::log::{CommandEffects, ErrorEntry, Health, Lid};
+use cryptfold_nvmf_spec::opcode::{Admin, Io};
+use cryptfold_nvmf_spec::sqe::AbortCdw10;
+use cryptfold_nvmf_spec::{Cid, Nsid, Sgl, Sqe, Status};
+use cryptfold_nvmf_target::{AnaState, ListenAddr, NsOptions, SubsystemOptions};
+use zerocopy::FromBytes;
+
+fn none(io: &mut Client, opcode: Io, lba: u64, blocks: u32) -> Status {
+    io.run(rw_sqe(opcode, lba, blocks, Sgl::transport(0)), &[], &[]).0.status().code()
+}
+
+fn copy(io: &mut Client, to: u64, ranges: &[(u64, u16)]) -> Status {
+    let mut data = vec![0; 32 * ranges.len()];
+    for (entry, (lba, blocks)) in data.chunks_mut(32).zip(ranges) {
+        entry[8..16].copy_from_slice(&lba.to_le_bytes());
+        entry[16..18].copy_from_slice(&(blocks - 1).to_le_bytes());
+    }
+    let mut sqe = Sqe::io(Io::Copy, Cid(0), Nsid(1));
+    sqe.set_slba(to);
+    sqe.cdw12 = (ranges.len() as u32 - 1).into();
+    sqe.sgl = Sgl::in_capsule(0, data.len() as u32);
+    io.run(sqe, &data, &[]).0.status().code()
+}
+
+#[test]
+fn verify_and_copy() {
+    let rig = Rig::new();
+    let mut admin = rig.admin();
+    let mut io = rig.io(&admin, 1, false, false);
+    let data = pattern(0, 256, 1);
+    assert_eq!(io.write(0, &data), Status::SUCCESS);
+    assert_eq!(none(&mut io, Io::Verify, 0, BLOCKS as u32), Status::SUCCESS);
+    assert_eq!(none(&mut io, Io::Verify, 1, BLOCKS as u32), Status::LBA_OUT_OF_RANGE);
+    // From two places to one, and over itself in both directions.
+    assert_eq!(copy(&mut io, 1000, &[(3, 5), (100, 7)]), Status::SUCCESS);
+    let want = [&data[3 * 512..8 * 512], &data[100 * 512..107 * 512]].concat();
+    assert!(io.read(1000, 12).1 == want);
+    assert_eq!(copy(&mut io, 10, &[(0, 64)]), Status::SUCCESS);
+    assert!(io.read(10, 64).1 == data[..64 * 512]);
+    assert_eq!(io.write(0, &data), Status::SUCCESS);
+    assert_eq!(copy(&mut io, 0, &[(10, 64)]), Status::SUCCESS);
+    assert!(io.read(0, 64).1 == data[10 * 512..74 * 512]);
+    assert_eq!(copy(&mut io, 0, &[(BLOCKS - 1, 2)]), Status::LBA_OUT_OF_RANGE);
+    assert_eq!(copy(&mut io, BLOCKS - 1, &[(0, 2)]), Status::LBA_OUT_OF_RANGE);
+    let id = admin.admin_in(Admin::Identify, 1, Cns::Namespace as u32, 4096).1;
+    let id = NamespaceIdentify::read_from_bytes(&id).expect("4096 bytes");
+    assert_eq!((id.mssrl.get(), id.mcl.get(), id.msrc), (2048, 2048, 127));
+    assert_eq!(copy(&mut io, 0, &[(0, 2048)]), Status::SUCCESS);
+    assert_eq!(copy(&mut io, 0, &[(0, 2049)]), Status::COMMAND_SIZE_LIMIT_EXCEEDED);
+    assert_eq!(copy(&mut io, 0, &[(0, 2048), (0, 1)]), Status::COMMAND_SIZE_LIMIT_EXCEEDED);
+    assert_eq!(copy(&mut io, 0, &[(0, 1); 128]), Status::SUCCESS);
+    // A RAM disk can not remember that a block is not to be read, and nothing says that it could.
+    assert_eq!(none(&mut io, Io::WriteUncorrectable, 0, 1), Status::INVALID_OPCODE);
+    let id = admin.admin_in(Admin::Identify, 0, Cns::Controller as u32, 4096).1;
+    let id = IdentifyController::read_from_bytes(&id).expect("4096 bytes");
+    let wanted = oncs::VERIFY | oncs::COPY | oncs::RESERVATIONS;
+    assert_eq!(id.oncs.get() & (wanted | oncs::WRITE_UNCORRECTABLE), wanted);
+    let effects = CommandEffects::read_from_bytes(&admin.log(Lid::CommandEffects, 4096)).expect("4096 bytes");
+    let effect = |o: Io| effects.io[o as usize].get() & 3;
+    assert_eq!([Io::Copy, Io::Verify, Io::WriteUncorrectable].map(effect), [3, 1, 0]);
+}
+
+fn protect(admin: &mut Client, opcode: Admin, state: u32) -> (Status, u32) {
+    let mut sqe = Sqe::admin(opcode, Cid(0), Nsid(1));
+    (sqe.cdw10, sqe.cdw11) = ((Fid::WriteProtection as u32).into(), state.into());
+    let cqe = admin.run(sqe, &[], &[]).0;
+    (cqe.status().code(), cqe.dw0.get())
+}
+
+#[test]
+fn write_protection() {
+    let dir = std::env::temp_dir().join(format!("cryptfold-protection-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).expect("a directory");
+    let rig = Rig::new();
+    let (mut admin, mut io) = rig.host(1);
+    let not_changeable = (Status::FEATURE_NOT_CHANGEABLE, 0);
+    let done = (Status::SUCCESS, 0);
+    assert_eq!(protect(&mut admin, Admin::SetFeatures, 1), not_changeable, "it would be forgotten");
+    assert_eq!(
+        protect(&mut admin, Admin::SetFeatures, 3).0,
+        Status::INVALID_FIELD,
+        "for ever is not offered"
+    );
+    rig.target.remove_ns(NQN, 1).expect("it is there");
+    let ptpl_file = Some(dir.join("ns1").to_str().expect("UTF-8").to_owned());
+    let ns = NsOptions { bdev_name: "disk".into(), ptpl_file, ..Default::default() };
+    rig.target.add_ns(NQN, &ns).expect("a free device");
+    admin.feature(Admin::SetFeatures, Fid::AsyncEventConfig as u32, 1 << 8);
+    admin.await_event(900);
+    let (mut other, mut other_io) = rig.host(2);
+    assert_eq!(protect(&mut other, Admin::SetFeatures, 1), done);
+    assert_eq!(admin.finish(Cid(900), &[]).0.dw0.get(), 0x0004_0002, "an attribute has changed");
+    assert_eq!(protect(&mut admin, Admin::GetFeatures, 0), (Status::SUCCESS, 1));
+    for io in [&mut io, &mut other_io] {
+        for opcode in [Io::WriteZeroes, Io::Flush, Io::Verify] {
+            let changes = opcode == Io::WriteZeroes;
+            let want = if changes { Status::NAMESPACE_WRITE_PROTECTED } else { Status::SUCCESS };
+            assert_eq!(none(io, opcode, 0, 1), want, "{opcode:?}");
+        }
+        assert_eq!(io.write(0, &[1; 512]).code(), Status::NAMESPACE_WRITE_PROTECTED);
+        assert_eq!(copy(io, 0, &[(1, 1)]), Status::NAMESPACE_WRITE_PROTECTED);
+        assert!(io.read(0, 1).0.is_success());
+    }
+    let id = admin.admin_in(Admin::Identify, 1, Cns::Namespace as u32, 4096).1;
+    assert_eq!(NamespaceIdentify::read_from_bytes(&id).expect("4096 bytes").nsattr, 1);
+    // It survives; what is "until power cycle" does not, and can not be taken back before.
+    rig.target.remove_ns(NQN, 1).expect("it is there");
+    rig.target.add_ns(NQN, &ns).expect("a free device");
+    assert_eq!(protect(&mut admin, Admin::GetFeatures, 0), (Status::SUCCESS, 1));
+    assert_eq!(protect(&mut admin, Admin::SetFeatures, 0), done);
+    assert_eq!(io.write(0, &[1; 512]), Status::SUCCESS);
+    assert_eq!(protect(&mut admin, Admin::SetFeatures, 2), done);
+    assert_eq!(io.write(0, &[1; 512]).code(), Status::NAMESPACE_WRITE_PROTECTED);
+    assert_eq!(protect(&mut admin, Admin::SetFeatures, 0), not_changeable);
+    rig.target.remove_ns(NQN, 1).expect("it is there");
+    rig.target.add_ns(NQN, &ns).expect("a free device");
+    assert_eq!(io.write(0, &[1; 512]), Status::SUCCESS);
+    std::fs::remove_dir_all(&dir).expect("removed");
+}
+
+fn abort(admin: &mut Client, cid: u16) -> u32 {
+    let mut sqe = Sqe::admin(Admin::Abort, Cid(0), Nsid(0));
+    sqe.cdw10 = AbortCdw10(0).with_sqid(1).with_cid(cid.into()).0.into();
+    let cqe = admin.run(sqe, &[], &[]).0;
+    assert_eq!(cqe.status(), Status::SUCCESS);
+    cqe.dw0.get()
+}
+
+/// Abort ends what a device holds, what waits for its data and what goes step by step, and says so truthfully.
+#[test]
+fn abort_aborts() {
+    let rig = Rig::new();
+    rig.slow(Duration::from_secs(60));
+    let (mut admin, mut io) = rig.host(1);
+    io.submit(&Sqe { cid: 60.into(), ..read_sqe(0, 1) }, &[]);
+    io.submit(&Sqe { cid: 61.into(), ..rw_sqe(Io::Write, 0, 1, Sgl::in_capsule(0, 512)) }, &[1; 512]);
+    io.submit(&Sqe { cid: 62.into(), ..rw_sqe(Io::Write, 0, 16, Sgl::transport(8192)) }, &[]);
+    let Pdu::R2t { ttag, .. } = io.recv() else { panic!("no R2T") };
+    // Nothing else can have ended: the device takes a minute.
+    for cid in 60..62 {
+        assert_eq!(abort(&mut admin, cid), 0, "aborted");
+        assert_eq!(io.finish(Cid(cid), &[]).0.status().code(), Status::ABORT_REQUESTED);
+        assert_eq!(abort(&mut admin, cid), 1, "it is gone");
+    }
+    assert_eq!(abort(&mut admin, 62), 0);
+    let part = cryptfold_nvmf_spec::pdu::build::DataPart { cid: Cid(62), offset: 0, len: 8192, last: true };
+    let bytes = io.h2c_data(part, ttag, &[1; 8192]);
+    io.send(&bytes);
+    assert_eq!(io.finish(Cid(62), &[]).0.status().code(), Status::ABORT_REQUESTED);
+    drop((admin, io));
+    rig.wait_empty();
+    // A Verify of two steps: Abort waits for the first, the second is not begun.
+    rig.target.remove_ns(NQN, 1).expect("it is there");
+    let rig = Rig::new();
+    rig.slow(Duration::from_millis(300));
+    let (mut admin, mut io) = rig.host(1);
+    let start = Instant::now();
+    io.submit(&Sqe { cid: 63.into(), ..rw_sqe(Io::Verify, 0, 4096, Sgl::transport(0)) }, &[]);
+    std::thread::sleep(Duration::from_millis(50));
+    assert_eq!(abort(&mut admin, 63), 0);
+    assert_eq!(io.finish(Cid(63), &[]).0.status().code(), Status::ABORT_REQUESTED);
+    assert!(start.elapsed() < Duration::from_millis(550), "{:?}", start.elapsed());
+}
+
+#[test]
+fn errors_and_health() {
+    let rig = Rig::new();
+    rig.target.remove_ns(NQN, 1).expect("it is there");
+    let options = ErrorOptions { base_name: "disk".into(), uuid: None };
+    let faulty = cryptfold_bdev_error::create(&rig.registry, options).expect("a layer").name().to_owned();
+    rig.target.add_ns(NQN, &NsOptions { bdev_name: faulty.clone(), ..Default::default() }).expect("added");
+    let (mut admin, mut io) = rig.host(1);
+    let health =
+        |admin: &mut Client| Health::read_from_bytes(&admin.log(Lid::Health, 512)).expect("512 bytes");
+    let before = health(&mut admin);
+    assert_eq!((before.error_log_entries.get(), before.media_errors.get()), (0, 0));
+    assert_eq!(
+        (before.critical_warning, before.available_spare_pct, before.spare_threshold_pct),
+        (0, 100, 10)
+    );
+    let inject = |op| {
+        let i = Injection {
+            op: Some(op),
+            kind: Kind::Failure,
+            num: 1,
+            corrupt_offset_bytes: 0,
+            corrupt_value: 0,
+        };
+        cryptfold_bdev_error::inject(&rig.registry, &faulty, i).expect("it exists");
+    };
+    inject(Op::Read);
+    let failed = io.read(77, 1).0;
+    assert!(!failed.is_success());
+    assert_eq!(io.read(BLOCKS, 1).0.code(), Status::LBA_OUT_OF_RANGE);
+    assert_eq!(none(&mut io, Io::WriteUncorrectable, 0, 1), Status::INVALID_OPCODE);
+    for lba in 0..4 {
+        assert_eq!(io.write(lba, &pattern(lba, 2048, 1)[..1000 * 512 / 8]), Status::SUCCESS);
+    }
+    let page = admin.log(Lid::Error, 64 * 64);
+    let entries = <[ErrorEntry]>::ref_from_bytes(&page).expect("whole entries");
+    let shown: Vec<_> = entries
+        .iter()
+        .map(|e| (e.error_count.get(), e.sqid.get(), e.lba.get()))
+        .take_while(|e| e.0 != 0)
+        .collect();
+    assert_eq!(shown, [(3, 1, 0), (2, 1, BLOCKS), (1, 1, 77)]);
+    assert_eq!(Status::from_wire(entries[2].status.get()), failed);
+    let after = health(&mut admin);
+    assert_eq!(after.error_log_entries.get(), 3);
+    assert_eq!(after.media_errors.get(), u128::from(failed.sct() == cryptfold_nvmf_spec::status::Sct::Media));
+    assert_eq!((after.host_writes.get(), after.data_units_written.get()), (4, 1), "4 x 64,000 bytes");
+    let id = admin.admin_in(Admin::Identify, 0, Cns::Controller as u32, 4096).1;
+    assert_eq!(IdentifyController::read_from_bytes(&id).expect("4096 bytes").elpe, 63);
+}
+
+/// Two ports of one subsystem: what is inaccessible through one works through the other, for each group by itself; a
+/// namespace that moves to another group follows its state.
+#[test]
+fn two_ports_and_groups() {
+    let rig = Rig::new();
+    let nqn = "nqn.2024-01.io.cryptfold:ana";
+    let t = &rig.target;
+    t.remove_ns(NQN, 1).expect("it is there");
+    t.create_subsystem(SubsystemOptions {
+        allow_any_host: true,
+        ana_reporting: true,
+        ..SubsystemOptions::new(nqn)
+    })
+    .expect("a new name");
+    let ns = NsOptions { bdev_name: "disk".into(), anagrpid: Some(1), ..Default::default() };
+    assert_eq!(t.add_ns(nqn, &ns), Ok(1));
+    let any = ListenAddr::parse("TCP", Some("IPv4"), "127.0.0.1", "0").expect("an address");
+    let ports = [(); 2].map(|()| t.add_listener(nqn, &any).expect("a free port"));
+    let mut paths = ports.each_ref().map(|p| {
+        let mut admin = Client::open(p.socket_addr(), false, false);
+        let cqe = admin.connect(nqn, 0, 32, cryptfold_nvmf_spec::Cntlid::DYNAMIC);
+        admin.enable();
+        let mut io = Client::open(p.socket_addr(), false, false);
+        let cntlid = cryptfold_nvmf_spec::Cntlid(cqe.dw0.get() as u16);
+        assert!(io.connect(nqn, 1, 128, cntlid).status().is_success());
+        admin.feature(Admin::SetFeatures, Fid::AsyncEventConfig as u32, 1 << 11);
+        (admin, io)
+    });
+    t.set_ana_state(nqn, &ports[0], AnaState::Inaccessible, Some(1)).expect("a group");
+    t.set_ana_state(nqn, &ports[1], AnaState::NonOptimized, Some(1)).expect("a group");
+    let states = |paths: &mut [(Client, Client); 2]| {
+        paths.each_mut().map(|(admin, io)| (admin.log(Lid::Ana, 52)[32], io.read(0, 1).0.code()))
+    };
+    assert_eq!(states(&mut paths), [(3, Status::ANA_INACCESSIBLE), (2, Status::SUCCESS)]);
+    paths[0].0.await_event(900);
+    paths[1].0.await_event(900);
+    t.set_ns_ana_group(nqn, 1, 2).expect("a group");
+    for (admin, _) in &mut paths {
+        assert_eq!(admin.finish(Cid(900), &[]).0.dw0.get(), 0x000c_0302);
+    }
+    assert_eq!(states(&mut paths), [(1, Status::SUCCESS), (1, Status::SUCCESS)]);
+    let id = paths[0].0.admin_in(Admin::Identify, 1, Cns::Namespace as u32, 4096).1;
+    assert_eq!(NamespaceIdentify::read_from_bytes(&id).expect("4096 bytes").anagrpid.get(), 2);
+    t.set_ana_state(nqn, &ports[1], AnaState::Inaccessible, None).expect("all groups");
+    assert_eq!(states(&mut paths), [(1, Status::SUCCESS), (3, Status::ANA_INACCESSIBLE)]);
+    assert!(t.set_ns_ana_group(nqn, 1, 33).is_err() && t.set_ns_ana_group(nqn, 2, 1).is_err());
+    assert!(t.set_ns_ana_group(NQN, 1, 1).is_err(), "no ANA reporting");
+}
