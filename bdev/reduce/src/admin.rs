@@ -60,7 +60,7 @@ impl Pool {
 
     /// Makes a volume; its device is for the caller to register.
     pub(crate) async fn create_volume(
-        &self,
+        self: &Rc<Self>,
         options: &VolumeOptions,
     ) -> Result<(VolumeInfo, Arc<VolumeDevice>), PoolError> {
         check_name("volume", &options.name)?;
@@ -74,6 +74,7 @@ impl Pool {
         if ![512, 4096].contains(&block_bytes) {
             return Err(PoolError::Invalid(format!("volume block size is 512 or 4096, not {block_bytes}")));
         }
+        let _busy = self.enter();
         self.throttle().await.map_err(|status| self.stopped(status))?;
         let id = {
             let shard = self.shard.borrow();
@@ -357,7 +358,8 @@ impl Pool {
         }
     }
 
-    fn index_container(&self, domain: DomainId, number: u64) {
+    /// Puts what is in RAM of a container into the index.
+    pub(crate) fn index_container(&self, domain: DomainId, number: u64) {
         let mut shard = self.shard.borrow_mut();
         let Shard { domains, index, emptied, .. } = &mut *shard;
         let Some(d) = domains.get(&domain.0) else { return };

@@ -5,9 +5,10 @@
 //! - counters of volumes, domains and the pool;
 //! - fingerprint lists against containers, and with `data` every fragment against its fingerprints.
 //!
-//! Changes are held back meanwhile (reads go on): the audit sees one state. It repairs nothing.
+//! Changes are held back meanwhile (reads go on): the audit sees one state. It changes nothing; [`crate::repair`] does. RAM:
+//! about 6 bytes per stored chunk.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::rc::Rc;
 
 use cryptfold_bdev::Status;
@@ -27,22 +28,40 @@ use crate::read::decode_fragment;
 use crate::shard::Volume;
 use crate::tree::Found;
 
+/// Why a fragment is not usable.
+pub(crate) enum FragmentError {
+    /// The device did not give it; it may another time.
+    Io(Status),
+    /// It is lost.
+    Damaged(String),
+}
+
+impl From<Status> for FragmentError {
+    fn from(status: Status) -> Self {
+        FragmentError::Io(status)
+    }
+}
+
 type Counts = HashMap<u64, Box<[u32; SLOTS]>>;
 
 /// What the audit has added up.
 #[derive(Default)]
-struct Sums {
-    report: CheckReport,
+pub(crate) struct Sums {
+    pub report: CheckReport,
     /// References per domain and container.
     counts: BTreeMap<u32, Counts>,
+    /// References, chunks and stored bytes per domain.
+    pub domains: BTreeMap<u32, (u64, u64, u64)>,
     /// Live bytes per segment.
-    live: BTreeMap<u32, u64>,
+    pub live: BTreeMap<u32, u64>,
+    /// Containers whose data does not have its fingerprints.
+    pub misprinted: BTreeSet<(DomainId, u64)>,
     /// Live units per segment: offset and end.
     spans: BTreeMap<u32, Vec<(u32, u32)>>,
 }
 
-/// Lets changes go on again when dropped.
-struct Paused<'a>(&'a Pool);
+/// Keeps changes back; lets them go on again when dropped.
+pub(crate) struct Paused<'a>(&'a Pool);
 
 impl Drop for Paused<'_> {
     fn drop(&mut self) {
@@ -54,14 +73,28 @@ impl Drop for Paused<'_> {
 impl Pool {
     /// Audits the pool. With `data` every fragment is read and verified too.
     pub(crate) async fn check(self: &Rc<Self>, data: bool) -> Result<CheckReport, Status> {
+        if self.read_only {
+            return Ok(self.audit(data).await?.report);
+        }
+        let _paused = self.pause().await?;
+        Ok(self.audit(data).await?.report)
+    }
+
+    /// Holds changes back and makes a checkpoint of what there is.
+    pub(crate) async fn pause(&self) -> Result<Paused<'_>, Status> {
         while self.auditing.replace(true) {
             self.wait_progress().await;
         }
         let paused = Paused(self);
-        self.wait_idle().await;
+        self.wait_parked().await;
         self.flush().await?;
         self.checkpoint().await?;
-        let _no_checkpoint = self.meta.lock().await;
+        Ok(paused)
+    }
+
+    /// Adds everything up. Nothing may change meanwhile.
+    pub(crate) async fn audit(&self, data: bool) -> Result<Sums, Status> {
+        let meta = self.meta.lock().await;
         let mut sums = Sums::default();
         let volumes: Vec<u32> = self.shard.borrow().volumes.keys().copied().collect();
         for id in volumes {
@@ -72,10 +105,9 @@ impl Pool {
         for (id, end) in domains {
             self.check_domain(DomainId(id), end, data, &mut sums).await?;
         }
-        self.check_nodes(&_no_checkpoint, &mut sums).await?;
+        self.check_nodes(&meta, &mut sums).await?;
         self.check_segments(&mut sums);
-        drop(paused);
-        Ok(sums.report)
+        Ok(sums)
     }
 
     async fn check_volume(&self, id: u32, sums: &mut Sums) -> Result<(), Status> {
@@ -103,7 +135,11 @@ impl Pool {
             let Some(leaf) = shard.volumes.get(&id).and_then(|v| v.tree.peek(index)) else { continue };
             for (at, entry) in leaf.iter().enumerate() {
                 match entry.target {
-                    Target::Unmapped | Target::Uncorrectable => continue,
+                    Target::Unmapped => continue,
+                    Target::Uncorrectable => {
+                        sums.report.uncorrectable += 1;
+                        continue;
+                    }
                     Target::Zero | Target::Pattern(_) => special += 1,
                     Target::Chunk(addr) => {
                         chunks += 1;
@@ -167,6 +203,7 @@ impl Pool {
                 "domain {id}: {refs} map entries point to container {number}, which was never made"
             ));
         }
+        sums.domains.insert(id.0, (mapped, unique, stored));
         let shard = self.shard.borrow();
         if let Some(d) = shard.domains.get(&id.0)
             && (d.mapped, d.unique, d.stored_bytes) != (mapped, unique, stored)
@@ -230,10 +267,7 @@ impl Pool {
             *stored += u64::from(fragment.unit_bytes);
             *sums.live.entry(segment).or_default() += u64::from(fragment.unit_bytes);
             sums.spans.entry(segment).or_default().push(span);
-            let fits = shard.segments.entry(segment).is_some_and(|entry| {
-                entry.class == Some(Class::Data) && entry.domain == id && span.1 <= entry.used_bytes
-            });
-            if !fits {
+            if !shard.holds(id, &fragment) {
                 report.problem(format!(
                     "domain {id}: fragment {number}:{} lies at {:?}, which is no data of this domain",
                     fragment.first_slot, fragment.place
@@ -253,61 +287,90 @@ impl Pool {
         sums: &mut Sums,
     ) -> Result<(), Status> {
         let name = format!("domain {id}: fragment {number}:{}", entry.first_slot);
-        let segment = match self.segment(entry.place.segment.segment.0).await {
-            Ok(segment) => segment,
-            Err(status) => {
-                sums.report.problem(format!("{name}: header of its segment: {status}"));
-                return Ok(());
-            }
-        };
-        let end = entry.place.offset + entry.unit_bytes;
-        let sealed = if segment.is_written(end) {
-            self.base
-                .read(segment.start_bytes + u64::from(entry.place.offset), entry.unit_bytes as usize)
-                .await?
-        } else {
-            let logs = self.logs.borrow();
-            match logs.iter().find_map(|log| log.unwritten(&segment, entry.place.offset, entry.unit_bytes)) {
-                Some(sealed) => sealed,
-                None => {
-                    sums.report.problem(format!("{name} is neither written nor in a buffer"));
-                    return Ok(());
-                }
-            }
-        };
         let Some(first) = ContainerId::new(number).and_then(|c| ChunkAddr::new(c, entry.first_slot)) else {
             return Ok(());
         };
-        let mut plain = vec![0; usize::from(entry.chunks) * CHUNK_BYTES];
-        let decoded = {
-            let mut codec = self.core.decompressor.borrow_mut();
-            decode_fragment(&segment, entry, first, &sealed, &mut plain, &mut Vec::new(), &mut codec)
+        let plain = match self.read_fragment(entry, first).await {
+            Ok(plain) => plain,
+            Err(FragmentError::Io(status)) => return Err(status),
+            Err(FragmentError::Damaged(error)) => {
+                let chunks = entry.chunks;
+                sums.report.damaged += 1;
+                sums.report.problem(format!(
+                    "{name} at {:?} is damaged: {error}; its {chunks} chunks can not be read until their data is written again",
+                    entry.place
+                ));
+                self.fragment_damaged(id, entry, first, &error);
+                return Ok(());
+            }
         };
-        if let Err(error) = decoded {
-            sums.report.problem(format!("{name} at {:?} is damaged: {error}", entry.place));
-            self.fragment_damaged(id, entry, first, &error);
-            return Ok(());
-        }
-        let (chunks, _) = plain.as_chunks::<CHUNK_BYTES>();
-        let chunks: Vec<&Chunk> = chunks.iter().collect();
-        let mut found = vec![Fingerprint::NONE; chunks.len()];
+        let found = self.fingerprints_of(id, &plain);
+        sums.report.verified += 1;
         let shard = self.shard.borrow();
         let Some(d) = shard.domains.get(&id.0) else { return Ok(()) };
-        d.hasher.hash_chunks(&chunks, &mut found);
         let Some(prints) = d.fingerprints.peek(number) else { return Ok(()) };
         let from = usize::from(entry.first_slot);
         if prints.generation == d.generation && prints.slots.get(from..from + found.len()) != Some(&found[..])
         {
             sums.report.problem(format!("{name}: its data does not have its fingerprints"));
+            sums.misprinted.insert((id, number));
         }
-        sums.report.verified += 1;
         Ok(())
+    }
+
+    /// The current fingerprints of whole chunks.
+    pub(crate) fn fingerprints_of(&self, id: DomainId, plain: &[u8]) -> Vec<Fingerprint> {
+        let (chunks, _) = plain.as_chunks::<CHUNK_BYTES>();
+        let chunks: Vec<&Chunk> = chunks.iter().collect();
+        let mut found = vec![Fingerprint::NONE; chunks.len()];
+        let shard = self.shard.borrow();
+        if let Some(d) = shard.domains.get(&id.0) {
+            d.hasher.hash_chunks(&chunks, &mut found);
+        }
+        found
+    }
+
+    /// Reads, verifies and decodes a fragment.
+    pub(crate) async fn read_fragment(
+        &self,
+        entry: &FragmentEntry,
+        first: ChunkAddr,
+    ) -> Result<Vec<u8>, FragmentError> {
+        let segment = match self.segment(entry.place.segment.segment.0).await {
+            Ok(segment) => segment,
+            Err(Status::UNRECOVERED_READ) => {
+                return Err(FragmentError::Damaged("its segment's header is damaged".into()));
+            }
+            Err(status) => return Err(FragmentError::Io(status)),
+        };
+        let end = entry.place.offset + entry.unit_bytes;
+        let sealed = if segment.is_written(end) {
+            let at = segment.start_bytes + u64::from(entry.place.offset);
+            match self.base.read(at, entry.unit_bytes as usize).await {
+                Err(Status::UNRECOVERED_READ) => {
+                    return Err(FragmentError::Damaged("the device can not read it".into()));
+                }
+                sealed => sealed?,
+            }
+        } else {
+            let logs = self.logs.borrow();
+            logs.iter()
+                .find_map(|log| log.unwritten(&segment, entry.place.offset, entry.unit_bytes))
+                .ok_or_else(|| FragmentError::Damaged("it is neither written nor in a buffer".into()))?
+        };
+        let mut plain = vec![0; usize::from(entry.chunks) * CHUNK_BYTES];
+        let mut codec = self.core.decompressor.borrow_mut();
+        decode_fragment(&segment, entry, first, &sealed, &mut plain, &mut Vec::new(), &mut codec)
+            .map_err(FragmentError::Damaged)?;
+        Ok(plain)
     }
 
     async fn check_nodes(&self, meta: &crate::meta::Meta, sums: &mut Sums) -> Result<(), Status> {
         let roots: Vec<(node::Tree, u32, TreeRoot)> = {
             let shard = self.shard.borrow();
-            let maps = shard.volumes.iter().map(|(id, v)| (node::Tree::Map, *id, v.tree.root()));
+            // Those that are gone give their nodes back with the next checkpoint.
+            let volumes = shard.volumes.iter().chain(&shard.gone);
+            let maps = volumes.map(|(id, v)| (node::Tree::Map, *id, v.tree.root()));
             let domains = shard.domains.iter().flat_map(|(id, d)| {
                 [
                     (node::Tree::Containers, *id, d.containers.root()),
@@ -354,7 +417,7 @@ impl Pool {
         let shard = self.shard.borrow();
         let (mut data, mut metadata) = (0u64, 0u64);
         for (number, entry) in shard.segments.entries().enumerate() {
-            let live = sums.live.remove(&(number as u32)).unwrap_or(0);
+            let live = sums.live.get(&(number as u32)).copied().unwrap_or(0);
             match entry.class {
                 Some(Class::Metadata) => metadata += live,
                 _ => data += live,
@@ -373,16 +436,14 @@ impl Pool {
                 ));
             }
         }
-        for number in sums.live.keys() {
-            sums.report.problem_count += 1;
-            sums.report.problems.push(format!("units in segment {number}, which the device does not have"));
+        for number in sums.live.range(shard.segments.len()..).map(|(number, _)| number) {
+            sums.report.problem(format!("units in segment {number}, which the device does not have"));
         }
         for (number, spans) in &mut sums.spans {
             spans.sort_unstable();
             let overlaps = spans.windows(2).filter(|pair| pair[0].1 > pair[1].0).count();
             if overlaps > 0 {
-                sums.report.problem_count += overlaps as u64;
-                sums.report.problems.push(format!("segment {number}: {overlaps} units overlap"));
+                sums.report.problem(format!("segment {number}: {overlaps} units overlap"));
             }
         }
         if (shard.segments.live_data_bytes, shard.segments.live_meta_bytes) != (data, metadata) {

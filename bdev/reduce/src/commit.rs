@@ -38,8 +38,8 @@ const MOST_BYTES: usize = 4 << 20;
 pub(crate) struct Commits {
     /// Wakes the committer.
     wake: Notify,
-    /// Wakes who waits for a commit or checkpoint.
-    done: Notify,
+    /// Wakes who waits for a commit, a checkpoint or an audit's end.
+    pub done: Notify,
     /// Records durable.
     durable_records: Cell<u64>,
     /// Somebody waits for a commit.
@@ -120,13 +120,15 @@ impl Pool {
         Ok(full || self.auditing.get())
     }
 
-    /// Waits as long as [`Pool::must_wait`]. Everything that changes the pool goes through here.
+    /// Waits as long as [`Pool::must_wait`]. Everything that changes the pool goes through here, counted in.
     pub(crate) async fn throttle(&self) -> Result<(), Status> {
         while self.must_wait()? {
-            if !self.auditing.get() {
-                self.commits.urgent.set(true);
-                self.commits.wake.notify_one();
+            if self.auditing.get() {
+                self.wait_for_audit().await;
+                continue;
             }
+            self.commits.urgent.set(true);
+            self.commits.wake.notify_one();
             self.commits.done.notified().await;
         }
         Ok(())

@@ -83,7 +83,13 @@ impl Pool {
                 self.collect.notified().await;
                 continue;
             }
+            let _busy = self.enter();
+            self.wait_for_audit().await;
+            if matches!(self.life.get(), Life::Closed | Life::Failed) {
+                continue;
+            }
             let progress = self.collect_one().await;
+            drop(_busy);
             self.collections.set(self.collections.get() + 1);
             self.wake_waiters();
             match progress {
@@ -102,6 +108,7 @@ impl Pool {
         let before = self.collections.get();
         self.collect.notify_one();
         while self.collections.get() == before && self.is_short() && self.check_alive().is_ok() {
+            self.wait_for_audit().await;
             self.wait_progress().await;
         }
     }
@@ -313,7 +320,7 @@ impl Pool {
             if self.check_writable().is_err() {
                 return;
             }
-            if self.is_filling(domain, container) {
+            if self.auditing.get() || self.is_filling(domain, container) {
                 // It comes again when it is full, or when the pool is opened the next time.
                 self.shard.borrow_mut().emptied.push((domain, container));
                 continue;

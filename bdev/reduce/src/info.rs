@@ -209,16 +209,34 @@ pub struct CheckReport {
     pub nodes: u64,
     /// Fragments that nothing refers to (their writer died); harmless.
     pub orphans: u64,
+    /// Blocks that were lost and read as errors until they are written again.
+    pub uncorrectable: u64,
+    /// Damaged fragments among the problems: their blocks read as errors until the same data, or other data there, is
+    /// written.
+    pub damaged: u64,
     /// Every inconsistency, the first thousand in words.
     pub problems: Vec<String>,
     /// Number of inconsistencies.
     pub problem_count: u64,
+    /// After a repair: inconsistencies before it.
+    pub found: u64,
+    /// After a repair: what it did, the first thousand steps in words.
+    pub repairs: Vec<String>,
+    /// After a repair: what it did.
+    pub repair_count: u64,
 }
 
 impl CheckReport {
     /// Nothing wrong.
     pub fn is_clean(&self) -> bool {
         self.problem_count == 0
+    }
+
+    pub(crate) fn repair(&mut self, text: String) {
+        self.repair_count += 1;
+        if self.repairs.len() < 1000 {
+            self.repairs.push(text);
+        }
     }
 
     pub(crate) fn problem(&mut self, text: String) {

@@ -7,7 +7,7 @@
 //!      |-- read     read path: resolve, fetch, verify, decode
 //!   shard    the state, and the fold of journal records over it                   tree, segments, index: its parts
 //!   load     brings nodes to RAM     commit  group commit     checkpoint, meta  state to disk
-//!   open, anchors, owner, replay     making, opening, recovery                    gc, check, admin
+//!   open, anchors, owner, replay     making, opening, recovery                    gc, check, repair, admin
 //! ```
 //!
 //! Write order, in one line: data, flush, journal batch, flush, completion of the flush; a checkpoint is nodes, flush,
@@ -23,6 +23,7 @@ mod checkpoint;
 mod chunklock;
 mod commit;
 mod core;
+mod damage;
 mod error;
 mod gc;
 mod hash;
@@ -39,6 +40,7 @@ mod open;
 mod owner;
 mod pool;
 mod read;
+mod repair;
 mod replay;
 mod segments;
 mod shard;
@@ -47,6 +49,8 @@ mod volume;
 
 pub use cryptfold_reduce_format::codec::Compression;
 pub use cryptfold_reduce_format::ids::{DomainId, VolumeId};
+#[doc(hidden)]
+pub use damage::{Falsify, Part};
 pub use error::PoolError;
 pub use info::{
     CheckReport, CreateOptions, DomainInfo, KeySource, PoolInfo, Space, VolumeInfo, VolumeOptions,

@@ -247,7 +247,10 @@ impl Pool {
         };
         let block = self.base.read_block(start).await?;
         let bad = |error: String| {
-            tracing::error!(pool = %self.name(), segment = number, error, "a segment header is damaged");
+            if self.shard.borrow_mut().segments.is_new_damage(number) {
+                self.damaged.set(self.damaged.get() + 1);
+                tracing::error!(pool = %self.name(), segment = number, error, "a segment header is damaged");
+            }
             Status::UNRECOVERED_READ
         };
         let header =

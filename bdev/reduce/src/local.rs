@@ -5,8 +5,9 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
-use cryptfold_bdev::{BdevError, Registry, Removal, Status};
+use cryptfold_bdev::{Access, BdevError, Registry, Removal, Status};
 
+use crate::damage::{Falsify, Part};
 use crate::error::PoolError;
 use crate::info::{CheckReport, CreateOptions, DomainInfo, KeySource, PoolInfo, VolumeInfo, VolumeOptions};
 use crate::manager::kek;
@@ -41,7 +42,7 @@ impl LocalPool {
             label,
         };
         open::create(&claim, &making, &kek).await?;
-        let opening = Opening { memory_bytes: options.memory_budget };
+        let opening = Opening { memory_bytes: options.memory_budget, ..Opening::default() };
         let pool = open::open(&claim, &kek, &opening).await?;
         let Some(pool) = pool else { return Err(PoolError::NoPool(making.name)) };
         if let Some(compression) = options.compression {
@@ -62,7 +63,7 @@ impl LocalPool {
     ) -> Result<Option<LocalPool>, PoolError> {
         let (kek, _, _) = kek(key, base_bdev)?;
         let claim = open::claim(registry, base_bdev)?;
-        let opening = Opening { memory_bytes: memory_budget };
+        let opening = Opening { memory_bytes: memory_budget, ..Opening::default() };
         let Some(pool) = open::open(&claim, &kek, &opening).await? else { return Ok(None) };
         let pool = LocalPool { pool, registry: registry.clone() };
         for id in pool.pool.live_volumes() {
@@ -153,12 +154,54 @@ impl LocalPool {
         self.pool.check(data).await
     }
 
+    /// Audits and repairs; see [`crate::PoolManager::repair`].
+    ///
+    /// # Errors
+    /// The device failed.
+    pub async fn repair(&self, data: bool) -> Result<CheckReport, Status> {
+        self.pool.repair(data).await
+    }
+
+    /// Audits the pool on a bdev that nobody has open, without writing to it: its journal is replayed in RAM. `Ok(None)`:
+    /// there is no pool on it.
+    ///
+    /// # Errors
+    /// As [`crate::PoolManager::open`].
+    pub async fn audit(
+        registry: &Arc<Registry>,
+        base_bdev: &str,
+        key: &KeySource,
+        data: bool,
+    ) -> Result<Option<(PoolInfo, CheckReport)>, PoolError> {
+        let (kek, _, _) = kek(key, base_bdev)?;
+        let claim = open::claim_for(registry, base_bdev, Access::ReadOnly)?;
+        let opening = Opening { read_only: true, ..Opening::default() };
+        let Some(pool) = open::open(&claim, &kek, &opening).await? else { return Ok(None) };
+        let report = pool.check(data).await;
+        let report = report.map_err(|status| PoolError::Stopped { pool: pool.name(), status })?;
+        Ok(Some((pool.info(), report)))
+    }
+
     /// Writes a checkpoint.
     ///
     /// # Errors
     /// The device failed.
     pub async fn checkpoint(&self) -> Result<(), Status> {
         self.pool.checkpoint().await
+    }
+
+    /// For tests: byte offset and length of what a block depends on.
+    #[doc(hidden)]
+    pub async fn place_of(&self, volume: &str, lba: u64, part: Part) -> Result<(u64, u32), Status> {
+        let id = self.pool.find_volume(volume).map_err(|_| Status::INVALID_NAMESPACE)?;
+        self.pool.place_of(id, lba, part).await
+    }
+
+    /// For tests: makes something wrong about a block.
+    #[doc(hidden)]
+    pub async fn falsify(&self, volume: &str, lba: u64, what: Falsify) -> Result<(), Status> {
+        let id = self.pool.find_volume(volume).map_err(|_| Status::INVALID_NAMESPACE)?;
+        self.pool.falsify(id, lba, what).await
     }
 
     /// Takes the volumes (which nobody may have open) out of the registry and closes the pool.

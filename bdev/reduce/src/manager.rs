@@ -17,6 +17,7 @@ use uuid::Uuid;
 
 use crate::error::PoolError;
 use crate::info::{CheckReport, CreateOptions, DomainInfo, KeySource, PoolInfo, VolumeInfo, VolumeOptions};
+use crate::local::LocalPool;
 use crate::open::{self, Making, Opening};
 use crate::pool::{Pool, PoolRef};
 
@@ -127,7 +128,7 @@ impl PoolManager {
             slot: Some(slot),
             label,
         };
-        let opening = Opening { memory_bytes: options.memory_budget };
+        let opening = Opening { memory_bytes: options.memory_budget, ..Opening::default() };
         let compression = options.compression;
         let opened = self.home()?.block_on(move || async move {
             open::create(&claim, &making, &kek).await?;
@@ -157,7 +158,7 @@ impl PoolManager {
         let _one = locked(&self.serial);
         let (kek, _, _) = kek(key, base_bdev)?;
         let claim = open::claim(&self.registry, base_bdev)?;
-        let opening = Opening { memory_bytes: memory_budget };
+        let opening = Opening { memory_bytes: memory_budget, ..Opening::default() };
         let taken: Vec<String> = locked(&self.pools).iter().map(PoolRef::name).collect();
         let opened = self.home()?.block_on(move || async move {
             let Some(pool) = open::open(&claim, &kek, &opening).await? else { return Ok(None) };
@@ -182,6 +183,24 @@ impl PoolManager {
             }
         }
         Ok(Some(info))
+    }
+
+    /// Audits the pool on a bdev that nobody has open, without writing to it: its journal is replayed in RAM. `Ok(None)`:
+    /// there is no pool on it.
+    ///
+    /// # Errors
+    /// As [`PoolManager::open`]; nothing is written in any case.
+    pub fn audit(
+        &self,
+        base_bdev: &str,
+        key: &KeySource,
+        data: bool,
+    ) -> Result<Option<(PoolInfo, CheckReport)>, PoolError> {
+        let (registry, base, key) = (self.registry.clone(), base_bdev.to_owned(), key.clone());
+        let audited = self
+            .home()?
+            .block_on(move || async move { LocalPool::audit(&registry, &base, &key, data).await });
+        audited.map_err(|_| PoolError::NoReactor)?
     }
 
     /// Takes the pool's volumes out of the registry; they are drained.
@@ -461,6 +480,18 @@ impl PoolManager {
     pub fn check(&self, pool: &str, data: bool) -> Result<CheckReport, PoolError> {
         self.on_home(&self.find(pool)?, move |pool| async move {
             pool.check(data).await.map_err(|status| PoolError::Stopped { pool: pool.name(), status })
+        })
+    }
+
+    /// Audits a pool, puts right what can be put right without guessing, and audits again. References, live bytes, counters
+    /// and fingerprint lists are made again from what they derive from; blocks whose data is gone become errors; nothing
+    /// that can be read is lost. Changes wait meanwhile.
+    ///
+    /// # Errors
+    /// There is no such pool, its device fails, or an upper node of a map is lost.
+    pub fn repair(&self, pool: &str, data: bool) -> Result<CheckReport, PoolError> {
+        self.on_home(&self.find(pool)?, move |pool| async move {
+            pool.repair(data).await.map_err(|status| PoolError::Stopped { pool: pool.name(), status })
         })
     }
 

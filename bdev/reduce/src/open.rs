@@ -70,6 +70,8 @@ pub(crate) struct Making {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Opening {
     pub memory_bytes: Option<u64>,
+    /// Write nothing, not even the owner block: for an audit.
+    pub read_only: bool,
 }
 
 /// A claimed base device, and whom to tell when it goes away.
@@ -80,9 +82,14 @@ pub(crate) struct Claim {
 
 /// Opens and claims a base device.
 pub(crate) fn claim(registry: &Registry, base: &str) -> Result<Claim, PoolError> {
+    claim_for(registry, base, Access::ReadWrite)
+}
+
+/// As [`claim`], with this access.
+pub(crate) fn claim_for(registry: &Registry, base: &str, access: Access) -> Result<Claim, PoolError> {
     let owner: Arc<OnceLock<PoolRef>> = Arc::default();
     let told = owner.clone();
-    let descriptor = registry.open(base, Access::ReadWrite, move |event| {
+    let descriptor = registry.open(base, access, move |event| {
         if let (BdevEvent::Removed, Some(pool)) = (event, told.get()) {
             let pool = pool.clone();
             pool.home.clone().send(move || {
@@ -275,7 +282,7 @@ pub(crate) async fn open(claim: &Claim, kek: &Kek, opening: &Opening) -> Result<
             entry.blocks * BLOCK_BYTES as u64
         )));
     }
-    if !found.superblock.is_writable() {
+    if !found.superblock.is_writable() && !opening.read_only {
         return Err(damaged("it has features that only allow this version to read it".into()));
     }
     let mut me = [0; 16];
@@ -287,6 +294,9 @@ pub(crate) async fn open(claim: &Claim, kek: &Kek, opening: &Opening) -> Result<
     pool.load_catalogue().await?;
     pool.replay().await?;
     pool.shard.borrow_mut().segments.recount();
+    if opening.read_only {
+        return Ok(Some(pool));
+    }
     pool.start().await?;
     // From here on the pool is told when its device goes away. A claim is used once.
     let _ = claim.owner.set(pool.handle.clone());
@@ -385,8 +395,10 @@ fn assemble(
         emptied: Cell::new(0),
         busy: Cell::new(0),
         idle: Notify::new(),
+        parked: Cell::new(0),
         jobs: RefCell::default(),
         auditing: Cell::new(false),
+        read_only: opening.read_only,
         heart_stopped: Cell::new(false),
     }))
 }

@@ -139,10 +139,14 @@ pub(crate) struct Pool {
     /// Changes under way; closing waits for them.
     pub busy: Cell<u64>,
     pub idle: Notify,
+    /// Of the changes under way, those that wait for the end of an audit.
+    pub parked: Cell<u64>,
     /// Volumes that background work is at.
     pub jobs: RefCell<std::collections::HashSet<cryptfold_reduce_format::ids::VolumeId>>,
     /// Changes are held back while the pool is audited.
     pub auditing: Cell<bool>,
+    /// Opened to be audited only: nothing is written.
+    pub read_only: bool,
     /// The heartbeat task has ended.
     pub heart_stopped: Cell<bool>,
 }
@@ -237,9 +241,41 @@ impl Pool {
         }
     }
 
+    /// Waits until no change is under way but those that wait for the audit's end.
+    pub async fn wait_parked(&self) {
+        while self.busy.get() > self.parked.get() {
+            self.idle.notified().await;
+        }
+    }
+
+    /// Waits until no audit goes on. Only for changes that are counted in (see [`Pool::enter`]), between two steps.
+    pub async fn wait_for_audit(&self) {
+        while self.auditing.get() {
+            let _parked = Parked::new(self);
+            self.commits.done.notified().await;
+        }
+    }
+
     /// Starts a background task that lasts as long as the pool.
     pub fn background(self: &Rc<Self>, task: impl Future<Output = ()> + 'static) {
         reactor::spawn_local(task).detach();
+    }
+}
+
+/// A change that waits for an audit's end.
+struct Parked<'a>(&'a Pool);
+
+impl<'a> Parked<'a> {
+    fn new(pool: &'a Pool) -> Self {
+        pool.parked.set(pool.parked.get() + 1);
+        pool.idle.notify_waiters();
+        Parked(pool)
+    }
+}
+
+impl Drop for Parked<'_> {
+    fn drop(&mut self) {
+        self.0.parked.set(self.0.parked.get() - 1);
     }
 }
 
@@ -250,7 +286,7 @@ impl Drop for Busy {
     fn drop(&mut self) {
         let left = self.0.busy.get() - 1;
         self.0.busy.set(left);
-        if left == 0 {
+        if left <= self.0.parked.get() {
             self.0.idle.notify_waiters();
         }
     }

@@ -68,6 +68,8 @@ struct Row {
     queued: bool,
     /// Collection failed: not tried again in this opening.
     spoilt: bool,
+    /// Its header was found damaged.
+    damaged: bool,
 }
 
 /// For whom a segment is opened: what of the reserve they may take.
@@ -126,6 +128,7 @@ impl Segments {
                 open: false,
                 queued: false,
                 spoilt: false,
+                damaged: false,
             })
             .collect();
         let pages = rows.len().div_ceil(SEGMENTS_PER_LEAF);
@@ -283,6 +286,7 @@ impl Segments {
             row.handle = None;
             row.open = true;
             row.spoilt = false;
+            row.damaged = false;
             self.free_count -= 1;
             return Some(number);
         }
@@ -383,6 +387,19 @@ impl Segments {
         self.settle(number, now);
     }
 
+    /// A repair has counted what lives in a segment. The checkpoint that makes it durable must follow before anything else.
+    pub fn correct(&mut self, number: u32, live: u32, now: Sequence) {
+        let Some(row) = self.rows.get_mut(number as usize) else { return };
+        let total = match row.entry.class {
+            Some(Class::Metadata) => &mut self.live_meta_bytes,
+            _ => &mut self.live_data_bytes,
+        };
+        *total = (*total + u64::from(live)).saturating_sub(row.entry.live_bytes.into());
+        row.entry.live_bytes = live;
+        self.touch(number);
+        self.settle(number, now);
+    }
+
     // ---- metadata segments, by checkpoints
 
     /// What a checkpoint did to metadata segments takes effect, now that it is durable: their new entries; `still_open` are
@@ -467,6 +484,11 @@ impl Segments {
     /// Does not offer the segment to the collector again.
     pub fn spoil(&mut self, number: u32) {
         self.rows[number as usize].spoilt = true;
+    }
+
+    /// Remembers that the segment's header is damaged; false: that is known.
+    pub fn is_new_damage(&mut self, number: u32) -> bool {
+        self.rows.get_mut(number as usize).is_some_and(|row| !std::mem::replace(&mut row.damaged, true))
     }
 
     /// Bytes in closed segments that are neither live nor free: what collection could win.

@@ -27,6 +27,7 @@ use cryptfold_reduce_format::record::{
     DomainRecord, DomainShard, GenerationState, PoolRecord, TreeRoot, UnknownField, VolumeRecord,
     volume_flags,
 };
+use cryptfold_reduce_format::segment::Class;
 use cryptfold_reduce_format::{container, keys};
 use smallvec::SmallVec;
 use thiserror::Error;
@@ -398,6 +399,15 @@ impl Shard {
                 .fragment_of(addr.slot())
                 .and_then(|fragment| ChunkAddr::new(addr.container(), fragment.first_slot))
                 .is_some_and(|first| self.damaged.contains(&(domain, first)))
+    }
+
+    /// Whether a fragment's place is in a data segment of its domain.
+    pub fn holds(&self, domain: DomainId, fragment: &FragmentEntry) -> bool {
+        self.segments.entry(fragment.place.segment.segment.0).is_some_and(|entry| {
+            entry.class == Some(Class::Data)
+                && entry.domain == domain
+                && fragment.place.offset + fragment.unit_bytes <= entry.used_bytes
+        })
     }
 
     // ---- the fold

@@ -342,6 +342,17 @@ impl<L: Leaf> Tree<L> {
         self.get_mut(index);
     }
 
+    /// As [`Tree::touch`] for those of `count` leaves from `first` on that are in RAM.
+    pub fn touch_cached(&mut self, first: u64, count: u64) {
+        let there: Vec<u64> = self
+            .leaves
+            .keys()
+            .copied()
+            .filter(|index| (first..first.saturating_add(count)).contains(index))
+            .collect();
+        there.into_iter().for_each(|index| self.touch(index));
+    }
+
     /// Evicts clean nodes until `goal` bytes are free, or nothing more can go. Returns the bytes freed.
     pub fn evict(&mut self, goal: usize) -> usize {
         let mut freed = 0;
@@ -459,6 +470,10 @@ pub(crate) trait AnyTree {
     fn evict(&mut self, goal: usize) -> usize;
     /// See [`Tree::touch`].
     fn touch(&mut self, index: u64);
+    /// See [`Tree::touch_cached`].
+    fn touch_cached(&mut self, first: u64, count: u64);
+    /// See [`Tree::clear`].
+    fn clear(&mut self, index: u64);
     /// The node to load so that node (`level`, `index`) comes nearer; `None` if it is in RAM or absent.
     fn missing(&self, level: u8, index: u64) -> Option<Missing>;
     /// Whether leaf `index` is in RAM or absent.
@@ -488,6 +503,12 @@ impl<L: Leaf> AnyTree for Tree<L> {
     }
     fn touch(&mut self, index: u64) {
         Tree::touch(self, index);
+    }
+    fn touch_cached(&mut self, first: u64, count: u64) {
+        Tree::touch_cached(self, first, count);
+    }
+    fn clear(&mut self, index: u64) {
+        Tree::clear(self, index);
     }
     fn missing(&self, level: u8, index: u64) -> Option<Missing> {
         let here = if level == 0 {

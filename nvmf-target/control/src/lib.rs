@@ -15,6 +15,7 @@ pub mod jsonrpc;
 pub mod keys;
 pub mod logging;
 mod methods;
+pub mod offline;
 mod options;
 pub mod params;
 mod pools;

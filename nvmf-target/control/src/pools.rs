@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use cryptfold_bdev::{Bdev, Registry};
-use cryptfold_reduce::{CreateOptions, KeySource, PoolError, PoolInfo, PoolManager};
+use cryptfold_reduce::{CheckReport, CreateOptions, KeySource, PoolError, PoolInfo, PoolManager};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -156,6 +156,33 @@ impl Pools {
         if let Some(open) = self.manager.list().into_iter().find(|p| p.base_bdev == base.name()) {
             return Ok(Some(open));
         }
+        let opened = self.with_key(key, |source| self.manager.open(base.name(), source, memory_budget))?;
+        Ok(opened.map(|(info, key)| {
+            lock(&self.keys).insert(info.uuid, key);
+            info
+        }))
+    }
+
+    /// Audits the pool on a device that nobody has open; nothing is written. Without a key, all keys at hand are tried.
+    ///
+    /// # Errors
+    /// As [`Pools::open`].
+    pub fn audit(
+        &self,
+        bdev: &str,
+        key: Option<PoolKey>,
+        data: bool,
+    ) -> Result<Option<(PoolInfo, CheckReport)>, RpcError> {
+        let audited = self.with_key(key, |source| self.manager.audit(bdev, source, data))?;
+        Ok(audited.map(|(found, _)| found))
+    }
+
+    /// Tries `f` with this key, or with all that are at hand, until one fits.
+    fn with_key<T>(
+        &self,
+        key: Option<PoolKey>,
+        f: impl Fn(&KeySource) -> Result<Option<T>, PoolError>,
+    ) -> Result<Option<(T, PoolKey)>, RpcError> {
         let keys = match key {
             Some(k) => vec![k],
             None => self.at_hand(),
@@ -169,12 +196,8 @@ impl Pools {
                     continue;
                 }
             };
-            match self.manager.open(base.name(), &source, memory_budget) {
-                Ok(Some(info)) => {
-                    lock(&self.keys).insert(info.uuid, key);
-                    return Ok(Some(info));
-                }
-                Ok(None) => return Ok(None),
+            match f(&source) {
+                Ok(found) => return Ok(found.map(|found| (found, key))),
                 Err(e @ PoolError::WrongKey { .. }) => refused = refused.or(Some(e.into())),
                 Err(e) => return Err(e.into()),
             }

@@ -1,9 +1,12 @@
 //! `cryptfold rpc`, `pool` and `volume`: thin wrappers over the socket.
 
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand};
 use cryptfold_control::client::Client;
+use cryptfold_control::keys::default_key_dir;
+use cryptfold_control::offline::{self, OfflineCheck};
 use cryptfold_control::{Control, ControlConfig};
 use serde_json::{Map, Value, json};
 
@@ -102,11 +105,22 @@ pub enum PoolCommand {
     },
     /// Check everything that a pool's metadata says; exit code 1 when something is wrong.
     Check {
-        /// Name of the pool.
+        /// Name of a pool of the running target, or path (with a /) of a file or block device with a pool that no target has open
+        /// (then nothing is written to it, unless it is repaired).
+        #[arg(value_name = "POOL|DEVICE")]
         name: String,
         /// Also read and verify all stored data.
         #[arg(long)]
         data: bool,
+        /// Put right what can be put right without guessing, and check again. Nothing that can be read is lost.
+        #[arg(long)]
+        repair: bool,
+        /// DEVICE: key file of the pool [default: all of the key directory are tried].
+        #[arg(long, value_name = "FILE")]
+        key_file: Option<PathBuf>,
+        /// DEVICE: directory of key files [default: as for the target].
+        #[arg(long, value_name = "DIR")]
+        keys: Option<PathBuf>,
         #[command(flatten)]
         socket: SocketArgs,
     },
@@ -171,9 +185,19 @@ pub fn pool(command: PoolCommand) -> Result<(), Failure> {
             }));
             print(&call(&mut connect(&socket)?, "bdev_lvol_create_lvstore", Some(params))?);
         }
-        PoolCommand::Check { name, data, socket } => {
-            let params = json!({"lvs_name": name, "data": data});
-            let report = call(&mut connect(&socket)?, "cryptfold_pool_check", Some(params))?;
+        PoolCommand::Check { name, data, repair, key_file, keys, socket } => {
+            let report = if name.contains('/') {
+                offline::check(&OfflineCheck {
+                    device: name.clone().into(),
+                    key_file,
+                    key_dir: keys.unwrap_or_else(default_key_dir),
+                    data,
+                    repair,
+                })?
+            } else {
+                let params = json!({"lvs_name": name, "data": data, "repair": repair});
+                call(&mut connect(&socket)?, "cryptfold_pool_check", Some(params))?
+            };
             print(&report);
             if report["clean"] != true {
                 return Err(format!("pool {name} has inconsistencies, listed above").into());

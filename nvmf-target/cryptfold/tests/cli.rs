@@ -187,3 +187,42 @@ fn waiting_for_rpc() {
         assert_eq!(t.join().unwrap().end("-TERM"), Some(0));
     });
 }
+
+#[test]
+fn a_pool_is_checked_online_and_offline() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |n: &str| dir.path().join(n).to_str().unwrap().to_string();
+    let (disk, sock, keys, conf) = (path("disk.img"), path("s.sock"), path("keys"), path("c.json"));
+    std::fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
+    let text = r#"{"subsystems":[{"subsystem":"bdev","config":[
+        {"method":"bdev_uring_create","params":{"name":"u","filename":"DISK","block_size":4096}},
+        {"method":"bdev_lvol_create_lvstore","params":{"bdev_name":"u","lvs_name":"p","memory_budget_mib":16}},
+        {"method":"bdev_lvol_create","params":{"lvs_name":"p","lvol_name":"v","size_in_mib":16}}]}]}"#;
+    std::fs::write(&conf, text.replace("DISK", &disk)).unwrap();
+    let check = |more: &[&str]| run(&[&["pool", "check", "--keys", &keys, "-r", &sock], more].concat());
+    let t = start(dir.path(), &["-c", &conf]);
+    for more in [&["p"][..], &["p", "--data", "--repair"]] {
+        let out = check(more);
+        assert!(out.status.success() && String::from_utf8_lossy(&out.stdout).contains("\"clean\": true"));
+    }
+    // The running target holds the file.
+    let out = check(&[&disk]);
+    assert!(out.status.code() == Some(1) && String::from_utf8_lossy(&out.stderr).contains("lock"));
+    assert_eq!(t.end("-TERM"), Some(0));
+    let before = std::fs::read(&disk).unwrap();
+    let out = check(&[&disk, "--data"]);
+    let text = String::from_utf8_lossy(&out.stdout);
+    assert!(
+        out.status.success() && text.contains("\"clean\": true"),
+        "{}",
+        String::from_utf8_lossy(&out.stderr)
+    );
+    assert!(text.contains("\"volumes\": 1"), "{text}");
+    assert!(std::fs::read(&disk).unwrap() == before, "a check wrote");
+    assert!(check(&[&disk, "--repair"]).status.success());
+    // Without its key, without a pool, without a file.
+    refused(&["pool", "check", &disk, "--keys", &path("none")], 1, &["key does not fit"]);
+    std::fs::File::create(path("empty.img")).unwrap().set_len(64 << 20).unwrap();
+    refused(&["pool", "check", &path("empty.img"), "--keys", &keys], 1, &["empty.img carries no pool"]);
+    refused(&["pool", "check", &path("none.img")], 1, &["none.img", "No such file"]);
+}

@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use cryptfold_reduce::{Compression, CreateOptions, PoolInfo, VolumeInfo, VolumeOptions};
+use cryptfold_reduce::{CheckReport, Compression, CreateOptions, PoolInfo, VolumeInfo, VolumeOptions};
 use serde_json::{Value, json};
 
 use super::crypto::absolute;
@@ -160,6 +160,8 @@ params! {
         lvs_name: Option<String>,
         /// Also read and verify all stored data.
         data: bool = false,
+        /// Put right what can be put right without guessing, and check again.
+        repair: bool = false,
     }
     /// `cryptfold_pool_create_domain`.
     pub struct CreateDomain {
@@ -226,7 +228,9 @@ pub fn methods() -> Vec<Method> {
         Method::new(
             "cryptfold_pool_check",
             "Audits a pool: maps against references, segments and fingerprints; changes wait meanwhile. `problems` lists \
-             what is inconsistent. Ours.",
+             what is inconsistent, `repairs` what a repair did. A repair makes references, live bytes, counters and \
+             fingerprint lists again from what they derive from; blocks whose data is gone become errors until they are \
+             written again; nothing that can be read is lost. Ours.",
             check,
         ),
         Method::new(
@@ -475,13 +479,21 @@ fn open_pool(c: &Control, p: OpenPool) -> RpcResult {
 fn check(c: &Control, p: Check) -> RpcResult {
     let (pools, info) = find_store(c, Store { uuid: p.uuid, lvs_name: p.lvs_name })?;
     let started = Instant::now();
-    let r = pools.manager().check(&info.name, p.data)?;
-    Ok(json!({
-        "pool": info.name, "clean": r.is_clean(), "problem_count": r.problem_count, "problems": r.problems,
+    let manager = pools.manager();
+    let r = if p.repair { manager.repair(&info.name, p.data) } else { manager.check(&info.name, p.data) }?;
+    Ok(describe_check(&info.name, &r, started))
+}
+
+/// An audit's outcome, as `cryptfold_pool_check` replies it.
+pub(crate) fn describe_check(pool: &str, r: &CheckReport, started: Instant) -> Value {
+    json!({
+        "pool": pool, "clean": r.is_clean(), "problem_count": r.problem_count, "problems": r.problems,
+        "found_before_repair": r.found, "repair_count": r.repair_count, "repairs": r.repairs,
+        "uncorrectable_blocks": r.uncorrectable, "damaged_fragments": r.damaged,
         "volumes": r.volumes, "blocks": r.blocks, "containers": r.containers, "fragments": r.fragments,
         "verified": r.verified, "nodes": r.nodes, "orphans": r.orphans,
         "seconds": (started.elapsed().as_secs_f64() * 100.0).round() / 100.0,
-    }))
+    })
 }
 
 fn get_domains(c: &Control, p: Store) -> RpcResult {

@@ -19,6 +19,7 @@ use crate::jsonrpc::RpcError;
 use crate::table::Method;
 
 pub(crate) use crypto::config as crypto_config;
+pub(crate) use lvol::describe_check;
 pub(crate) use nvmf::{apply_options as apply_nvmf_options, config as nvmf_config};
 pub(crate) use options::sock_config;
 
