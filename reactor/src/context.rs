@@ -39,7 +39,19 @@ pub fn try_current() -> Option<Handle> {
 /// Monotonic time: virtual in the simulator, the machine's everywhere else, also outside of reactors.
 #[inline]
 pub fn now() -> Nanos {
-    core::try_with(|core| core.now()).unwrap_or_else(machine_now)
+    let now = core::try_with(|core| core.now()).unwrap_or_else(machine_now);
+    RECENT.set(now.0);
+    now
+}
+
+/// What this thread's last [`now`] was: for who is called by somebody that has just looked at the clock.
+#[inline]
+pub fn recent() -> Nanos {
+    Nanos(RECENT.get())
+}
+
+thread_local! {
+    static RECENT: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
 }
 
 /// A fast random number, not for secrets. Repeatable in the simulator.

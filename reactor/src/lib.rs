@@ -26,7 +26,7 @@ mod timer;
 pub use async_task::Task;
 pub use clock::Nanos;
 pub use context::{
-    Elapsed, Sleep, YieldNow, current, defer, fill_random, now, random_u64, register_poller, sleep,
+    Elapsed, Sleep, YieldNow, current, defer, fill_random, now, random_u64, recent, register_poller, sleep,
     sleep_until, spawn_local, timeout, try_current, yield_now,
 };
 pub use core::{Deferred, Poller, PollerGuard, SleepVerdict};

@@ -368,3 +368,25 @@ fn contents_are_not_printed() {
 fn slices_are_checked() {
     Buf::zeroes(5).slice(2..9);
 }
+
+#[test]
+fn a_whole_buffer_goes_through_a_word_and_back() {
+    let mut buf = Buf::alloc(4096);
+    buf.make_mut().fill(7);
+    let other = buf.clone();
+    let raw = buf.into_raw().unwrap();
+    assert!(!other.is_unique(), "the word holds a reference");
+    // SAFETY: from `into_raw`, taken back once.
+    let back = unsafe { Buf::from_raw(raw) };
+    assert_eq!((back.len(), back.as_ptr()), (4096, other.as_ptr()));
+    drop(back);
+    assert!(other.is_unique(), "and gives it back");
+    // A view of a part, zeros and large buffers stay what they are.
+    for kept in [other.slice(0..512), other.slice(512..4096), Buf::zeroes(4096), Buf::alloc(4 << 20)] {
+        let len = kept.len();
+        assert_eq!(kept.into_raw().map_err(|buf| buf.len()), Err(len));
+    }
+    let mut list = SgList::from(other);
+    assert_eq!(list.take_single().map(|buf| buf.len()), Some(4096));
+    assert!(list.is_empty() && list.take_single().is_none());
+}

@@ -329,12 +329,13 @@ impl ChannelInner {
 
 impl Complete for ChannelInner {
     #[inline]
-    fn complete(self: Rc<Self>, io: Box<Io>, frame: Frame) {
+    fn complete(self: Rc<Self>, mut io: Box<Io>, frame: Frame) {
+        let now = io.came_back().0;
         let bdev = self.desc.bdev();
         let histogram = bdev.gate.load(Ordering::Relaxed) & gate::HISTOGRAM != 0;
         let bytes = io.blocks * u64::from(bdev.block_size_bytes());
         let status = io.status();
-        self.stats.record(io.op, bytes, reactor::now().0.saturating_sub(frame.lba), status, histogram);
+        self.stats.record(io.op, bytes, now.saturating_sub(frame.lba), status, histogram);
         self.outstanding.set(self.outstanding.get() - 1);
         if frame.word & 2 != 0 {
             let epoch = (frame.word & 1) as usize;
@@ -344,7 +345,7 @@ impl Complete for ChannelInner {
                 self.epoch_empty(epoch);
             }
         }
-        io.up(status);
+        io.pass(status);
     }
 }
 

@@ -141,8 +141,8 @@ pub struct Frame {
     pub lba: u64,
     /// For the layer's own use.
     pub word: u64,
-    /// For the layer's own use (often the caller's destination buffers of a read).
-    pub data: SgList,
+    /// Buffers were put aside with it: [`Io::saved`].
+    saved: bool,
 }
 
 /// Gets an I/O back.
@@ -175,7 +175,11 @@ pub struct Io {
     /// Filled by reads of devices that know: which blocks are unmapped.
     pub unmapped: UnmappedRanges,
     status: Status,
+    /// Whoever hands it up has just looked at the clock.
+    timed: bool,
     frames: Vec<(Rc<dyn Complete>, Frame)>,
+    /// What frames put aside. Not in the frames: few have any, and moving empty lists costs more than all of the rest.
+    saved: Vec<SgList>,
 }
 
 impl Io {
@@ -194,7 +198,9 @@ impl Io {
                 compare: SgList::new(),
                 unmapped: UnmappedRanges::new(),
                 status: Status::SUCCESS,
+                timed: false,
                 frames: Vec::with_capacity(8),
+                saved: Vec::new(),
             })
         });
         io.reset(op, lba, blocks);
@@ -204,6 +210,7 @@ impl Io {
     /// Gives the box back to this thread's store.
     pub fn recycle(mut self: Box<Self>) {
         debug_assert!(self.frames.is_empty(), "recycled an I/O that somebody waits for");
+        debug_assert!(self.saved.is_empty(), "a layer did not take its buffers back");
         self.data = SgList::new();
         self.compare = SgList::new();
         STORE.with_borrow_mut(|s| {
@@ -231,6 +238,7 @@ impl Io {
         }
         self.unmapped.clear();
         self.status = Status::SUCCESS;
+        self.timed = false;
     }
 
     /// What the I/O ended with; meaningful once it came back.
@@ -241,13 +249,23 @@ impl Io {
     /// Asks to get the I/O back, with a word to remember.
     #[inline]
     pub fn push(&mut self, who: Rc<dyn Complete>, lba: u64, word: u64) {
-        self.push_with(who, lba, word, SgList::new());
+        self.frames.push((who, Frame { lba, word, saved: false }));
     }
 
-    /// Asks to get the I/O back, with buffers to remember.
+    /// Asks to get the I/O back, with buffers to remember (often the caller's destination of a read): [`Io::saved`].
     #[inline]
     pub fn push_with(&mut self, who: Rc<dyn Complete>, lba: u64, word: u64, data: SgList) {
-        self.frames.push((who, Frame { lba, word, data }));
+        let saved = !data.is_empty();
+        if saved {
+            self.saved.push(data);
+        }
+        self.frames.push((who, Frame { lba, word, saved }));
+    }
+
+    /// The buffers that were put aside with the frame that has just come back; to be called once, by who pushed them.
+    #[inline]
+    pub fn saved(&mut self, frame: &Frame) -> SgList {
+        if frame.saved { self.saved.pop().unwrap_or_default() } else { SgList::new() }
     }
 
     /// Ends the I/O: the layer above gets it back on this core, soon, not inside this call.
@@ -260,11 +278,27 @@ impl Io {
     /// Passes the I/O to the layer above, at once. Only from inside [`Complete::complete`] or a task.
     #[inline]
     pub fn up(mut self: Box<Self>, status: Status) {
+        self.timed = false;
+        self.pass(status);
+    }
+
+    /// As [`Io::up`], for a layer that has done nothing that takes time since it got the I/O back: the next one need not look
+    /// at the clock again.
+    #[inline]
+    pub fn pass(mut self: Box<Self>, status: Status) {
         self.status = status;
         match self.frames.pop() {
             Some((who, frame)) => who.complete(self, frame),
             None => self.recycle(),
         }
+    }
+}
+
+impl Io {
+    /// The time it came back, for a channel's statistics.
+    #[inline]
+    pub(crate) fn came_back(&mut self) -> reactor::Nanos {
+        if std::mem::replace(&mut self.timed, true) { reactor::recent() } else { reactor::now() }
     }
 }
 

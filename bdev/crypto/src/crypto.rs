@@ -171,12 +171,13 @@ impl Queue for CryptoQueue {
 
 impl Complete for CryptoQueue {
     fn complete(self: Rc<Self>, mut io: Box<Io>, frame: Frame) {
+        let into = io.saved(&frame);
         if !io.status().is_ok() {
-            io.data = frame.data;
+            io.data = into;
             let status = io.status();
             return io.up(status);
         }
-        let into = Some(frame.data).filter(|d| !d.is_empty());
+        let into = Some(into).filter(|d| !d.is_empty());
         let status = self.transform(Direction::Decrypt, &mut io, into).err().unwrap_or(Status::SUCCESS);
         io.up(status);
     }

@@ -347,12 +347,13 @@ impl Queue for HostcryptQueue {
 impl Complete for HostcryptQueue {
     fn complete(self: Rc<Self>, mut io: Box<Io>, frame: Frame) {
         (io.lba, io.blocks) = (frame.lba, frame.word);
+        let into = io.saved(&frame);
         let mut status = io.status();
         if io.op == Op::Read {
             if status.is_ok() {
-                status = self.answer_read(&mut io, frame.data).err().unwrap_or(Status::SUCCESS);
+                status = self.answer_read(&mut io, into).err().unwrap_or(Status::SUCCESS);
             } else {
-                io.data = frame.data;
+                io.data = into;
             }
         }
         io.up(status);

@@ -21,7 +21,7 @@ pub(crate) struct Numbering {
     pub origin: u64,
     /// Number of the first unit.
     pub first: u64,
-    /// The number grows by one every so many bytes.
+    /// The number grows by one every so many bytes, a power of two.
     pub step_bytes: u64,
     /// Bytes in a data unit.
     pub unit_bytes: usize,
@@ -31,8 +31,9 @@ impl Numbering {
     /// The units from `position` on, which lies on a unit at or behind the origin.
     fn run_at(&self, position: u64) -> UnitRun {
         UnitRun {
-            first_tweak: u128::from(self.first) + u128::from((position - self.origin) / self.step_bytes),
-            tweak_step: self.unit_bytes as u64 / self.step_bytes,
+            first_tweak: u128::from(self.first)
+                + u128::from((position - self.origin) >> self.step_bytes.trailing_zeros()),
+            tweak_step: self.unit_bytes as u64 >> self.step_bytes.trailing_zeros(),
             unit_bytes: self.unit_bytes,
         }
     }
@@ -98,10 +99,25 @@ pub(crate) fn apply(
 ) -> Result<(), Status> {
     let len = data.len_bytes();
     let whole = matches!(spans, [all] if *all == (0..len));
+    if whole
+        && into.is_none()
+        && let [from] = data.segments_mut()
+        && !from.is_unique()
+    {
+        // One buffer that somebody else holds too: the usual case.
+        let mut to = Buf::alloc(len);
+        let bytes = to.get_mut().ok_or(Status::INTERNAL_ERROR)?;
+        let run = numbering.run_at(start);
+        if len == run.unit_bytes {
+            context.unit(direction, run.first_tweak, from, bytes);
+        } else {
+            context.run(direction, run, [from.as_slice()], [bytes]);
+        }
+        *from = to;
+        return Ok(());
+    }
     let mut target = match into {
         None if spans.is_empty() => return Ok(()),
-        // One buffer that somebody else holds too: the usual case.
-        None if whole && matches!(data.segments(), [one] if !one.is_unique()) => Buf::alloc(len).into(),
         None if in_place(context, direction, numbering, start, spans, data) => return Ok(()),
         None => Buf::alloc(len).into(),
         Some(target) if target.len_bytes() != len => return Err(Status::DATA_TRANSFER_ERROR),

@@ -177,7 +177,10 @@ impl MallocQueue {
                     return Status::DATA_TRANSFER_ERROR;
                 }
             }
-            Op::Write => pages.write(at, std::mem::take(&mut io.data)),
+            Op::Write => match io.data.take_single() {
+                Some(buf) => pages.write_buf(at, buf),
+                None => pages.write(at, std::mem::take(&mut io.data)),
+            },
             Op::WriteZeroes | Op::Unmap => pages.write(at, SgList::zeroes(len)),
             Op::Compare if !pages.lend(at, len).eq_bytes(&io.data) => return Status::COMPARE_FAILURE,
             _ => {}

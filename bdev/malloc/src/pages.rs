@@ -1,37 +1,96 @@
-//! The pages of a RAM disk, shared by all cores. Each has a spin lock that is held for one reference count or one
-//! 4 KiB copy. This is the crate's only module with unsafe code.
+//! The pages of a RAM disk, shared by all cores. Each is one word, a buffer, with a lock in its lowest bit that is held for one
+//! reference count or one 4 KiB copy; a whole page is replaced without it. This is the crate's only module with unsafe code.
 
-use std::cell::UnsafeCell;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::mem::ManuallyDrop;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicPtr, Ordering};
 
 use cryptfold_reactor::memory::{Buf, Prefetch, SgList, prefetch};
 
 use crate::{PAGE, by_page};
 
-struct Page {
-    taken: AtomicBool,
-    buf: UnsafeCell<Buf>,
+/// A buffer from [`Buf::into_raw`]; headers are aligned, so the lowest bit is free.
+struct Page(AtomicPtr<()>);
+
+const LOCKED: usize = 1;
+
+fn is_locked(word: *mut ()) -> bool {
+    word.addr() & LOCKED != 0
 }
 
-// SAFETY: `buf` is only touched by `Page::with`, while `taken` is held.
-unsafe impl Sync for Page {}
+/// The word of a buffer that is one whole block of [`PAGE`] bytes, as every page is.
+fn word_of(buf: Buf) -> *mut () {
+    buf.into_raw().unwrap_or_else(|_| unreachable!("a page is one whole block")).as_ptr()
+}
 
 impl Page {
+    fn new(buf: Buf) -> Page {
+        Page(AtomicPtr::new(word_of(buf)))
+    }
+
+    /// Waits a little for who holds the lock.
+    #[cold]
+    fn wait(&self, spins: &mut u32) {
+        *spins += 1;
+        if *spins > 1000 {
+            // The holder may have lost its core.
+            std::thread::yield_now();
+        }
+        std::hint::spin_loop();
+    }
+
+    /// Asks for the buffer's count to be brought near.
+    #[inline]
+    fn hint_count(&self) {
+        Buf::prefetch_raw(self.0.load(Ordering::Relaxed).map_addr(|a| a & !LOCKED));
+    }
+
     #[inline]
     fn with<R>(&self, f: impl FnOnce(&mut Buf) -> R) -> R {
-        let mut spins = 0u32;
-        while self.taken.compare_exchange_weak(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
-            spins += 1;
-            if spins > 1000 {
-                // The holder may have lost its core.
-                std::thread::yield_now();
+        let mut spins = 0;
+        let word = loop {
+            let word = self.0.load(Ordering::Relaxed);
+            let locked = word.map_addr(|a| a | LOCKED);
+            if !is_locked(word)
+                && self.0.compare_exchange_weak(word, locked, Ordering::Acquire, Ordering::Relaxed).is_ok()
+            {
+                break word;
             }
-            std::hint::spin_loop();
-        }
-        // SAFETY: `taken` is ours until the store below, so nobody else has a reference to the content.
-        let result = f(unsafe { &mut *self.buf.get() });
-        self.taken.store(false, Ordering::Release);
+            self.wait(&mut spins);
+        };
+        let raw = NonNull::new(word).expect("a page has a buffer");
+        // SAFETY: the word is from `into_raw`. It is ours until the store below, which puts one back for it.
+        let mut buf = ManuallyDrop::new(unsafe { Buf::from_raw(raw) });
+        let result = f(&mut buf);
+        self.0.store(word_of(ManuallyDrop::into_inner(buf)), Ordering::Release);
         result
+    }
+
+    /// Puts a whole page in place of the old one.
+    #[inline]
+    fn replace(&self, new: Buf) -> Buf {
+        let new = word_of(new);
+        let mut spins = 0;
+        loop {
+            let old = self.0.load(Ordering::Relaxed);
+            if !is_locked(old)
+                && self.0.compare_exchange_weak(old, new, Ordering::AcqRel, Ordering::Relaxed).is_ok()
+            {
+                let raw = NonNull::new(old).expect("a page has a buffer");
+                // SAFETY: the word is from `into_raw`, and nobody else has it now.
+                return unsafe { Buf::from_raw(raw) };
+            }
+            self.wait(&mut spins);
+        }
+    }
+}
+
+impl Drop for Page {
+    fn drop(&mut self) {
+        if let Some(raw) = NonNull::new(*self.0.get_mut()) {
+            // SAFETY: the word is from `into_raw`; it is not used again.
+            drop(unsafe { Buf::from_raw(raw) });
+        }
     }
 }
 
@@ -45,8 +104,7 @@ const HINTED_BYTES: usize = 512;
 
 impl Pages {
     pub fn new(count: usize) -> Pages {
-        let page = |_| Page { taken: AtomicBool::new(false), buf: UnsafeCell::new(Buf::alloc_zeroed(PAGE)) };
-        Pages((0..count).map(page).collect())
+        Pages((0..count).map(|_| Page::new(Buf::alloc_zeroed(PAGE))).collect())
     }
 
     fn hinted(&self, at: usize, len: usize) -> &[Page] {
@@ -65,7 +123,7 @@ impl Pages {
     #[inline]
     pub fn hint_counts(&self, at: usize, len: usize) {
         for page in self.hinted(at, len) {
-            page.with(|b| b.prefetch_count());
+            page.hint_count();
         }
     }
 
@@ -89,21 +147,36 @@ impl Pages {
 
     /// Replaces the bytes from `at`.
     pub fn write(&self, at: usize, data: SgList) {
-        by_page(at, data, |page, offset, piece| {
-            let piece = &mut Some(piece);
-            let old = self.0[page].with(|b| put(b, offset, piece));
-            // Freed outside the lock.
-            drop(old);
-        });
+        by_page(at, data, |page, offset, piece| self.write_piece(page, offset, piece));
+    }
+
+    /// Replaces the bytes from `at`: the usual case, a page.
+    #[inline]
+    pub fn write_buf(&self, at: usize, data: Buf) {
+        if data.len() == PAGE && at.is_multiple_of(PAGE) {
+            self.write_piece(at / PAGE, 0, data);
+        } else {
+            self.write(at, data.into());
+        }
+    }
+
+    #[inline]
+    fn write_piece(&self, page: usize, offset: usize, piece: Buf) {
+        let page = &self.0[page];
+        if piece.len() == PAGE && piece.is_whole() {
+            drop(page.replace(piece));
+            return;
+        }
+        let piece = &mut Some(piece);
+        let old = page.with(|b| put(b, offset, piece));
+        // Freed outside the lock.
+        drop(old);
     }
 }
 
 /// Puts a piece into a page; returns what is no longer needed.
 fn put(page: &mut Buf, offset: usize, piece: &mut Option<Buf>) -> Option<Buf> {
     let mut new = piece.take()?;
-    if new.len() == PAGE && new.is_whole() {
-        return Some(std::mem::replace(page, new));
-    }
     let range = offset..offset + new.len();
     if let Some(bytes) = page.get_mut() {
         bytes[range].copy_from_slice(&new);

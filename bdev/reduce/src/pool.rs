@@ -210,10 +210,7 @@ impl Pool {
         let shard = self.shard.borrow();
         let segment = u64::from(self.segment_bytes);
         let bytes = |segments: usize| segments.saturating_sub(shard.segments.reserve().0) as u64 * segment;
-        Space {
-            free_bytes: bytes(shard.segments.free_count()),
-            total_bytes: bytes(shard.segments.usable()),
-        }
+        Space { free_bytes: bytes(shard.segments.free_count()), total_bytes: bytes(shard.segments.usable()) }
     }
 
     /// Tells other threads how much space there is.

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use cryptfold_reactor::memory::{Buf, SgList};
+use cryptfold_reactor::memory::Buf;
 
 use super::pattern::Rng;
 
@@ -87,18 +87,18 @@ impl Generator {
 
     /// The data of the next write.
     #[inline]
-    pub fn produce(&mut self) -> SgList {
+    pub fn produce(&mut self) -> Buf {
         match self.source {
             DataSource::Unique { dedupe_pct, .. } => self.unique(u64::from(dedupe_pct)),
             _ => {
                 let buf = self.pool[self.next].clone();
                 self.next = if self.next + 1 == self.pool.len() { 0 } else { self.next + 1 };
-                buf.into()
+                buf
             }
         }
     }
 
-    fn unique(&mut self, dedupe_pct: u64) -> SgList {
+    fn unique(&mut self, dedupe_pct: u64) -> Buf {
         let mut out = Buf::alloc(self.bytes);
         let bytes = out.make_mut();
         for piece in bytes.chunks_mut(BLOCK) {
@@ -112,7 +112,7 @@ impl Generator {
             self.stamp = self.stamp.wrapping_add(0x9E37_79B9_7F4A_7C15);
             piece[..8].copy_from_slice(&self.stamp.to_le_bytes());
         }
-        out.into()
+        out
     }
 }
 
@@ -179,7 +179,7 @@ mod tests {
             let mut repeated = 0;
             for _ in 0..100 {
                 for g in [&mut a, &mut b] {
-                    for piece in g.produce().to_contiguous().chunks(BLOCK) {
+                    for piece in g.produce().chunks(BLOCK) {
                         if !seen.insert(piece.to_vec()) {
                             repeated += 1;
                         }

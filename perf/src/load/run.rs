@@ -38,6 +38,10 @@ impl<S: Sink> Sink for Shared<S> {
     fn submit(&self, io: Box<cryptfold_bdev::Io>) {
         self.0.submit(io);
     }
+    #[inline]
+    fn came_back(&self) -> u64 {
+        self.0.came_back()
+    }
 }
 
 fn data_source(args: &LoadArgs) -> DataSource {

@@ -17,12 +17,22 @@ use super::stamp::Stamper;
 pub trait Sink: 'static {
     /// Takes an I/O that comes back through its frame.
     fn submit(&self, io: Box<Io>);
+    /// The time, when one has just come back.
+    #[inline]
+    fn came_back(&self) -> u64 {
+        reactor::now().0
+    }
 }
 
 impl Sink for Channel {
     #[inline]
     fn submit(&self, io: Box<Io>) {
         Channel::submit(self, io);
+    }
+    /// A channel has looked for its own statistics.
+    #[inline]
+    fn came_back(&self) -> u64 {
+        reactor::recent().0
     }
 }
 
@@ -222,14 +232,14 @@ impl<S: Sink> Worker<S> {
         io.tag = slot;
         if !read {
             io.fua = self.plan.fua;
-            io.data = match s.data.as_mut() {
-                Some(g) => g.produce(),
+            match s.data.as_mut() {
+                Some(g) => io.data.push(g.produce()),
                 None => {
                     let generation = u64::from(s.places[slot as usize].0) + 1;
                     let bytes = self.plan.bytes_per_io;
-                    self.stamper.make(place * bytes as u64, generation, bytes)
+                    io.data = self.stamper.make(place * bytes as u64, generation, bytes);
                 }
-            };
+            }
         }
         drop(s);
         io.push(self.clone(), now, slot << 1 | u64::from(read));
@@ -293,7 +303,7 @@ impl<S: Sink> Worker<S> {
 impl<S: Sink> Complete for Worker<S> {
     #[inline]
     fn complete(self: Rc<Self>, io: Box<Io>, frame: Frame) {
-        let now = reactor::now().0;
+        let now = self.sink.came_back();
         let read = frame.word & 1 != 0;
         {
             let s = &mut *self.state.borrow_mut();

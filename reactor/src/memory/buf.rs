@@ -224,6 +224,37 @@ impl Buf {
         prefetch::line(self.block.as_ptr().cast_const().cast(), Prefetch::Write);
     }
 
+    /// The buffer as one word, for tables of many: only one that shows all of a pool's block. Nothing is counted down.
+    ///
+    /// # Errors
+    /// The buffer itself, if it is another kind.
+    #[inline]
+    pub fn into_raw(self) -> Result<NonNull<()>, Buf> {
+        let block = self.block();
+        if block.kind != Kind::Pool || self.off != 0 || self.len() != block.capacity {
+            return Err(self);
+        }
+        Ok(std::mem::ManuallyDrop::new(self).block.cast())
+    }
+
+    /// The buffer that a word stands for.
+    ///
+    /// # Safety
+    /// The word is from [`Buf::into_raw`], and each is taken back once.
+    #[inline]
+    pub unsafe fn from_raw(raw: NonNull<()>) -> Buf {
+        let block = raw.cast::<Block>();
+        // SAFETY: pool headers are immortal.
+        let len = unsafe { block.as_ref() }.capacity as u32;
+        Buf { block, off: 0, len }
+    }
+
+    /// [`Buf::prefetch_count`] for a buffer that may be gone: a hint reads nothing.
+    #[inline]
+    pub fn prefetch_raw(raw: *const ()) {
+        prefetch::line(raw.cast(), Prefetch::Write);
+    }
+
     /// A second view of a part of the bytes.
     ///
     /// # Panics

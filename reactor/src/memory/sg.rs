@@ -36,6 +36,12 @@ impl SgList {
         self.0.is_empty()
     }
 
+    /// Takes the only segment out, if there is just one.
+    #[inline]
+    pub fn take_single(&mut self) -> Option<Buf> {
+        if self.0.len() == 1 { self.0.pop() } else { None }
+    }
+
     /// The segments in order.
     #[inline]
     pub fn iter(&self) -> std::slice::Iter<'_, Buf> {
