@@ -371,6 +371,7 @@ fn slices_are_checked() {
 
 #[test]
 fn a_whole_buffer_goes_through_a_word_and_back() {
+    let _alone = alone();
     let mut buf = Buf::alloc(4096);
     buf.make_mut().fill(7);
     let other = buf.clone();
