@@ -157,6 +157,7 @@ impl Group {
     /// Takes a new stream in. `peer`: the host's address, for people.
     pub fn adopt(self: &Rc<Self>, wire: Box<dyn Wire>, port: Arc<Port>, peer: String) -> Rc<Conn> {
         let id = unique();
+        self.target.connections.fetch_add(1, Ordering::Relaxed);
         let descriptor = wire.descriptor();
         let conn = Conn::new(id, self, wire, port, peer);
         self.conns.borrow_mut().insert(id, conn.clone());

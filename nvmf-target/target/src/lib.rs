@@ -17,6 +17,7 @@
 //! Sources: NVM Express Base Specification 2.0, NVM Command Set Specification 1.0, NVMe/TCP Transport Specification 1.0.
 //! Units: bytes unless a name says otherwise.
 
+mod budget;
 mod conn;
 mod controller;
 mod error;

@@ -6,6 +6,7 @@ use std::net::{IpAddr, SocketAddr};
 use uuid::Uuid;
 
 use crate::TargetError;
+use crate::budget::Limits;
 
 /// Parameters of `nvmf_create_transport`. Only TCP exists.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +47,14 @@ pub struct TransportOptions {
     pub connect_timeout_ms: u32,
     /// Time in which a host has to send data that it was asked for, ms. (Ours.)
     pub r2t_timeout_ms: u32,
+    /// Connections of all hosts, 1 or more. (Ours.)
+    pub max_connections: u32,
+    /// Connections of one host, 1 or more. (Ours.)
+    pub max_connections_per_host: u32,
+    /// Memory for the data of all hosts' commands, MiB, 1 or more. (Ours.)
+    pub max_buffer_mib: u32,
+    /// Memory for the data of one host's commands, MiB, 1 or more. (Ours.)
+    pub max_buffer_mib_per_host: u32,
 }
 
 impl Default for TransportOptions {
@@ -69,11 +78,23 @@ impl Default for TransportOptions {
             min_kato: 10_000,
             connect_timeout_ms: 10_000,
             r2t_timeout_ms: 60_000,
+            max_connections: 8192,
+            max_connections_per_host: 1024,
+            max_buffer_mib: 2048,
+            max_buffer_mib_per_host: 512,
         }
     }
 }
 
 impl TransportOptions {
+    pub(crate) fn limits(&self) -> Limits {
+        Limits {
+            host_connections: self.max_connections_per_host,
+            host_bytes: u64::from(self.max_buffer_mib_per_host) << 20,
+            bytes: u64::from(self.max_buffer_mib) << 20,
+        }
+    }
+
     /// Checks the ranges named at the fields.
     ///
     /// # Errors
@@ -99,6 +120,16 @@ impl TransportOptions {
         }
         if self.dif_insert_or_strip {
             return bad("dif_insert_or_strip", "protection information is not supported".into());
+        }
+        for (name, limit) in [
+            ("max_connections", self.max_connections),
+            ("max_connections_per_host", self.max_connections_per_host),
+            ("max_buffer_mib", self.max_buffer_mib),
+            ("max_buffer_mib_per_host", self.max_buffer_mib_per_host),
+        ] {
+            if limit == 0 {
+                return bad(name, "must not be 0".into());
+            }
         }
         if self.kas == 0 {
             return bad("kas", "must not be 0".into());

@@ -20,6 +20,7 @@ use cryptfold_reactor::{self as reactor, Handle};
 use uuid::Uuid;
 use zerocopy::IntoBytes;
 
+use crate::budget::{Hosts, Place};
 use crate::controller::events::EventKind;
 use crate::controller::{Controller, Host, NewController, QueueRef};
 use crate::group::{Group, LOAD_CONNECTION, Seat};
@@ -62,6 +63,9 @@ pub(crate) struct Shared {
     seats: Vec<Arc<Seat>>,
     /// GENCTR of the discovery log.
     generation: AtomicU64,
+    /// Connections now.
+    pub connections: AtomicU32,
+    pub hosts: Hosts,
     state: Mutex<State>,
 }
 
@@ -96,6 +100,10 @@ impl Shared {
     /// Gives an accepted socket to the least loaded reactor.
     pub fn assign(&self, stream: TcpStream, peer: SocketAddr, port: Arc<Port>) {
         let options = self.options();
+        if self.connections.load(Ordering::Relaxed) >= options.max_connections {
+            tracing::warn!("{peer}: refused: there are {} connections already", options.max_connections);
+            return;
+        }
         if let Err(e) = sys::prepare(&stream, options.sock_priority, options.ack_timeout) {
             tracing::warn!("{peer}: a connection could not be set up: {e}");
             return;
@@ -112,7 +120,7 @@ impl Shared {
     }
 
     /// Connect: checks everything, then makes a controller or adds a queue to one.
-    pub fn connect(self: &Arc<Self>, n: NewQueue<'_>) -> Result<Arc<Controller>, ConnectReject> {
+    pub fn connect(self: &Arc<Self>, n: NewQueue<'_>) -> Result<(Arc<Controller>, Place), ConnectReject> {
         let (command, qid) = (n.command, n.command.qid());
         let entries = if qid.is_admin() { n.options.max_aq_depth } else { n.options.max_queue_depth };
         command.check(entries - 1)?;
@@ -121,12 +129,13 @@ impl Shared {
         if !subsystem.admits(names.hostnqn, n.port) {
             return Err(ConnectReject::Host);
         }
+        let place = self.hosts.place(names.hostnqn, n.options.limits()).ok_or(ConnectReject::Busy)?;
         let host = Host { nqn: names.hostnqn.to_owned(), id: names.hostid };
         if !qid.is_admin() {
             let controller = subsystem.tables().controllers.get(&names.cntlid.0).cloned();
             let controller = controller.ok_or(ConnectReject::Data(ipo::CNTLID))?;
             controller.attach(qid, &host, n.queue)?;
-            return Ok(controller);
+            return Ok((controller, place));
         }
         // The dynamic controller model: any other identifier names a controller that does not exist yet.
         if names.cntlid != Cntlid::DYNAMIC {
@@ -146,7 +155,7 @@ impl Shared {
         });
         let controller = made.ok_or(ConnectReject::Busy)?;
         tracing::info!("{}: controller {} for {}", subsystem.nqn(), controller.cntlid, controller.host.nqn);
-        Ok(controller)
+        Ok((controller, place))
     }
 
     /// The discovery log as this host sees it through this port.
@@ -230,6 +239,8 @@ impl Target {
             registry,
             seats: seats.clone(),
             generation: AtomicU64::new(0),
+            connections: AtomicU32::new(0),
+            hosts: Hosts::default(),
             state: Mutex::new(State {
                 transport: None,
                 subsystems: vec![Subsystem::new(discovery, true)],
@@ -583,6 +594,11 @@ impl Target {
     pub fn subsystems(&self) -> Vec<SubsystemInfo> {
         let all = self.shared.state().subsystems.clone();
         all.iter().map(|s| describe(s)).collect()
+    }
+
+    /// Memory that is set aside for the data of hosts' commands now, bytes.
+    pub fn buffer_bytes(&self) -> u64 {
+        self.shared.hosts.used()
     }
 
     /// Listeners of a subsystem.

@@ -179,6 +179,14 @@ params! {
         connect_timeout_ms: u32 = TransportOptions::default().connect_timeout_ms,
         /// Milliseconds in which a host has to send data that it was asked for. Ours.
         r2t_timeout_ms: u32 = TransportOptions::default().r2t_timeout_ms,
+        /// Connections of all hosts. Ours.
+        max_connections: u32 = TransportOptions::default().max_connections,
+        /// Connections of one host. Ours.
+        max_connections_per_host: u32 = TransportOptions::default().max_connections_per_host,
+        /// MiB for the data of all hosts' commands. Ours.
+        max_buffer_mib: u32 = TransportOptions::default().max_buffer_mib,
+        /// MiB for the data of one host's commands. Ours.
+        max_buffer_mib_per_host: u32 = TransportOptions::default().max_buffer_mib_per_host,
     }
     /// `nvmf_get_transports`.
     pub struct GetTransports {
@@ -606,6 +614,10 @@ fn create_transport(c: &Control, p: CreateTransport) -> RpcResult {
         min_kato: p.min_kato,
         connect_timeout_ms: p.connect_timeout_ms,
         r2t_timeout_ms: p.r2t_timeout_ms,
+        max_connections: p.max_connections,
+        max_connections_per_host: p.max_connections_per_host,
+        max_buffer_mib: p.max_buffer_mib,
+        max_buffer_mib_per_host: p.max_buffer_mib_per_host,
     };
     c.target()?.create_transport(&p.trtype, options)?;
     Ok(TRUE)
@@ -632,6 +644,10 @@ fn transport(trtype: &str, o: &TransportOptions) -> Value {
         "min_kato": o.min_kato,
         "connect_timeout_ms": o.connect_timeout_ms,
         "r2t_timeout_ms": o.r2t_timeout_ms,
+        "max_connections": o.max_connections,
+        "max_connections_per_host": o.max_connections_per_host,
+        "max_buffer_mib": o.max_buffer_mib,
+        "max_buffer_mib_per_host": o.max_buffer_mib_per_host,
     })
 }
 

@@ -107,7 +107,8 @@ impl Conn {
         let queue = QueueRef { conn, stats: stats.clone(), size, peer: self.peer.clone() };
         let new = NewQueue { command, data, port: &self.port, options: &self.options, queue };
         match group.target.connect(new) {
-            Ok(controller) => {
+            Ok((controller, place)) => {
+                inner.place = Some(place);
                 let no_flow_control = command.cattr().no_sq_flow_control() != 0;
                 let cntlid = controller.cntlid;
                 let queue = Queue {

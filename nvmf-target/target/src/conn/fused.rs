@@ -82,8 +82,8 @@ impl Conn {
     /// Ends a command that is not executed yet; if the host still sends its data, after that.
     pub(super) fn fail(&self, inner: &mut Inner, index: u16, status: Status) {
         match inner.slots[index].phase {
-            Phase::R2tQueue => {
-                inner.r2t_queue.retain(|s| *s != index);
+            Phase::Waiting => {
+                inner.waiting.retain(|s| *s != index);
                 self.complete(inner, index, status, 0);
             }
             Phase::Fused => self.complete(inner, index, status, 0),

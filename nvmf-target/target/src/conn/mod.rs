@@ -33,6 +33,7 @@ use cryptfold_nvmf_spec::{Nsid, Qid, Status};
 use cryptfold_reactor::{self as reactor, Nanos};
 
 use crate::TransportOptions;
+use crate::budget::{Place, STEP_BYTES};
 use crate::controller::Controller;
 use crate::group::{ConnRef, Group, LOAD_CONNECTION, LOAD_IO};
 use crate::port::Port;
@@ -49,6 +50,12 @@ use state::{Event, State};
 
 /// Data that a host may be asked for at once, bytes; a single larger command is always let through.
 const R2T_WINDOW_BYTES: u64 = 4 << 20;
+/// Memory that a connection keeps for its next commands, bytes.
+const SPARE_BYTES: u64 = 4 * STEP_BYTES;
+/// R2Ts of one command at once, however many the host takes.
+const R2TS_MAX: u32 = 8;
+/// How long a connection waits that found no memory.
+const MEMORY_WAIT: Duration = Duration::from_millis(1);
 /// Output beyond which nothing more is received, bytes.
 const OUT_LIMIT_BYTES: usize = 4 << 20;
 /// How long a peer has to take the termination request and close, before we do.
@@ -81,7 +88,14 @@ struct Inner {
     out: Out,
     slots: Slots,
     rx: Rx,
-    r2t_queue: VecDeque<u16>,
+    /// Commands that wait for memory, in order.
+    waiting: VecDeque<u16>,
+    /// R2Ts of one command that the host takes at once.
+    max_r2ts: u32,
+    /// Its part of the host's share.
+    place: Option<Place>,
+    /// It will be served in a moment because it waits for memory.
+    retrying: bool,
     /// Bytes asked for and not received.
     r2t_bytes: u64,
     fused: Fused,
@@ -139,7 +153,10 @@ impl Conn {
                 // Connect, until it says how many there will be.
                 slots: Slots::new(1),
                 rx: Rx::None,
-                r2t_queue: VecDeque::new(),
+                waiting: VecDeque::new(),
+                max_r2ts: 1,
+                place: None,
+                retrying: false,
                 r2t_bytes: 0,
                 fused: Fused::None,
                 queue: None,
@@ -195,6 +212,11 @@ impl Conn {
         }
         if self.state.get().is_open() {
             self.flush(&mut inner);
+        }
+        self.start_waiting(&mut inner);
+        let held = inner.slots.held_bytes() + inner.out.bytes() as u64;
+        if let Some(place) = &mut inner.place {
+            place.trim(held, SPARE_BYTES);
         }
         let again = inner.readable && self.wants_input(&inner) || inner.writable && !inner.out.is_empty();
         drop(inner);
@@ -266,7 +288,7 @@ impl Conn {
     fn abandon_input(&self, inner: &mut Inner) {
         inner.rx = Rx::None;
         inner.fused = Fused::None;
-        inner.r2t_queue.clear();
+        inner.waiting.clear();
         inner.r2t_bytes = 0;
         for slot in inner.slots.busy() {
             match inner.slots[slot].phase {
@@ -300,10 +322,12 @@ impl Conn {
     /// Gives everything back. Reached once.
     fn closed(&self, inner: &mut Inner) {
         inner.channels.clear();
+        inner.place = None;
         let queue = inner.queue.take();
         if let Some(group) = self.group.upgrade() {
             group.load(-(self.load.get() as i32));
             group.forget(self.id);
+            group.target.connections.fetch_sub(1, Ordering::Relaxed);
             if let Some(q) = &queue {
                 let mut past = locked(&group.seat.past);
                 *past = *past + q.stats.totals();
@@ -332,6 +356,10 @@ impl Conn {
     /// Looks at deadlines.
     pub fn tick(&self, now: Nanos) {
         let mut inner = self.inner.borrow_mut();
+        let held = inner.slots.held_bytes() + inner.out.bytes() as u64;
+        if let Some(place) = &mut inner.place {
+            place.trim(held, 0);
+        }
         let age = now.since(inner.since);
         let expired = match self.state.get() {
             State::AwaitIcReq | State::AwaitConnect => {

@@ -14,7 +14,7 @@ use cryptfold_reactor::memory::Buf;
 use super::slot::{Phase, Slot};
 use super::state::{Event, State};
 use super::transfer::{self, Transfer, TransferLimits};
-use super::{Conn, Inner, R2T_WINDOW_BYTES};
+use super::{Conn, Inner, MEMORY_WAIT, R2T_WINDOW_BYTES, R2TS_MAX};
 
 /// Where the data of the current PDU goes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,6 +45,14 @@ const DIRECT_MIN_BYTES: usize = 4096;
 const SMALL_STAGE_BYTES: usize = 4096;
 /// R2T and response headers with digest and padding.
 const HEAD_MAX_BYTES: usize = MAX_HDR_BYTES + 4;
+
+/// Data that one R2T asks for, bytes: larger commands have several.
+const R2T_BYTES: u32 = 128 << 10;
+
+/// Where the R2T ends that asks for the byte at `at` of `total`.
+fn r2t_end(at: u32, total: u32) -> u32 {
+    (at / R2T_BYTES + 1).saturating_mul(R2T_BYTES).min(total)
+}
 
 /// A violation that ends the connection.
 struct Violation {
@@ -161,7 +169,10 @@ impl Conn {
     fn header(&self, inner: &mut Inner, pdu: &Pdu) -> Result<(), Violation> {
         inner.rx = Rx::Discard;
         match pdu.header {
-            Header::IcReq { align_bytes, hdgst, ddgst, .. } => self.ic_req(inner, align_bytes, hdgst, ddgst),
+            Header::IcReq { align_bytes, hdgst, ddgst, max_r2t, .. } => {
+                inner.max_r2ts = max_r2t.min(R2TS_MAX.into()) as u32;
+                self.ic_req(inner, align_bytes, hdgst, ddgst)
+            }
             Header::CapsuleCmd(sqe) => self.capsule(inner, sqe, pdu.layout.data_len),
             Header::H2cData { cid, ttag, offset, last } => {
                 self.host_data(inner, (cid, ttag), offset, pdu.layout.data_len, last)
@@ -214,6 +225,7 @@ impl Conn {
             }
             Err(status) => self.complete(inner, index, status, 0),
             Ok(Transfer::Capsule { offset, len }) => {
+                inner.slots.charge(index, len);
                 let slot = &mut inner.slots[index];
                 slot.data = Buf::alloc(len as usize);
                 inner.rx = Rx::Capsule { slot: index, skip: offset };
@@ -222,11 +234,18 @@ impl Conn {
                     self.execute(inner, index);
                 }
             }
+            Ok(Transfer::ToHost(bytes)) if inner.slots[index].plan.is_some() => {
+                // Without a queue in front of it, and with memory, it need not wait.
+                if inner.waiting.is_empty() && self.take_memory(inner, index, bytes) {
+                    self.execute(inner, index);
+                } else {
+                    self.wait(inner, index);
+                }
+            }
             Ok(Transfer::FromHost(0) | Transfer::None | Transfer::ToHost(_)) => self.execute(inner, index),
             Ok(Transfer::FromHost(_)) => {
-                inner.slots[index].phase = Phase::R2tQueue;
-                inner.r2t_queue.push_back(index);
-                self.ask_for_data(inner);
+                self.wait(inner, index);
+                self.start_waiting(inner);
             }
         }
         Ok(())
@@ -275,27 +294,85 @@ impl Conn {
         Ok(transfer)
     }
 
-    /// Sends R2Ts for the commands that wait for their data, as far as the window allows.
-    pub(super) fn ask_for_data(&self, inner: &mut Inner) {
-        while let Some(&index) = inner.r2t_queue.front() {
-            let slot = &mut inner.slots[index];
-            let len = slot.sqe.sgl.length.get();
-            if inner.r2t_bytes > 0 && inner.r2t_bytes + u64::from(len) > R2T_WINDOW_BYTES {
+    fn wait(&self, inner: &mut Inner, index: u16) {
+        inner.slots[index].phase = Phase::Waiting;
+        inner.waiting.push_back(index);
+        self.list();
+    }
+
+    /// Takes memory for a command's data; `false` if there is none now.
+    fn take_memory(&self, inner: &mut Inner, index: u16, bytes: u32) -> bool {
+        let held = inner.slots.held_bytes() + inner.out.bytes() as u64;
+        let Some(place) = &mut inner.place else { return true };
+        // One command may always go on.
+        if !place.cover(held + u64::from(bytes)) && held > 0 {
+            return false;
+        }
+        inner.slots.charge(index, bytes);
+        true
+    }
+
+    /// Goes on with the commands that wait, in order, as far as there is memory for their data.
+    pub(super) fn start_waiting(&self, inner: &mut Inner) {
+        while let Some(&index) = inner.waiting.front() {
+            if !self.state.get().answers() {
                 return;
             }
-            inner.r2t_queue.pop_front();
-            let (cid, format) = (slot.sqe.cid(), inner.format);
-            let built = inner.out.head(HEAD_MAX_BYTES, |b| build::r2t(b, cid, Ttag(index), 0, len, format));
-            if built.is_err() {
-                // Can not happen: header, digest and padding fit.
-                self.complete(inner, index, Status::INTERNAL_ERROR, 0);
+            let len = inner.slots[index].sqe.sgl.length.get();
+            let to_host =
+                inner.slots[index].plan.is_some_and(|p| p.direction() == Direction::ControllerToHost);
+            if !to_host && inner.r2t_bytes > 0 && inner.r2t_bytes + u64::from(len) > R2T_WINDOW_BYTES {
+                return;
+            }
+            if !self.take_memory(inner, index, len) {
+                return self.retry(inner);
+            }
+            inner.waiting.pop_front();
+            if to_host {
+                self.execute(inner, index);
                 continue;
             }
+            let slot = &mut inner.slots[index];
             slot.data = Buf::alloc(len as usize);
-            slot.received = 0;
             slot.phase = Phase::HostData;
-            slot.asked = reactor::now();
             inner.r2t_bytes += u64::from(len);
+            self.ask_for_data(inner, index);
+        }
+    }
+
+    /// Looks again in a moment: it may be others that have the memory.
+    fn retry(&self, inner: &mut Inner) {
+        if std::mem::replace(&mut inner.retrying, true) {
+            return;
+        }
+        let me = self.me.clone();
+        reactor::spawn_local(async move {
+            reactor::sleep(MEMORY_WAIT).await;
+            if let Some(conn) = me.upgrade() {
+                conn.inner.borrow_mut().retrying = false;
+                conn.list();
+            }
+        })
+        .detach();
+    }
+
+    /// Sends R2Ts for the rest of a command's data, as many as the host takes.
+    fn ask_for_data(&self, inner: &mut Inner, index: u16) {
+        loop {
+            let slot = &inner.slots[index];
+            let (at, total) = (slot.asked_bytes, slot.data.len() as u32);
+            if at == total || slot.r2ts >= inner.max_r2ts {
+                return;
+            }
+            let (cid, format, len) = (slot.sqe.cid(), inner.format, r2t_end(at, total) - at);
+            let built = inner.out.head(HEAD_MAX_BYTES, |b| build::r2t(b, cid, Ttag(index), at, len, format));
+            // Header, digest and padding fit.
+            debug_assert!(built.is_ok());
+            let slot = &mut inner.slots[index];
+            slot.asked_bytes += len;
+            slot.r2ts += 1;
+            slot.asked = reactor::now();
+            self.list();
         }
     }
 
@@ -315,14 +392,15 @@ impl Conn {
         if slot.sqe.cid() != cid {
             return violation(Term::invalid_field(field::CCCID), "H2CData with another command's tag");
         }
-        let total = slot.data.len() as u32;
-        if u64::from(offset) + u64::from(len) > u64::from(total) {
+        // R2Ts are answered in their order.
+        let end = r2t_end(slot.received, slot.data.len() as u32);
+        if u64::from(offset) + u64::from(len) > u64::from(slot.asked_bytes) {
             return violation(Term::plain(Fes::OutOfRange), "H2CData beyond what was asked for");
         }
         if offset != slot.received {
             return violation(Term::invalid_field(field::DATAO), "H2CData out of order");
         }
-        if last != (offset + len == total) {
+        if last != (offset + len == end) || offset + len > end {
             return violation(Term::invalid_field(field::FLAGS), "H2CData with LAST in the wrong place");
         }
         slot.digest = Digest::new();
@@ -364,7 +442,11 @@ impl Conn {
     fn data_end(&self, inner: &mut Inner, ddgst: Option<u32>) {
         let (index, done) = match std::mem::replace(&mut inner.rx, Rx::None) {
             Rx::Capsule { slot, .. } => (slot, true),
-            Rx::HostData { slot, last } => (slot, last),
+            Rx::HostData { slot, last } => {
+                let s = &mut inner.slots[slot];
+                s.r2ts -= u32::from(last);
+                (slot, s.received as usize == s.data.len())
+            }
             Rx::None | Rx::Discard => return,
         };
         let slot = &mut inner.slots[index];
@@ -373,11 +455,11 @@ impl Conn {
             slot.failed = slot.failed.or(Some(Status::TRANSIENT_TRANSPORT_ERROR));
         }
         if !done {
-            return;
+            return self.ask_for_data(inner, index);
         }
         if slot.phase == Phase::HostData {
             inner.r2t_bytes -= slot.data.len() as u64;
-            self.ask_for_data(inner);
+            self.start_waiting(inner);
         }
         self.execute(inner, index);
     }

@@ -22,8 +22,8 @@ pub enum Phase {
     Free,
     /// The rest of its in-capsule data.
     Capsule,
-    /// Its turn to ask for data (R2T).
-    R2tQueue,
+    /// Its turn: memory for its data.
+    Waiting,
     /// Data that was asked for.
     HostData,
     /// The other half of its fused operation.
@@ -52,6 +52,12 @@ pub struct Slot {
     pub received: u32,
     /// Digest of the current PDU's data.
     pub digest: Digest,
+    /// Bytes of `data` that were asked for.
+    pub asked_bytes: u32,
+    /// R2Ts that are not answered.
+    pub r2ts: u32,
+    /// Memory that the command counts for, bytes.
+    pub charged: u32,
     /// When data was asked for.
     pub asked: Nanos,
     /// What an I/O command amounts to.
@@ -78,6 +84,9 @@ impl Slot {
             failed: None,
             data: Buf::empty(),
             received: 0,
+            asked_bytes: 0,
+            r2ts: 0,
+            charged: 0,
             digest: Digest::new(),
             asked: Nanos(0),
             plan: None,
@@ -94,6 +103,8 @@ impl Slot {
 pub struct Slots {
     slots: Vec<Slot>,
     free: Vec<u16>,
+    /// Memory that all commands count for, bytes.
+    held_bytes: u64,
     /// One bit per command identifier.
     cids: Box<[u64; 1024]>,
 }
@@ -101,7 +112,8 @@ pub struct Slots {
 impl Slots {
     /// `count` free slots (1..=65,535).
     pub fn new(count: u16) -> Slots {
-        let mut slots = Slots { slots: Vec::new(), free: Vec::new(), cids: Box::new([0; 1024]) };
+        let mut slots =
+            Slots { slots: Vec::new(), free: Vec::new(), held_bytes: 0, cids: Box::new([0; 1024]) };
         slots.grow(count);
         slots
     }
@@ -126,6 +138,18 @@ impl Slots {
         Some(index)
     }
 
+    /// The command holds so much memory until its slot is released.
+    pub fn charge(&mut self, index: u16, bytes: u32) {
+        let slot = &mut self.slots[usize::from(index)];
+        self.held_bytes -= u64::from(std::mem::replace(&mut slot.charged, bytes));
+        self.held_bytes += u64::from(bytes);
+    }
+
+    /// Memory that all commands hold, bytes.
+    pub fn held_bytes(&self) -> u64 {
+        self.held_bytes
+    }
+
     /// Frees a slot and everything it holds.
     pub fn release(&mut self, index: u16) {
         let slot = &mut self.slots[usize::from(index)];
@@ -133,6 +157,9 @@ impl Slots {
         slot.phase = Phase::Free;
         slot.failed = None;
         slot.received = 0;
+        slot.asked_bytes = 0;
+        slot.r2ts = 0;
+        self.held_bytes -= u64::from(std::mem::take(&mut slot.charged));
         slot.plan = None;
         slot.channel = None;
         slot.partner = None;

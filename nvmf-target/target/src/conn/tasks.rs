@@ -195,7 +195,7 @@ impl Conn {
                 // Tasks end with their next step, if there is one.
                 slot.channel.as_ref().is_some_and(|ns| ns.channel.abort(self.tag(index)))
             }
-            Phase::R2tQueue | Phase::Fused | Phase::Capsule | Phase::HostData => {
+            Phase::Waiting | Phase::Fused | Phase::Capsule | Phase::HostData => {
                 self.unpair(inner, index);
                 self.fail(inner, index, status);
                 true
