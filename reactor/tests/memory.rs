@@ -391,3 +391,12 @@ fn a_whole_buffer_goes_through_a_word_and_back() {
     assert_eq!(list.take_single().map(|buf| buf.len()), Some(4096));
     assert!(list.is_empty() && list.take_single().is_none());
 }
+
+#[test]
+fn core_dumps_can_be_forbidden() {
+    // SAFETY: takes and gives integers only.
+    let dumpable = || unsafe { libc::prctl(libc::PR_GET_DUMPABLE, 0, 0, 0, 0) };
+    assert_eq!(dumpable(), 1);
+    memory::forbid_core_dumps().unwrap();
+    assert_eq!(dumpable(), 0);
+}

@@ -10,6 +10,7 @@ use cryptfold_control::config::Config;
 use cryptfold_control::logging::{Level, LogControl};
 use cryptfold_control::server::Server;
 use cryptfold_control::{Control, ControlConfig, Signal, keys};
+use cryptfold_reactor::memory::forbid_core_dumps;
 use cryptfold_reactor::{IdlePolicy, MemoryConfig};
 
 use crate::cores::Cores;
@@ -52,6 +53,9 @@ pub struct TargetArgs {
     /// Do not use reserved hugepages.
     #[arg(long)]
     no_huge: bool,
+    /// Allow core dumps. They contain keys and the hosts' data.
+    #[arg(long)]
+    core_dumps: bool,
 }
 
 fn level(word: &str) -> Result<Level, String> {
@@ -60,6 +64,10 @@ fn level(word: &str) -> Result<Level, String> {
 
 /// Runs until asked to end, then drains, flushes and checkpoints.
 pub fn run(args: TargetArgs) -> Result<(), Failure> {
+    if !args.core_dumps {
+        forbid_core_dumps()
+            .map_err(|e| format!("core dumps can not be forbidden: {e} (--core-dumps allows them)"))?;
+    }
     let ends = EndRequests::new().map_err(|e| format!("signals: {e}"))?;
     args.cores.check(&std::fs::read_to_string("/sys/devices/system/cpu/online").unwrap_or_default())?;
     let config = match &args.config {

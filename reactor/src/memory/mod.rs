@@ -19,7 +19,7 @@ mod sg;
 
 pub use buf::Buf;
 pub use prefetch::{Prefetch, prefetch};
-pub use secret::SecretBytes;
+pub use secret::{SecretBytes, forbid_core_dumps};
 pub use sg::SgList;
 
 pub(crate) use arena::{MAX_INDEXED_SLABS, slab_at, slab_count};

@@ -19,6 +19,19 @@ unsafe impl Send for SecretBytes {}
 // SAFETY: a shared reference gives only shared slices.
 unsafe impl Sync for SecretBytes {}
 
+/// Keeps this process out of core dumps and away from other users' debuggers (`PR_SET_DUMPABLE`): ciphers keep what they
+/// derive from keys in memory of their own.
+///
+/// # Errors
+/// The kernel's.
+pub fn forbid_core_dumps() -> std::io::Result<()> {
+    // SAFETY: the call takes integers only.
+    match unsafe { libc::prctl(libc::PR_SET_DUMPABLE, 0, 0, 0, 0) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
 impl SecretBytes {
     /// `len` zero bytes. Aborts when the system has no memory; goes on with a warning when it may not be locked.
     pub fn zeroed(len: usize) -> SecretBytes {
