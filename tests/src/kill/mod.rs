@@ -23,8 +23,7 @@ use cryptfold_bdev_sim::{History, Rng, VolumeId};
 use cryptfold_reactor::{IdlePolicy, MemoryConfig, Runtime, RuntimeConfig};
 use serde_json::json;
 
-pub use program::find_or_build;
-use program::{Place, Program};
+pub use program::{NQN, Place, Program, find_or_build};
 
 /// Name, MiB, bytes in a block, domain: two that share data, one with another key and another block.
 const VOLUMES: [(&str, u64, u64, &str); 3] =

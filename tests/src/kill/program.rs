@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use cryptfold_nvmf_initiator::ConnectOptions;
 use serde_json::Value;
 
+/// Name of the subsystem.
 pub const NQN: &str = "nqn.2026-01.io.cryptfold:kill";
 /// Longest start or orderly end.
 const PATIENCE: Duration = Duration::from_secs(120);
