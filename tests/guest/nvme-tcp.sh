@@ -6,21 +6,7 @@
 # One PASS or FAIL line per step; the first FAIL ends the run with status 1.
 set -uo pipefail
 
-step=start
-pass() { printf 'PASS %s (%d s)\n' "$step" $((SECONDS - step_start)); }
-fail() {
-    printf 'FAIL %s: %s\n' "$step" "$*"
-    printf -- '--- kernel log\n'
-    dmesg | tail -n 25
-    exit 1
-}
-step() { step=$1 step_start=$SECONDS; }
-# run COMMAND...: quiet unless it fails.
-run() {
-    local output
-    output=$("$@" 2>&1) || fail "'$*' gave status $?:
-$output"
-}
+. "$(dirname "$0")/steps.sh"
 
 modprobe nvme-tcp 2>/dev/null || fail "no nvme-tcp module"
 modprobe dm-crypt 2>/dev/null || fail "no dm-crypt module"
@@ -102,8 +88,6 @@ no_io_errors() {
     [ -z "$bad" ] || fail "the kernel complains:
 $bad"
 }
-# field NAME: of the JSON object on standard input.
-field() { python3 -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1"; }
 sum_of() { dd if="$1" bs=1M count="$2" iflag=direct status=none | sha256sum; }
 # random FILE MIB: bytes that no compressor or deduplication can shorten, and half as many that they can.
 random() {

@@ -45,7 +45,7 @@ pub struct TransportOptions {
     pub min_kato: u32,
     /// Time in which ICReq and Connect have to come, ms. (Ours.)
     pub connect_timeout_ms: u32,
-    /// Time in which a host has to send data that it was asked for, ms. (Ours.)
+    /// Time in which a host has to send data that it was asked for or began, and to take some of what it is sent, ms. (Ours.)
     pub r2t_timeout_ms: u32,
     /// Connections of all hosts, 1 or more. (Ours.)
     pub max_connections: u32,

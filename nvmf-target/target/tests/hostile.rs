@@ -79,6 +79,16 @@ fn silence_has_a_deadline() {
     assert!(matches!(io.recv(), Pdu::R2t { .. }));
     assert_eq!(io.recv(), Pdu::Closed, "R2T without an answer");
     let mut io = rig.io(&admin, 1, false, false);
+    let half = io.capsule(&rw_sqe(Io::Write, 0, 8, Sgl::in_capsule(0, 4096)), &[0; 4096]);
+    io.send(&half[..2000]);
+    assert_eq!(io.recv(), Pdu::Closed, "half a capsule");
+    // 16 MiB of answers that nobody takes, more than the sockets hold.
+    let mut io = rig.io(&admin, 1, false, false);
+    for cid in 0..128u16 {
+        io.submit(&Sqe { cid: cid.into(), ..read_sqe(0, 256) }, &[]);
+    }
+    wait(|| rig.target.qpairs(NQN).is_ok_and(|q| q.len() == 1));
+    let mut io = rig.io(&admin, 1, false, false);
     assert!(io.read(0, 1).0.is_success(), "the controller lives on");
 }
 

@@ -106,6 +106,8 @@ struct Inner {
     /// By namespace identifier, from 1: what reservations let this host do.
     rights: Vec<Rights>,
     executing: usize,
+    /// Since when output waits without the host taking any of it, and how much had been sent then.
+    stalled: Option<(Nanos, u64)>,
     /// Close, or when terminating stop sending, when everything is sent.
     closing: bool,
     /// Start of the current state.
@@ -164,6 +166,7 @@ impl Conn {
                 channels_generation: 0,
                 rights: Vec::new(),
                 executing: 0,
+                stalled: None,
                 closing: false,
                 since: reactor::now(),
             }),
@@ -365,7 +368,7 @@ impl Conn {
             State::AwaitIcReq | State::AwaitConnect => {
                 age > Duration::from_millis(self.options.connect_timeout_ms.into())
             }
-            State::Ready => self.overdue(&inner, now),
+            State::Ready => self.overdue(&mut inner, now),
             State::Terminating => age > TERMINATE_WAIT,
             State::Draining | State::Closed => false,
         };
@@ -379,7 +382,7 @@ impl Conn {
         }
     }
 
-    fn overdue(&self, inner: &Inner, now: Nanos) -> bool {
+    fn overdue(&self, inner: &mut Inner, now: Nanos) -> bool {
         let Some(queue) = &inner.queue else { return false };
         if queue.qid.is_admin() {
             queue.controller.sample(now);
@@ -394,11 +397,21 @@ impl Conn {
             return true;
         }
         let limit = Duration::from_millis(self.options.r2t_timeout_ms.into());
+        let sent = inner.out.sent_bytes();
+        inner.stalled = match inner.stalled {
+            _ if inner.out.is_empty() => None,
+            Some(since) if since.1 == sent => Some(since),
+            _ => Some((now, sent)),
+        };
+        if inner.stalled.is_some_and(|(since, _)| now.since(since) > limit) {
+            return true;
+        }
         let late = |s: u16| {
             let slot = &inner.slots[s];
-            slot.phase == Phase::HostData && now.since(slot.asked) > limit
+            matches!(slot.phase, Phase::HostData | Phase::Capsule) && now.since(slot.asked) > limit
         };
-        inner.r2t_bytes > 0 && inner.slots.busy().into_iter().any(late)
+        let owes = inner.r2t_bytes > 0 || matches!(inner.rx, Rx::Capsule { .. });
+        owes && inner.slots.busy().into_iter().any(late)
     }
 
     /// Connect has made a queue: room for its commands.

@@ -30,6 +30,8 @@ pub struct Out {
     taken: usize,
     segments: VecDeque<Segment>,
     bytes: usize,
+    /// Bytes sent so far.
+    sent_bytes: u64,
 }
 
 /// Segments of one system call; rarely more than this many fit one turn.
@@ -39,6 +41,11 @@ impl Out {
     /// Bytes that wait.
     pub fn bytes(&self) -> usize {
         self.bytes
+    }
+
+    /// Bytes sent so far.
+    pub fn sent_bytes(&self) -> u64 {
+        self.sent_bytes
     }
 
     /// Whether all is sent.
@@ -111,6 +118,7 @@ impl Out {
     pub fn sent(&mut self, mut n: usize) {
         assert!(n <= self.bytes, "{n} bytes sent of {} that wait", self.bytes);
         self.bytes -= n;
+        self.sent_bytes += n as u64;
         while n > 0 {
             match self.segments.front_mut() {
                 Some(Segment::Head(len)) if *len > n => {

@@ -221,6 +221,7 @@ impl Conn {
         match self.pair_up(inner, index, admitted) {
             Err(status) if capsule_bytes > 0 => {
                 inner.slots[index].failed = Some(status);
+                inner.slots[index].asked = reactor::now();
                 inner.rx = Rx::Capsule { slot: index, skip: capsule_bytes };
             }
             Err(status) => self.complete(inner, index, status, 0),
@@ -228,6 +229,7 @@ impl Conn {
                 inner.slots.charge(index, len);
                 let slot = &mut inner.slots[index];
                 slot.data = Buf::alloc(len as usize);
+                slot.asked = reactor::now();
                 inner.rx = Rx::Capsule { slot: index, skip: offset };
                 if capsule_bytes == 0 {
                     // Zero bytes of data were named, and none came.
