@@ -11,7 +11,9 @@ modprobe nvme-tcp 2>/dev/null || fail "no nvme-tcp module"
 # connect UUID: sets $dev to the namespace as this host sees it.
 connect() {
     local path
-    run nvme connect -t tcp -a "$traddr" -s "$port" -n "$nqn" --hostnqn="nqn.2014-08.org.nvmexpress:uuid:$1" --hostid="$1" -i 1 -k 5
+    # nvme-cli takes a second host for the first one and refuses.
+    local options=transport=tcp,traddr=$traddr,trsvcid=$port,nqn=$nqn,hostnqn=nqn.2014-08.org.nvmexpress:uuid:$1,hostid=$1
+    echo "$options,nr_io_queues=1,keep_alive_tmo=5,duplicate_connect" >/dev/nvme-fabrics || fail "$1 can not connect"
     for path in /sys/class/nvme/nvme*; do
         [ "$(cat "$path/hostid")" = "$1" ] || continue
         dev=/dev/${path##*/}n1
@@ -55,7 +57,8 @@ refused nvme resv-release "$a" -n 1 -c 0xa1 -t 2 -a 0
 pass
 
 step "a host that comes back finds its reservation"
-run nvme disconnect -d "${b#/dev/}"
+gone=${b#/dev/}
+run nvme disconnect -d "${gone%n1}"
 within 10 test ! -e "$b"
 refused reads "$a"
 connect 6f1a0b54-5a3c-4f0e-9d2a-7c1b7e6f0bb2 && b=$dev
