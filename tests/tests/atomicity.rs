@@ -1,5 +1,5 @@
 //! Compare-and-write and writes of parts of a pool's 4 KiB block, from several queues of two hosts at once: on namespaces
-//! with 512-byte and with 4,096-byte blocks nothing is lost and nothing is torn.
+//! with 512-byte and with 4,096-byte blocks nothing is lost and nothing is torn. And Write Uncorrectable on both.
 
 use std::cell::RefCell;
 use std::path::Path;
@@ -141,6 +141,32 @@ async fn counters(options: ConnectOptions, nsid: u32) -> Vec<u64> {
     all
 }
 
+/// Write Uncorrectable: only where the pool's map can say it, and only for those blocks.
+async fn uncorrectable(options: ConnectOptions, nsid: u32) {
+    let controller = Controller::connect(&options).await.expect("connects");
+    let info = controller.namespace(Nsid(nsid)).await.expect("there is one");
+    let queue = controller.io_queue(8).await.expect("opens");
+    let ns = queue.namespace(&info);
+    let marked = run(&ns, Io::new(Op::WriteUncorrectable, FIRST + 1, 2)).await.status();
+    if info.block_bytes != 4096 {
+        assert!(!marked.is_ok(), "half a block of the pool can not be marked");
+        value(&read(&ns, FIRST + 1).await);
+        return;
+    }
+    assert_eq!(marked, Status::SUCCESS);
+    for lba in [FIRST + 1, FIRST + 2] {
+        let status = run(&ns, Io::new(Op::Read, lba, 1)).await.status();
+        assert_eq!((status.sct(), status.sc()), (2, 0x81), "{status}");
+    }
+    for lba in [FIRST, FIRST + 3] {
+        value(&read(&ns, lba).await);
+    }
+    let mut io = Io::new(Op::Write, FIRST + 1, 1);
+    io.data = SgList::from(Buf::from_slice(&block(7, 4096)));
+    assert_eq!(run(&ns, io).await.status(), Status::SUCCESS);
+    assert_eq!(value(&read(&ns, FIRST + 1).await), 7);
+}
+
 #[test]
 fn nothing_is_lost_and_nothing_is_torn() {
     let program = find_or_build().unwrap_or_else(|e| panic!("{e}"));
@@ -170,6 +196,8 @@ fn nothing_is_lost_and_nothing_is_torn() {
         let options = place.connect_options();
         let all = runtime.handles()[0].block_on(move || counters(options, nsid)).expect("the reactor runs");
         assert_eq!(all, vec![HOSTS * QUEUES * TASKS * ROUNDS; COUNTERS as usize], "namespace {nsid}");
+        let options = place.connect_options();
+        runtime.handles()[0].block_on(move || uncorrectable(options, nsid)).expect("the reactor runs");
     }
     target.stop().unwrap_or_else(|e| panic!("{e}"));
 }

@@ -177,7 +177,7 @@ params! {
         masked_fuses: Option<OnlyEmpty>,
         /// Milliseconds in which a new connection has to say who it is. Ours.
         connect_timeout_ms: u32 = TransportOptions::default().connect_timeout_ms,
-        /// Milliseconds in which a host has to send data that it was asked for. Ours.
+        /// Milliseconds in which a host has to send data that it was asked for, and to take some of what it is sent. Ours.
         r2t_timeout_ms: u32 = TransportOptions::default().r2t_timeout_ms,
         /// Connections of all hosts. Ours.
         max_connections: u32 = TransportOptions::default().max_connections,
