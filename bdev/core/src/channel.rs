@@ -203,7 +203,7 @@ impl ChannelInner {
             if self.desc.access() == crate::Access::ReadOnly {
                 return Err(Status::ACCESS_DENIED);
             }
-            if bdev.info().read_only {
+            if bdev.is_read_only() {
                 return Err(Status::NAMESPACE_WRITE_PROTECTED);
             }
         }

@@ -47,6 +47,8 @@ pub(crate) fn locked<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 pub struct Bdev {
     device: Arc<dyn Device>,
     info: DeviceInfo,
+    aliases: Mutex<Vec<String>>,
+    read_only: AtomicBool,
     blocks: AtomicU64,
     /// Bits of [`gate`]; zero on the fast path.
     pub(crate) gate: AtomicU32,
@@ -108,9 +110,22 @@ impl Bdev {
     pub fn name(&self) -> &str {
         &self.info.name
     }
-    /// What it said of itself when it was registered ([`Bdev::blocks`] is the live size).
+    /// What it said of itself when it was registered; [`Bdev::blocks`], [`Bdev::aliases`] and [`Bdev::is_read_only`] are what
+    /// it is now.
     pub fn info(&self) -> &DeviceInfo {
         &self.info
+    }
+    /// Other names, now.
+    pub fn aliases(&self) -> Vec<String> {
+        locked(&self.aliases).clone()
+    }
+    /// Whether it takes no writes, now.
+    pub fn is_read_only(&self) -> bool {
+        self.read_only.load(Ordering::Relaxed)
+    }
+    /// Takes no writes from now on, or takes them again. Those under way are the device's.
+    pub fn set_read_only(&self, read_only: bool) {
+        self.read_only.store(read_only, Ordering::Relaxed);
     }
     /// Size in blocks, now.
     pub fn blocks(&self) -> u64 {
@@ -196,7 +211,7 @@ impl Bdev {
             return;
         }
         if let Some(registry) = self.registry.upgrade() {
-            registry.forget(&self.info);
+            registry.forget(self);
         }
         self.device.destruct();
         *done = true;
@@ -272,10 +287,10 @@ struct Tables {
     names: HashMap<String, Arc<Bdev>>,
 }
 
-fn all_names(info: &DeviceInfo) -> Vec<String> {
+fn all_names(info: &DeviceInfo, aliases: &[String]) -> Vec<String> {
     let mut names = vec![info.name.clone()];
     let uuid = info.uuid.to_string();
-    for n in info.aliases.iter().chain([&uuid]) {
+    for n in aliases.iter().chain([&uuid]) {
         if !names.contains(n) {
             names.push(n.clone());
         }
@@ -308,13 +323,15 @@ impl Registry {
             return Err(BdevError::Invalid(format!("{} blocks of {} are too many", info.blocks, info.name)));
         }
         let mut t = locked(&self.tables);
-        let names = all_names(&info);
+        let names = all_names(&info, &info.aliases);
         if let Some(n) = names.iter().find(|n| t.names.contains_key(*n)) {
             return Err(BdevError::Exists(n.clone()));
         }
         let bdev = Arc::new(Bdev {
             device,
             blocks: AtomicU64::new(info.blocks),
+            aliases: Mutex::new(info.aliases.clone()),
+            read_only: AtomicBool::new(info.read_only),
             info,
             gate: AtomicU32::new(0),
             stats: BdevStats::default(),
@@ -403,11 +420,35 @@ impl Registry {
         Ok(Removal(removed))
     }
 
-    fn forget(&self, info: &DeviceInfo) {
+    /// Gives a device other aliases; whoever has it open keeps it.
+    ///
+    /// # Errors
+    /// [`BdevError::NotFound`], or [`BdevError::Exists`] when another device has one of them; nothing changes then.
+    pub fn set_aliases(&self, name: &str, aliases: Vec<String>) -> Result<(), BdevError> {
+        let bdev = self.get(name)?;
         let mut t = locked(&self.tables);
-        for n in all_names(info) {
+        let taken = |n: &&String| t.names.get(*n).is_some_and(|other| !Arc::ptr_eq(other, &bdev));
+        if let Some(n) = aliases.iter().find(taken) {
+            return Err(BdevError::Exists(n.clone()));
+        }
+        let mut present = locked(&bdev.aliases);
+        let old = all_names(&bdev.info, &present);
+        let new = all_names(&bdev.info, &aliases);
+        for n in old.iter().filter(|n| !new.contains(n)) {
+            t.names.remove(n);
+        }
+        for n in new {
+            t.names.insert(n, bdev.clone());
+        }
+        *present = aliases;
+        Ok(())
+    }
+
+    fn forget(&self, bdev: &Bdev) {
+        let mut t = locked(&self.tables);
+        for n in all_names(&bdev.info, &bdev.aliases()) {
             t.names.remove(&n);
         }
-        t.bdevs.retain(|b| b.name() != info.name);
+        t.bdevs.retain(|b| b.name() != bdev.name());
     }
 }

@@ -266,3 +266,28 @@ fn errors_are_injected() {
         assert_eq!(pending.await, Some(Status::ABORTED_BY_REQUEST));
     });
 }
+
+#[test]
+fn aliases_and_write_protection_change_while_a_device_is_open() {
+    run(|registry| async move {
+        ram(&registry, "m", 512, 8);
+        ram(&registry, "n", 512, 8);
+        registry.set_aliases("m", vec!["pool/old".into()]).unwrap();
+        let c = open(&registry, "pool/old");
+        let taken = registry.set_aliases("n", vec!["free".into(), "pool/old".into()]);
+        assert!(matches!(taken, Err(BdevError::Exists(name)) if name == "pool/old"));
+        assert!(registry.get("free").is_err(), "nothing changes then");
+        registry.set_aliases("pool/old", vec!["pool/new".into()]).unwrap();
+        assert!(registry.get("pool/old").is_err());
+        let bdev = registry.get("pool/new").unwrap();
+        assert_eq!((bdev.name(), bdev.aliases()), ("m", vec!["pool/new".to_owned()]));
+        c.write(0, Buf::from_slice(&[1; 512]), false).await.unwrap();
+        bdev.set_read_only(true);
+        let refused = c.write(0, Buf::from_slice(&[2; 512]), false).await;
+        assert_eq!(refused.unwrap_err(), Status::NAMESPACE_WRITE_PROTECTED);
+        assert_eq!(c.read(0, 1).await.unwrap().to_contiguous()[0], 1);
+        drop((c, bdev));
+        let _gone = registry.unregister("m").unwrap();
+        assert!(registry.get("pool/new").is_err());
+    });
+}

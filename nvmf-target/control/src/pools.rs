@@ -229,7 +229,7 @@ impl Pools {
 
     /// Whether a device that has appeared may hold a pool that nobody else uses.
     pub fn is_candidate(&self, b: &Bdev) -> bool {
-        b.claimed_by().is_none() && !b.info().read_only && b.info().product_name != VOLUME_PRODUCT
+        b.claimed_by().is_none() && !b.is_read_only() && b.info().product_name != VOLUME_PRODUCT
     }
 
     /// Forgets the key of a pool that is gone.

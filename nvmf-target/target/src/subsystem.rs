@@ -58,7 +58,7 @@ impl Namespace {
 
     /// Whether changes are refused, by the device or because a host wanted it.
     pub fn is_protected(&self) -> bool {
-        self.bdev().info().read_only || self.reservations.is_protected()
+        self.bdev().is_read_only() || self.reservations.is_protected()
     }
 
     /// The device.

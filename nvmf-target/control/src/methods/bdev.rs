@@ -191,7 +191,7 @@ fn describe(b: &Bdev) -> Value {
     let product = if i.product_name == VOLUME_PRODUCT { "Logical Volume" } else { i.product_name };
     json!({
         "name": i.name,
-        "aliases": i.aliases,
+        "aliases": b.aliases(),
         "product_name": product,
         "block_size": i.block_size_bytes,
         "num_blocks": b.blocks(),
@@ -206,7 +206,7 @@ fn describe(b: &Bdev) -> Value {
         "claimed": b.claimed_by().is_some(),
         "claimed_by": b.claimed_by(),
         "zoned": false,
-        "read_only": i.read_only,
+        "read_only": b.is_read_only(),
         "write_cache": i.write_cache,
         "optimal_io_blocks": i.optimal_io_blocks,
         "atomic_blocks": i.atomic_blocks,

@@ -98,7 +98,7 @@ impl Controller {
         if spare < SPARE_THRESHOLD_PCT {
             page.critical_warning |= health_warning::SPARE;
         }
-        if !namespaces.is_empty() && namespaces.iter().all(|n| n.bdev().info().read_only) {
+        if !namespaces.is_empty() && namespaces.iter().all(|n| n.bdev().is_read_only()) {
             page.critical_warning |= health_warning::READ_ONLY;
         }
         let s = self.state();
