@@ -1,8 +1,7 @@
 //! Management of a pool's volumes and domains, on its home reactor.
 //!
-//! Every change is a journal record and durable before it is reported done. Deleting goes in two steps: the volume
-//! disappears at once (`VolumeDelete`), its blocks are given back in the background (which goes on after a restart), and
-//! then its record goes (`VolumeGone`).
+//! Every change is a journal record and durable before it is reported done. What goes on from other volumes, and
+//! deleting, is in [`crate::snapshots`].
 
 use std::rc::Rc;
 use std::sync::Arc;
@@ -16,18 +15,17 @@ use cryptfold_reduce_format::ids::{ChunkAddr, ContainerId, DomainId, HostKeyId, 
 use cryptfold_reduce_format::journal::Scope;
 use cryptfold_reduce_format::map::Target;
 use cryptfold_reduce_format::node;
-use cryptfold_reduce_format::record::VolumeRecord;
+use cryptfold_reduce_format::record::{VolumeRecord, volume_flags};
 use uuid::Uuid;
 
 use crate::error::PoolError;
 use crate::index::Key;
 use crate::info::{DomainInfo, PoolInfo, Space, VolumeInfo, VolumeOptions};
-use crate::ingest::Target4k;
 use crate::pool::{Life, Pool};
 use crate::shard::{Domain, Shard, Volume};
 use crate::volume::{VolumeDevice, VolumeFacts};
 
-fn check_name(what: &str, name: &str) -> Result<(), PoolError> {
+pub(crate) fn check_name(what: &str, name: &str) -> Result<(), PoolError> {
     if name.is_empty() || name.len() > 255 || name.contains('/') || name.chars().any(char::is_control) {
         return Err(PoolError::Invalid(format!(
             "a {what}'s name has 1 to 255 bytes without '/' and control characters, not {name:?}"
@@ -36,15 +34,30 @@ fn check_name(what: &str, name: &str) -> Result<(), PoolError> {
     Ok(())
 }
 
+/// A fresh identity.
+pub(crate) fn draw_uuid() -> Uuid {
+    let mut bytes = [0; 16];
+    reactor::fill_random(&mut bytes);
+    uuid::Builder::from_random_bytes(bytes).into_uuid()
+}
+
 impl Pool {
-    fn stopped(&self, status: Status) -> PoolError {
+    pub(crate) fn stopped(&self, status: Status) -> PoolError {
         if status == Status::CAPACITY_EXCEEDED {
             return PoolError::NoSpace(self.name());
         }
         PoolError::Stopped { pool: self.name(), status }
     }
 
-    fn no_volume(&self, volume: &str) -> PoolError {
+    /// An error when a volume has this name.
+    pub(crate) fn check_name_free(&self, name: &str) -> Result<(), PoolError> {
+        if self.shard.borrow().volumes.values().any(|v| !v.is_deleting() && v.record.name == name) {
+            return Err(PoolError::VolumeExists { pool: self.name(), volume: name.to_owned() });
+        }
+        Ok(())
+    }
+
+    pub(crate) fn no_volume(&self, volume: &str) -> PoolError {
         PoolError::NoVolume { pool: self.name(), volume: volume.to_owned() }
     }
 
@@ -77,10 +90,8 @@ impl Pool {
         let _busy = self.enter();
         self.throttle().await.map_err(|status| self.stopped(status))?;
         let id = {
+            self.check_name_free(&options.name)?;
             let shard = self.shard.borrow();
-            if shard.volumes.values().any(|v| !v.is_deleting() && v.record.name == options.name) {
-                return Err(PoolError::VolumeExists { pool: self.name(), volume: options.name.clone() });
-            }
             let domain = match &options.domain {
                 None => shard.pool.default_domain,
                 Some(name) => shard
@@ -90,9 +101,7 @@ impl Pool {
                     .map(|d| d.record.id)
                     .ok_or_else(|| PoolError::NoDomain { pool: self.name(), domain: name.clone() })?,
             };
-            let mut bytes = [0; 16];
-            reactor::fill_random(&mut bytes);
-            let uuid = options.uuid.unwrap_or_else(|| uuid::Builder::from_random_bytes(bytes).into_uuid());
+            let uuid = options.uuid.unwrap_or_else(draw_uuid);
             let id = shard.pool.next_volume;
             let mut record =
                 VolumeRecord::new(id, uuid, &options.name, domain, options.size_bytes.div_ceil(4096));
@@ -138,69 +147,6 @@ impl Pool {
         self.shard.borrow().volumes.values().filter(|v| !v.is_deleting()).map(|v| v.record.id).collect()
     }
 
-    /// Deletes a volume whose device is gone from the registry. Its space comes back in the background.
-    pub(crate) async fn delete_volume(self: &Rc<Self>, id: VolumeId) -> Result<(), PoolError> {
-        self.check_writable().map_err(|status| self.stopped(status))?;
-        if !self.shard.borrow().volumes.contains_key(&id.0) {
-            return Err(self.no_volume(&id.to_string()));
-        }
-        self.record(Scope::Pool, &Record::VolumeDelete { volume: id }).map_err(|s| self.stopped(s))?;
-        self.flush().await.map_err(|status| self.stopped(status))?;
-        self.background(self.clone().finish_deletions());
-        Ok(())
-    }
-
-    /// Gives back the blocks of volumes that are being deleted.
-    pub(crate) async fn finish_deletions(self: Rc<Self>) {
-        let deleting: Vec<VolumeId> =
-            self.shard.borrow().volumes.values().filter(|v| v.is_deleting()).map(|v| v.record.id).collect();
-        for id in deleting {
-            let _busy = self.enter();
-            if self.life.get() != Life::Open || !self.begin_job(id) {
-                continue;
-            }
-            let result = self.empty_volume(id).await;
-            self.end_job(id);
-            if let Err(status) = result {
-                tracing::warn!(pool = %self.name(), volume = %id, %status, "a deletion was interrupted; it goes on when the pool is opened again");
-            }
-        }
-    }
-
-    async fn empty_volume(self: &Rc<Self>, id: VolumeId) -> Result<(), Status> {
-        let target = {
-            let shard = self.shard.borrow();
-            let v = shard.volumes.get(&id.0).ok_or(Status::INVALID_NAMESPACE)?;
-            let d = shard.domains.get(&v.record.domain.0).ok_or(Status::INTERNAL_ERROR)?;
-            Target4k {
-                volume: id,
-                domain: d.record.id,
-                generation: d.generation,
-                blocks: v.record.blocks,
-                epoch: shard.epoch(),
-                compression: Compression::Off,
-                hasher: d.hasher.clone(),
-            }
-        };
-        let mut at = 0;
-        while at < target.blocks {
-            let step = (1 << 20).min(target.blocks - at);
-            self.fill_blocks(&target, at, step, Target::Unmapped, HostKeyId(0)).await?;
-            at += step;
-            reactor::yield_now().await;
-        }
-        self.check_writable()?;
-        self.record(Scope::Pool, &Record::VolumeGone { volume: id })
-    }
-
-    fn begin_job(&self, id: VolumeId) -> bool {
-        self.jobs.borrow_mut().insert(id)
-    }
-
-    fn end_job(&self, id: VolumeId) {
-        self.jobs.borrow_mut().remove(&id);
-    }
-
     /// Changes a volume's size. What lies beyond a smaller size is given up; the caller keeps hosts away from it.
     pub(crate) async fn resize_volume(
         self: &Rc<Self>,
@@ -213,13 +159,31 @@ impl Pool {
         let blocks = size_bytes.div_ceil(4096);
         let target = self.target(id).map_err(|_| self.no_volume(&id.to_string()))?;
         let _busy = self.enter();
-        if blocks < target.blocks {
-            self.fill_blocks(&target, blocks, target.blocks - blocks, Target::Unmapped, HostKeyId(0))
-                .await
-                .map_err(|status| self.stopped(status))?;
+        let fence = |end| {
+            if let Some(v) = self.shard.borrow_mut().volumes.get_mut(&id.0) {
+                v.fence = end;
+            }
+        };
+        let unwritable = self.shard.borrow().volume(id).is_ok_and(|v| v.is_read_only());
+        if unwritable && blocks != target.blocks {
+            return Err(PoolError::Invalid(format!(
+                "{target_name} is read-only: its size stays",
+                target_name = self.name_of(id)
+            )));
         }
-        self.record(Scope::Pool, &Record::VolumeResize { volume: id, blocks })
-            .map_err(|s| self.stopped(s))?;
+        if blocks < target.blocks {
+            // Nothing comes back behind the new end while it is given up.
+            fence(blocks);
+            let gap = target.blocks - blocks;
+            let filled = self.fill_blocks(&target, blocks, gap, Target::Unmapped, HostKeyId(0)).await;
+            if let Err(status) = filled {
+                fence(u64::MAX);
+                return Err(self.stopped(status));
+            }
+        }
+        let resized = self.record(Scope::Pool, &Record::VolumeResize { volume: id, blocks });
+        fence(u64::MAX);
+        resized.map_err(|s| self.stopped(s))?;
         self.flush().await.map_err(|status| self.stopped(status))?;
         Ok(blocks)
     }
@@ -228,10 +192,7 @@ impl Pool {
     pub(crate) async fn rename_volume(&self, id: VolumeId, name: &str) -> Result<(), PoolError> {
         check_name("volume", name)?;
         self.check_writable().map_err(|status| self.stopped(status))?;
-        let taken = self.shard.borrow().volumes.values().any(|v| !v.is_deleting() && v.record.name == name);
-        if taken {
-            return Err(PoolError::VolumeExists { pool: self.name(), volume: name.to_owned() });
-        }
+        self.check_name_free(name)?;
         self.record(Scope::Pool, &Record::VolumeRename { volume: id, name }).map_err(|s| self.stopped(s))?;
         self.flush().await.map_err(|status| self.stopped(status))
     }
@@ -239,6 +200,17 @@ impl Pool {
     /// Sets flags of a volume ([`cryptfold_reduce_format::record::volume_flags`]).
     pub(crate) async fn flag_volume(&self, id: VolumeId, set: u32, clear: u32) -> Result<(), PoolError> {
         self.check_writable().map_err(|status| self.stopped(status))?;
+        let fixed = {
+            let shard = self.shard.borrow();
+            let v = shard.volume(id).map_err(|_| self.no_volume(&id.to_string()))?;
+            v.is_snapshot() || shard.based(id) > 0
+        };
+        if fixed && clear & volume_flags::READ_ONLY != 0 {
+            return Err(PoolError::Invalid(format!(
+                "{} is a snapshot or has clones: it stays read-only",
+                self.name_of(id)
+            )));
+        }
         self.record(Scope::Pool, &Record::VolumeFlags { volume: id, set, clear })
             .map_err(|s| self.stopped(s))?;
         self.flush().await.map_err(|status| self.stopped(status))
@@ -386,6 +358,7 @@ impl Pool {
 
 fn volume_info(pool: &str, shard: &Shard, v: &Volume) -> VolumeInfo {
     let domain = shard.domains.get(&v.record.domain.0);
+    let exclusive = shard.exclusive(v);
     VolumeInfo {
         id: v.record.id,
         uuid: v.record.uuid,
@@ -394,13 +367,23 @@ fn volume_info(pool: &str, shard: &Shard, v: &Volume) -> VolumeInfo {
         domain: domain.map_or_else(String::new, |d| d.record.name.clone()),
         size_bytes: v.record.blocks * 4096,
         block_size: v.record.block_bytes,
-        read_only: v.record.flags & cryptfold_reduce_format::record::volume_flags::READ_ONLY != 0,
+        read_only: v.is_read_only(),
+        snapshot: v.is_snapshot(),
+        parent: shard.parent(v).map(|parent| parent.record.name.clone()),
+        clones: shard.children(v).iter().map(|child| child.record.name.clone()).collect(),
         compression: v.record.compression.map(|c| c.to_string()),
-        logical_bytes: (v.chunks + v.special) * 4096,
+        logical_bytes: 4096 * if v.is_snapshot() { v.record.counters[2] } else { v.chunks + v.special },
         zero_bytes: v.special * 4096,
+        exclusive_bytes: exclusive * 4096,
+        reclaimable_bytes: domain.map_or(0, |d| reclaimable(d, exclusive)),
         written_bytes: v.written_bytes,
         created_ms: v.record.created_ms,
     }
+}
+
+/// Stored bytes that so many mapped blocks stand for, at the domain's reduction.
+fn reclaimable(d: &Domain, blocks: u64) -> u64 {
+    (u128::from(d.stored_bytes) * u128::from(blocks) / u128::from(d.mapped.max(1))) as u64
 }
 
 fn domain_info(shard: &Shard, d: &Domain) -> DomainInfo {

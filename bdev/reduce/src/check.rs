@@ -17,7 +17,7 @@ use cryptfold_reduce_format::container::FragmentEntry;
 use cryptfold_reduce_format::fingerprint::{Chunk, Fingerprint};
 use cryptfold_reduce_format::fragment::CHUNK_BYTES;
 use cryptfold_reduce_format::ids::{ChunkAddr, ContainerId, DomainId, POOL_DOMAIN, SLOTS};
-use cryptfold_reduce_format::map::Target;
+use cryptfold_reduce_format::map::{MapEntry, Target};
 use cryptfold_reduce_format::node::{self, FANOUT, NodePtr};
 use cryptfold_reduce_format::record::TreeRoot;
 use cryptfold_reduce_format::segment::Class;
@@ -118,6 +118,11 @@ impl Pool {
             (v.record.blocks, v.record.domain.0)
         };
         let (mut chunks, mut special) = (0u64, 0u64);
+        let mut births: BTreeMap<u32, u64> = BTreeMap::new();
+        let before = {
+            let shard = self.shard.borrow();
+            shard.volumes.get(&id).and_then(|v| shard.before(v)).map(|v| v.record.id.0)
+        };
         for index in 0..blocks.div_ceil(512) {
             if index % 64 == 63 {
                 reactor::yield_now().await;
@@ -131,9 +136,22 @@ impl Pool {
                 sums.report.problem(format!("volume {id}: map leaf {index} can not be read: {status}"));
                 continue;
             }
+            if let Some(before) = before {
+                // A leaf that can not be read is reported where it belongs.
+                let _ = self.load_leaf(node::Tree::Map, before, index, &mut pins).await;
+            }
             let shard = self.shard.borrow();
-            let Some(leaf) = shard.volumes.get(&id).and_then(|v| v.tree.peek(index)) else { continue };
+            let Some(v) = shard.volumes.get(&id) else { continue };
+            let Some(leaf) = v.tree.peek(index) else { continue };
+            let earlier = before.and_then(|id| shard.volumes.get(&id)?.tree.peek(index));
             for (at, entry) in leaf.iter().enumerate() {
+                let earlier = earlier.map_or_else(MapEntry::default, |leaf| leaf.get(at));
+                if let Some(wrong) = shard.misplaced(v, &entry, &earlier) {
+                    sums.report.problem(format!("volume {id}: block {} {wrong}", index * 512 + at as u64));
+                }
+                if entry.chunk().is_some() {
+                    *births.entry(entry.birth.0).or_default() += 1;
+                }
                 match entry.target {
                     Target::Unmapped => continue,
                     Target::Uncorrectable => {
@@ -157,6 +175,9 @@ impl Pool {
         }
         sums.report.blocks += chunks + special;
         let shard = self.shard.borrow();
+        if let Some(wrong) = shard.volumes.get(&id).and_then(|v| shard.miscounted(v, &births)) {
+            sums.report.problem(format!("volume {id}: births: {wrong}"));
+        }
         if let Some(v) = shard.volumes.get(&id)
             && (v.chunks, v.special) != (chunks, special)
         {

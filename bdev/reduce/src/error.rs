@@ -124,6 +124,14 @@ pub enum PoolError {
         /// Volume.
         volume: String,
     },
+    /// Several volumes go on from it.
+    #[error("{volume}: Operation not permitted, {} go on from it (delete or inflate all but one)", clones.join(", "))]
+    HasClones {
+        /// Pool and name.
+        volume: String,
+        /// Those.
+        clones: Vec<String>,
+    },
     /// No such domain.
     #[error("domain \"{domain}\" of pool \"{pool}\": No such device (create it first)")]
     NoDomain {
@@ -174,6 +182,7 @@ impl PoolError {
             PoolError::WrongKey { .. } | PoolError::Key { .. } => -126,
             PoolError::KeyFile { .. } => -2,
             PoolError::OpenElsewhere { .. } | PoolError::Busy(_) => -16,
+            PoolError::HasClones { .. } => -1,
             PoolError::Invalid(_) => -32602,
             PoolError::NoReactor => -108,
         }

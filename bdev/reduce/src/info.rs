@@ -165,12 +165,24 @@ pub struct VolumeInfo {
     pub block_size: u32,
     /// Writes are refused.
     pub read_only: bool,
+    /// It is a snapshot.
+    pub snapshot: bool,
+    /// Name of the snapshot that it goes on from: its newest one, the one before it, or the one that it is a clone of.
+    pub parent: Option<String>,
+    /// Names of those that go on from it.
+    pub clones: Vec<String>,
     /// Its own compression setting.
     pub compression: Option<String>,
-    /// Mapped bytes, zero and pattern blocks included.
+    /// Mapped bytes, zero and pattern blocks included. Of a clone: without what it has from its snapshot. Of a snapshot: when
+    /// it was taken.
     pub logical_bytes: u64,
-    /// Of these, zero and pattern blocks.
+    /// Zero and pattern blocks in its own map.
     pub zero_bytes: u64,
+    /// Blocks with data that nothing else shows: what deleting it takes out of the pool, before reduction. 0 while it has
+    /// clones, which keep it.
+    pub exclusive_bytes: u64,
+    /// About what deleting it gives back: the exclusive blocks at the average of their domain.
+    pub reclaimable_bytes: u64,
     /// Bytes written since it was made.
     pub written_bytes: u64,
     /// When it was made, ms since 1970.

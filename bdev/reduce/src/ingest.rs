@@ -107,7 +107,6 @@ pub(crate) struct Target4k {
     pub domain: DomainId,
     pub generation: Generation,
     pub blocks: u64,
-    pub epoch: Epoch,
     pub compression: Compression,
     pub hasher: Arc<Hasher>,
 }
@@ -123,7 +122,6 @@ impl Pool {
             domain: d.record.id,
             generation: d.generation,
             blocks: v.record.blocks,
-            epoch: shard.epoch(),
             compression: v.record.compression.unwrap_or(shard.pool.compression),
             hasher: d.hasher.clone(),
         })
@@ -317,10 +315,7 @@ impl Pool {
             let shard = self.shard.borrow();
             let gone = |_| Status::INVALID_NAMESPACE;
             let volume = shard.volume(target.volume).map_err(gone)?;
-            if lba + scratch.entries.len() as u64 > volume.record.blocks {
-                // It shrank while this waited.
-                return Err(Status::LBA_OUT_OF_RANGE);
-            }
+            volume.check_change(lba + scratch.entries.len() as u64)?;
             shard
                 .needs_of_fill(target.volume, lba, scratch.entries.len() as u64, &mut needs)
                 .map_err(gone)?;
@@ -477,7 +472,9 @@ impl Pool {
 
     /// Points blocks of a volume to the piece's entries. Their leaves are in RAM, their chunks alive or just stored.
     fn set_blocks(&self, target: &Target4k, lba: u64, scratch: &mut Scratch) -> Result<(), Status> {
-        scratch.entries.iter_mut().for_each(|entry| entry.birth = target.epoch);
+        // The epoch of now, not of the write's start: a snapshot may have come in between.
+        let epoch = self.shard.borrow().epoch();
+        scratch.entries.iter_mut().for_each(|entry| entry.birth = epoch);
         scratch.runs.clear();
         runs(scratch.entries.iter().copied(), &mut scratch.runs);
         let scope = Scope::Domain { domain: target.domain, generation: target.generation };
@@ -625,7 +622,6 @@ impl Pool {
         if lba + count > target.blocks {
             return Err(Status::LBA_OUT_OF_RANGE);
         }
-        let entry = MapEntry { target: kind, birth: target.epoch, host_key };
         let scope = Scope::Domain { domain: target.domain, generation: target.generation };
         let mut at = lba;
         let end = lba + count;
@@ -651,6 +647,13 @@ impl Pool {
                 self.load_all(needs, &mut pins).await?;
             }
             self.check_alive()?;
+            let entry = {
+                let shard = self.shard.borrow();
+                let v = shard.volume(target.volume).map_err(|_| Status::INVALID_NAMESPACE)?;
+                // Giving up is always possible, also what is being cut off.
+                v.check_change(if kind == Target::Unmapped { 0 } else { at + step })?;
+                MapEntry { target: kind, birth: shard.epoch(), host_key }
+            };
             self.push(scope, &Record::MapFill { volume: target.volume, lba: Lba(at), count: step, entry });
             let now = self.now();
             let result = self.shard.borrow_mut().map_fill(target.volume, Lba(at), step, entry, now);
@@ -667,11 +670,14 @@ impl Pool {
             {
                 let shard = self.shard.borrow();
                 let v = shard.volumes.get(&volume.0).ok_or(Status::INVALID_NAMESPACE)?;
-                if v.chunks + v.special == 0 {
+                if v.chunks + v.special == 0 && v.record.base.is_none() {
                     return Ok(end);
                 }
                 for _ in 0..4096 {
-                    let absent = matches!(v.tree.find(at / 512), crate::tree::Found::Absent);
+                    let absent = matches!(v.tree.find(at / 512), crate::tree::Found::Absent)
+                        && v.record
+                            .base
+                            .is_none_or(|(base, below)| at >= below || shard.shows_nothing(base, at / 512));
                     if at >= end || !absent {
                         return Ok(at.min(end));
                     }

@@ -5,9 +5,9 @@
 //!   volume   a volume as a block device (per-core queue -> the pool's home reactor)
 //!      |-- ingest   write path: hash, look up, compress, seal, journal, apply     log: the open data segments
 //!      |-- read     read path: resolve, fetch, verify, decode
-//!   shard    the state, and the fold of journal records over it                   tree, segments, index: its parts
+//!   shard    the state, and the fold of journal records over it                   tree, segments, index, family: its parts
 //!   load     brings nodes to RAM     commit  group commit     checkpoint, meta  state to disk
-//!   open, anchors, owner, replay     making, opening, recovery                    gc, check, repair, admin
+//!   open, anchors, owner, replay     making, opening, recovery                    gc, check, repair, admin, snapshots
 //! ```
 //!
 //! Write order, in one line: data, flush, journal batch, flush, completion of the flush; a checkpoint is nodes, flush,
@@ -25,6 +25,7 @@ mod commit;
 mod core;
 mod damage;
 mod error;
+mod family;
 mod gc;
 mod hash;
 mod index;
@@ -44,6 +45,7 @@ mod repair;
 mod replay;
 mod segments;
 mod shard;
+mod snapshots;
 mod tree;
 mod volume;
 

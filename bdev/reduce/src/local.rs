@@ -13,6 +13,7 @@ use crate::info::{CheckReport, CreateOptions, DomainInfo, KeySource, PoolInfo, V
 use crate::manager::kek;
 use crate::open::{self, Making, Opening};
 use crate::pool::Pool;
+use crate::shard::Volume;
 
 /// An open pool whose home is the current reactor.
 #[derive(Clone)]
@@ -91,8 +92,45 @@ impl LocalPool {
     pub async fn delete_volume(&self, volume: &str) -> Result<(), PoolError> {
         let id = self.pool.find_volume(volume)?;
         let Some(info) = self.pool.volume_info(id) else { return Ok(()) };
+        self.pool.check_deletable(id)?;
         self.unregister(&info)?;
         self.pool.delete_volume(id).await
+    }
+
+    /// Takes a snapshot of a volume and registers its bdev.
+    ///
+    /// # Errors
+    /// As [`crate::PoolManager::snapshot_volume`].
+    pub async fn snapshot_volume(&self, volume: &str, name: &str) -> Result<VolumeInfo, PoolError> {
+        let id = self.pool.find_volume(volume)?;
+        let (info, device) = self.pool.snapshot_volume(id, name).await?;
+        self.registry.register(device)?;
+        Ok(info)
+    }
+
+    /// Makes a clone of a snapshot and registers its bdev.
+    ///
+    /// # Errors
+    /// As [`crate::PoolManager::clone_volume`].
+    pub async fn clone_volume(&self, snapshot: &str, name: &str) -> Result<VolumeInfo, PoolError> {
+        let id = self.pool.find_volume(snapshot)?;
+        let (info, device) = self.pool.clone_volume(id, name).await?;
+        self.registry.register(device)?;
+        Ok(info)
+    }
+
+    /// Gives a volume a map of its own.
+    ///
+    /// # Errors
+    /// As [`crate::PoolManager::own_volume`].
+    pub async fn own_volume(&self, volume: &str, parent_only: bool) -> Result<(), PoolError> {
+        let id = self.pool.find_volume(volume)?;
+        self.pool.own_volume(id, parent_only).await
+    }
+
+    /// Whether deleted volumes are still giving back what they had.
+    pub fn is_deleting(&self) -> bool {
+        self.pool.shard.borrow().volumes.values().any(Volume::is_deleting)
     }
 
     fn unregister(&self, info: &VolumeInfo) -> Result<(), PoolError> {

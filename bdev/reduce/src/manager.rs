@@ -20,6 +20,7 @@ use crate::info::{CheckReport, CreateOptions, DomainInfo, KeySource, PoolInfo, V
 use crate::local::LocalPool;
 use crate::open::{self, Making, Opening};
 use crate::pool::{Pool, PoolRef};
+use crate::volume::VolumeDevice;
 
 /// How long a device may take to drain before a removal is given up.
 const DRAIN: Duration = Duration::from_secs(30);
@@ -257,10 +258,10 @@ impl PoolManager {
         })
     }
 
-    /// Changes the pool's name.
+    /// Changes the pool's name, and the aliases of its volumes with it; whoever has them open keeps them.
     ///
     /// # Errors
-    /// The new name is taken or not possible, or a volume of the pool is in use (its alias would change).
+    /// The new name is taken or not possible.
     pub fn rename(&self, name: &str, new_name: &str) -> Result<(), PoolError> {
         let _one = locked(&self.serial);
         let pool = self.find(name)?;
@@ -273,15 +274,17 @@ impl PoolManager {
         if locked(&self.pools).iter().any(|other| other.name() == new_name) {
             return Err(PoolError::PoolExists(new_name.to_owned()));
         }
-        self.check_unused(&self.volumes(name)?)?;
-        self.unregister_volumes(&pool)?;
         let renamed = new_name.to_owned();
-        let result = self.on_home(&pool, move |pool| async move { pool.rename(&renamed).await });
-        if result.is_ok() {
-            new_name.clone_into(&mut locked(&pool.name));
+        self.on_home(&pool, move |pool| async move { pool.rename(&renamed).await })?;
+        new_name.clone_into(&mut locked(&pool.name));
+        for volume in self.volumes(new_name)? {
+            let aliases = vec![format!("{new_name}/{}", volume.name)];
+            if let Err(error) = self.registry.set_aliases(&volume.uuid.to_string(), aliases) {
+                // It keeps its old alias until the pool is opened again.
+                tracing::error!(pool = new_name, volume = volume.name, %error, "a volume's alias can not be changed");
+            }
         }
-        self.register_volumes(&pool)?;
-        result
+        Ok(())
     }
 
     fn check_unused(&self, volumes: &[VolumeInfo]) -> Result<(), PoolError> {
@@ -294,17 +297,6 @@ impl PoolManager {
                     volume.pool, volume.name
                 )));
             }
-        }
-        Ok(())
-    }
-
-    fn register_volumes(&self, pool: &PoolRef) -> Result<(), PoolError> {
-        let devices = self.on_home(pool, |pool| async move {
-            let volumes = pool.live_volumes();
-            Ok(volumes.into_iter().filter_map(|id| pool.device(id)).collect::<Vec<_>>())
-        })?;
-        for device in devices {
-            self.registry.register(device)?;
         }
         Ok(())
     }
@@ -350,9 +342,63 @@ impl PoolManager {
     pub fn delete_volume(&self, pool: &str, volume: &str) -> Result<(), PoolError> {
         let reference = self.find(pool)?;
         let info = self.volume(pool, volume)?;
+        let id = info.id;
+        self.on_home(&reference, move |pool| async move { pool.check_deletable(id) })?;
         self.check_unused(std::slice::from_ref(&info))?;
         self.unregister(&info.uuid)?;
-        self.on_home(&reference, move |pool| async move { pool.delete_volume(info.id).await })
+        let deleted = self.on_home(&reference, move |pool| async move { pool.delete_volume(id).await });
+        if deleted.is_err() {
+            // A clone may have come in between.
+            self.reregister(&reference, id)?;
+        }
+        deleted
+    }
+
+    /// Takes a snapshot of a volume and registers its bdev (read-only). Takes the same time whatever the volume has.
+    ///
+    /// # Errors
+    /// There is none, or it is read-only; the name is taken or not possible.
+    pub fn snapshot_volume(&self, pool: &str, volume: &str, name: &str) -> Result<VolumeInfo, PoolError> {
+        let (id, name) = (self.volume(pool, volume)?.id, name.to_owned());
+        self.derive(pool, move |pool| async move { pool.snapshot_volume(id, &name).await })
+    }
+
+    /// Makes a volume with what a snapshot (or read-only volume) has, and registers its bdev.
+    ///
+    /// # Errors
+    /// There is none, or it is writable; the name is taken or not possible.
+    pub fn clone_volume(&self, pool: &str, snapshot: &str, name: &str) -> Result<VolumeInfo, PoolError> {
+        let (id, name) = (self.volume(pool, snapshot)?.id, name.to_owned());
+        self.derive(pool, move |pool| async move { pool.clone_volume(id, &name).await })
+    }
+
+    fn derive<F, Fut>(&self, pool: &str, make: F) -> Result<VolumeInfo, PoolError>
+    where
+        F: FnOnce(std::rc::Rc<Pool>) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<(VolumeInfo, Arc<VolumeDevice>), PoolError>> + 'static,
+    {
+        let reference = self.find(pool)?;
+        let (info, device) = self.on_home(&reference, make)?;
+        if let Err(error) = self.registry.register(device) {
+            let id = info.id;
+            self.on_home(&reference, move |pool| async move { pool.delete_volume(id).await })?;
+            return Err(error.into());
+        }
+        Ok(info)
+    }
+
+    /// Gives a volume a map of its own: it shares nothing with its snapshots and depends on no other volume any more. Returns
+    /// when that is so. With `parent_only` only what ties it to the snapshot that it goes on from.
+    ///
+    /// # Errors
+    /// There is none, or it is read-only; with `parent_only`: it goes on from none. What is done stays when it stops half-way.
+    pub fn own_volume(&self, pool: &str, volume: &str, parent_only: bool) -> Result<VolumeInfo, PoolError> {
+        let info = self.volume(pool, volume)?;
+        let id = info.id;
+        let owned = self
+            .on_home(&self.find(pool)?, move |pool| async move { pool.own_volume(id, parent_only).await });
+        owned?;
+        self.volume(pool, &info.uuid.to_string())
     }
 
     /// Changes a volume's size (rounded up to 4 KiB). What lies beyond a smaller size is lost.
@@ -380,38 +426,43 @@ impl PoolManager {
         self.volume(pool, &before.uuid.to_string())
     }
 
-    /// Changes a volume's name.
+    /// Changes a volume's name, and its alias with it; whoever has it open keeps it.
     ///
     /// # Errors
-    /// The name is taken or not possible; the volume is claimed (its alias would change).
+    /// The name is taken or not possible.
     pub fn rename_volume(&self, pool: &str, volume: &str, new_name: &str) -> Result<VolumeInfo, PoolError> {
         let reference = self.find(pool)?;
         let info = self.volume(pool, volume)?;
-        self.check_unused(std::slice::from_ref(&info))?;
-        self.unregister(&info.uuid)?;
-        let (id, name) = (info.id, new_name.to_owned());
-        let result = self.on_home(&reference, move |pool| async move { pool.rename_volume(id, &name).await });
-        self.reregister(&reference, id)?;
-        result?;
-        self.volume(pool, &info.uuid.to_string())
+        if info.name == new_name {
+            return Ok(info);
+        }
+        let uuid = info.uuid.to_string();
+        let rename = |name: &str| {
+            let (id, name) = (info.id, name.to_owned());
+            self.on_home(&reference, move |pool| async move { pool.rename_volume(id, &name).await })
+        };
+        rename(new_name)?;
+        if let Err(error) = self.registry.set_aliases(&uuid, vec![format!("{}/{new_name}", info.pool)]) {
+            // Another kind of device has it.
+            rename(&info.name)?;
+            return Err(error.into());
+        }
+        self.volume(pool, &uuid)
     }
 
-    /// Makes a volume read-only or writable again.
+    /// Makes a volume read-only or writable again, also while it is open. Writes under way are done or refused.
     ///
     /// # Errors
-    /// There is none, or it is claimed.
+    /// There is none; it is a snapshot or has clones and has to stay read-only.
     pub fn set_read_only(&self, pool: &str, volume: &str, read_only: bool) -> Result<VolumeInfo, PoolError> {
         let reference = self.find(pool)?;
         let info = self.volume(pool, volume)?;
-        self.check_unused(std::slice::from_ref(&info))?;
-        self.unregister(&info.uuid)?;
+        let bdev = self.registry.get(&info.uuid.to_string())?;
         let id = info.id;
         let (set, clear) =
             if read_only { (volume_flags::READ_ONLY, 0) } else { (0, volume_flags::READ_ONLY) };
-        let result =
-            self.on_home(&reference, move |pool| async move { pool.flag_volume(id, set, clear).await });
-        self.reregister(&reference, id)?;
-        result?;
+        self.on_home(&reference, move |pool| async move { pool.flag_volume(id, set, clear).await })?;
+        bdev.set_read_only(read_only);
         self.volume(pool, &info.uuid.to_string())
     }
 

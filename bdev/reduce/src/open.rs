@@ -350,6 +350,8 @@ fn assemble(
         domains: BTreeMap::new(),
         volumes: BTreeMap::new(),
         gone: BTreeMap::new(),
+        families: Default::default(),
+        views: Default::default(),
         segments: Segments::new(geometry, owner_epoch),
         index: Index::new(index_bytes),
         meter: meter.clone(),
@@ -397,6 +399,7 @@ fn assemble(
         idle: Notify::new(),
         parked: Cell::new(0),
         jobs: RefCell::default(),
+        deleting: Cell::new(false),
         auditing: Cell::new(false),
         read_only: opening.read_only,
         heart_stopped: Cell::new(false),
@@ -450,6 +453,7 @@ impl Pool {
                 shard.volumes.insert(record.id.0, Volume::open(record, &shard.meter));
             }
         }
+        shard.link_all();
         shard.pool = catalogue.record;
         let mut meta = self.meta.try_lock().ok_or_else(|| self.damage("busy while opening"))?;
         *meta = Meta::new(catalogue.domains, catalogue.volumes, catalogue.segments, catalogue.pool_ptr);

@@ -143,6 +143,8 @@ pub(crate) struct Pool {
     pub parked: Cell<u64>,
     /// Volumes that background work is at.
     pub jobs: RefCell<std::collections::HashSet<cryptfold_reduce_format::ids::VolumeId>>,
+    /// Deletions are being finished.
+    pub deleting: Cell<bool>,
     /// Changes are held back while the pool is audited.
     pub auditing: Cell<bool>,
     /// Opened to be audited only: nothing is written.

@@ -5,6 +5,7 @@
 //! fragments are verified, decrypted and decoded, each once, straight to where the data is wanted.
 
 use std::collections::VecDeque;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use cryptfold_bdev::{BlockRange, Status, UnmappedRanges};
@@ -13,14 +14,14 @@ use cryptfold_reduce_format::codec::{Codec, Decompressor};
 use cryptfold_reduce_format::container::FragmentEntry;
 use cryptfold_reduce_format::fragment::{self, CHUNK_BYTES};
 use cryptfold_reduce_format::ids::{ChunkAddr, DomainId, Incarnation, VolumeId};
-use cryptfold_reduce_format::map::Target;
+use cryptfold_reduce_format::map::{MAP_ENTRIES, MapEntry, MapLeaf, Target};
 use smallvec::SmallVec;
 
 use crate::base::Base;
 use crate::core::Core;
 use crate::pool::Pool;
 use crate::segments::Segment;
-use crate::shard::{Need, Needs, Shard, leaf_of};
+use crate::shard::{Need, Needs, Shard, Volume, leaf_of};
 use crate::tree::{Found, Leaf, Tree};
 
 /// Blocks that are read in one step: 1 MiB.
@@ -408,21 +409,37 @@ fn resolve(
     while at < count {
         let (index, first) = leaf_of(lba + at as u64);
         let here = (512 - first).min(count - at);
-        let leaf = match v.tree.find(index) {
-            Found::Here(leaf) => leaf,
-            Found::Absent => {
-                push(&mut extents, at, here, Source::Unmapped);
-                at += here;
-                continue;
-            }
+        let own = match v.tree.find(index) {
+            _ if v.is_snapshot() => None,
+            Found::Here(leaf) => Some(leaf),
+            Found::Absent => None,
             Found::Away(_) => {
                 need(&v.tree, volume.0, index, needs);
                 at += here;
                 continue;
             }
         };
+        let base = match inherited(shard, v, index, needs)? {
+            Some(leaf) => leaf,
+            None => {
+                at += here;
+                continue;
+            }
+        };
+        if own.is_none() && base.is_none() {
+            push(&mut extents, at, here, Source::Unmapped);
+            at += here;
+            continue;
+        }
         for slot in first..first + here {
-            let source = match leaf.get(slot).target {
+            let mut entry = own.map_or_else(MapEntry::default, |leaf| leaf.get(slot));
+            if let Some((leaf, below)) = &base
+                && entry.is_none()
+                && slot < *below
+            {
+                entry = leaf.get(slot);
+            }
+            let source = match entry.target {
                 Target::Unmapped => Some(Source::Unmapped),
                 Target::Zero => Some(Source::Zero),
                 Target::Pattern(word) => Some(Source::Pattern(word)),
@@ -436,6 +453,30 @@ fn resolve(
         }
     }
     Ok((extents, units))
+}
+
+/// A leaf that shows what a volume does not have itself, up to which slot.
+type Inherited = (Rc<MapLeaf>, usize);
+
+/// What a volume inherits in a leaf, if anything; the outer `None`: something is missing.
+#[allow(clippy::option_option)]
+fn inherited(
+    shard: &Shard,
+    v: &Volume,
+    index: u64,
+    needs: &mut Needs,
+) -> Result<Option<Option<Inherited>>, Status> {
+    let (from, below) = match v.record.base {
+        _ if v.is_snapshot() => (v.record.id, v.record.blocks),
+        Some(base) => base,
+        None => return Ok(Some(None)),
+    };
+    let below = below.saturating_sub(index * MAP_ENTRIES as u64).min(MAP_ENTRIES as u64) as usize;
+    if below == 0 {
+        return Ok(Some(None));
+    }
+    let leaf = shard.view(from, index, needs).map_err(|_| Status::INTERNAL_ERROR)?;
+    Ok(leaf.map(|leaf| leaf.map(|leaf| (leaf, below))))
 }
 
 fn resolve_chunk(

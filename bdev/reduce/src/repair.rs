@@ -19,7 +19,7 @@ use std::rc::Rc;
 use cryptfold_bdev::Status;
 use cryptfold_reactor as reactor;
 use cryptfold_reduce_format::fingerprint::{Fingerprint, HashId};
-use cryptfold_reduce_format::ids::{ChunkAddr, ContainerId, DomainId, HostKeyId, SLOTS};
+use cryptfold_reduce_format::ids::{ChunkAddr, ContainerId, DomainId, Epoch, HostKeyId, SLOTS};
 use cryptfold_reduce_format::map::{MAP_ENTRIES, MapEntry, Target};
 use cryptfold_reduce_format::node::{self, FANOUT, Interior};
 
@@ -143,6 +143,7 @@ impl Pool {
         let facts = self.shard.borrow().volumes.get(&id).map(|v| (v.record.blocks, v.record.domain));
         let Some((blocks, domain)) = facts else { return Ok(()) };
         let (mut chunks, mut special) = (0, 0);
+        let mut births = BTreeMap::new();
         for index in 0..blocks.div_ceil(MAP_ENTRIES as u64) {
             if index % 64 == 63 {
                 reactor::yield_now().await;
@@ -159,12 +160,15 @@ impl Pool {
             if let Some(missing) = self.lost_node(node::Tree::Map, id, index).await? {
                 self.give_up_map(id, missing, blocks, log)?;
             }
-            let counted = self.repair_leaf(id, domain, index, found, log).await?;
+            let counted = self.repair_leaf(id, domain, index, (&mut *found, &mut births), log).await?;
             chunks += counted.0;
             special += counted.1;
             self.relieve().await?;
         }
         let mut shard = self.shard.borrow_mut();
+        if shard.recount_births(id, &births) {
+            log.repair(format!("volume {id}: chunks by birth counted again"));
+        }
         if let Some(v) = shard.volumes.get_mut(&id)
             && (v.chunks, v.special) != (chunks, special)
         {
@@ -196,7 +200,6 @@ impl Pool {
         let first = missing.index * span;
         self.replace_node(node::Tree::Map, id, missing);
         let mut shard = self.shard.borrow_mut();
-        let birth = shard.epoch();
         let Some(v) = shard.volumes.get_mut(&id) else { return Ok(()) };
         let mut lost = 0;
         for index in first..first + span {
@@ -207,7 +210,8 @@ impl Pool {
             }
             let leaf = v.tree.get_mut(index);
             for at in 0..(blocks - start).min(MAP_ENTRIES as u64) {
-                leaf.set(at as usize, uncorrectable(birth));
+                // As old as can be: snapshots that showed what was here have lost it too.
+                leaf.set(at as usize, uncorrectable(OLDEST));
                 lost += 1;
             }
         }
@@ -224,7 +228,7 @@ impl Pool {
         id: u32,
         domain: DomainId,
         index: u64,
-        found: &mut Seen,
+        (found, births): (&mut Seen, &mut BTreeMap<u32, u64>),
         log: &mut CheckReport,
     ) -> Result<(u64, u64), Status> {
         let mut pins = self.pins();
@@ -245,6 +249,7 @@ impl Pool {
                 Target::Chunk(addr) if !self.is_there(domain, addr, found).await? => gone.push(at),
                 Target::Chunk(addr) => {
                     chunks += 1;
+                    *births.entry(entry.birth.0).or_default() += 1;
                     let key = (domain.0, addr.container().get());
                     let counts = found.counts.entry(key).or_insert_with(|| Box::new([0; SLOTS]));
                     counts[usize::from(addr.slot())] += 1;
@@ -253,10 +258,10 @@ impl Pool {
         }
         if !gone.is_empty() {
             let mut shard = self.shard.borrow_mut();
-            let birth = shard.epoch();
             if let Some(v) = shard.volumes.get_mut(&id) {
                 let leaf = v.tree.get_mut(index);
-                gone.iter().for_each(|&at| leaf.set(at, uncorrectable(birth)));
+                // Whoever showed the chunk shows this.
+                gone.iter().for_each(|&at| leaf.set(at, uncorrectable(entries[at].birth)));
             }
             log.repair(format!(
                 "volume {id}: {} of the blocks {} .. {} are uncorrectable: their chunks are gone",
@@ -439,6 +444,9 @@ impl Pool {
     }
 }
 
-fn uncorrectable(birth: cryptfold_reduce_format::ids::Epoch) -> MapEntry {
+/// Birth of what was there before all snapshots.
+const OLDEST: Epoch = Epoch(1);
+
+fn uncorrectable(birth: Epoch) -> MapEntry {
     MapEntry { target: Target::Uncorrectable, birth, host_key: HostKeyId(0) }
 }

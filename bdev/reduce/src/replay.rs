@@ -246,6 +246,16 @@ impl Pool {
             Record::MapFill { volume, lba, count, .. } => {
                 shard.needs_of_fill(*volume, lba.0, *count, needs)?
             }
+            Record::MapMerge { volume, leaf, count } => {
+                for leaf in *leaf..leaf + u64::from(*count) {
+                    shard.needs_of_merge(*volume, leaf, needs)?;
+                }
+            }
+            Record::MapOwn { volume, leaf, count, from } => {
+                for leaf in *leaf..leaf + u64::from(*count) {
+                    shard.needs_of_own(*volume, leaf, *from, needs)?;
+                }
+            }
             _ => {}
         }
         Ok(())

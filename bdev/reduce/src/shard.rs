@@ -10,6 +10,7 @@
 //!   its slots has references, and leaves its container when the last one loses them;
 //! - a fragment that was never referenced (its writer died in between) stays in its container, dead, and counts nowhere.
 
+use std::cell::RefCell;
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
@@ -24,8 +25,7 @@ use cryptfold_reduce_format::keys::{DataKey, FingerprintSecret, Secret};
 use cryptfold_reduce_format::map::{MAP_ENTRIES, MapEntry, MapLeaf, Target};
 use cryptfold_reduce_format::node;
 use cryptfold_reduce_format::record::{
-    DomainRecord, DomainShard, GenerationState, PoolRecord, TreeRoot, UnknownField, VolumeRecord,
-    volume_flags,
+    DomainRecord, DomainShard, GenerationState, PoolRecord, TreeRoot, VolumeRecord, volume_flags,
 };
 use cryptfold_reduce_format::segment::Class;
 use cryptfold_reduce_format::{container, keys};
@@ -33,12 +33,11 @@ use smallvec::SmallVec;
 use thiserror::Error;
 use uuid::Uuid;
 
+use crate::family::{Births, Families, Group, Kept, Views};
 use crate::index::{Index, Key};
 use crate::segments::Segments;
 use crate::tree::{Found, Leaf, Meter, Missing, Tree};
 
-/// Tag of a volume record's field with the number of zero and pattern blocks, u64.
-const TAG_SPECIAL: u16 = 18;
 /// A slot with more references than this is not referenced again: another copy is stored.
 const MAX_REFS: u32 = u32::MAX - (1 << 20);
 
@@ -115,6 +114,13 @@ pub(crate) struct Volume {
     /// Blocks that are zeros or patterns.
     pub special: u64,
     pub written_bytes: u64,
+    /// Its chunks by birth.
+    pub births: Births,
+    /// A volume's newest snapshot, which gets what the volume loses; and its birth (0 = no snapshot).
+    pub keeper: Option<VolumeId>,
+    pub shared: Epoch,
+    /// Nothing is written from this block on, while the volume shrinks.
+    pub fence: u64,
 }
 
 /// See the module's head.
@@ -125,6 +131,8 @@ pub(crate) struct Shard {
     pub volumes: BTreeMap<u32, Volume>,
     /// Volumes that are gone, until a checkpoint has given back the nodes of their (empty) maps.
     pub gone: BTreeMap<u32, Volume>,
+    pub families: Families,
+    pub views: RefCell<Views>,
     pub segments: Segments,
     pub index: Index,
     pub meter: Meter,
@@ -215,13 +223,16 @@ impl Domain {
 impl Volume {
     /// A volume with an empty cache.
     pub fn open(record: VolumeRecord, meter: &Meter) -> Volume {
-        let special = record.unknown.iter().find(|field| field.tag == TAG_SPECIAL);
-        let special = special.and_then(|f| f.value.as_slice().try_into().ok()).map_or(0, u64::from_le_bytes);
+        let chunks = record.counters[0].saturating_sub(record.special);
         Volume {
             tree: Tree::new(record.map, meter.clone()),
-            chunks: record.counters[0].saturating_sub(special),
-            special,
+            chunks,
+            special: record.special,
             written_bytes: record.counters[1],
+            births: Births::from_record(&record.births, chunks),
+            keeper: None,
+            shared: Epoch(0),
+            fence: u64::MAX,
             record,
         }
     }
@@ -230,10 +241,9 @@ impl Volume {
     pub fn to_record(&self) -> VolumeRecord {
         let mut record = self.record.clone();
         record.map = self.tree.root();
-        record.counters = [self.chunks + self.special, self.written_bytes, 0];
-        record.unknown.retain(|field| field.tag != TAG_SPECIAL);
-        let value = self.special.to_le_bytes().to_vec();
-        record.unknown.push(UnknownField { tag: TAG_SPECIAL, value });
+        record.counters = [self.chunks + self.special, self.written_bytes, record.counters[2]];
+        record.special = self.special;
+        record.births = self.births.to_record();
         record
     }
 
@@ -260,7 +270,8 @@ impl Shard {
 
     // ---- what has to be in RAM
 
-    fn need<L: Leaf>(tree: &Tree<L>, owner: u32, index: u64, needs: &mut Needs) -> bool {
+    /// Whether a leaf is in RAM or absent; if not, adds what is missing.
+    pub fn need<L: Leaf>(tree: &Tree<L>, owner: u32, index: u64, needs: &mut Needs) -> bool {
         match tree.locate(index) {
             None => true,
             Some(missing) => {
@@ -298,13 +309,22 @@ impl Shard {
             let here = ((MAP_ENTRIES - first) as u64).min(lba + count - at);
             match v.tree.find(index) {
                 Found::Here(leaf) => {
+                    let mut kept = false;
                     for entry in first..first + here as usize {
-                        let Some(addr) = leaf.get(entry).chunk() else { continue };
+                        let entry = leaf.get(entry);
+                        if v.keeps(&entry) {
+                            kept = true;
+                            continue;
+                        }
+                        let Some(addr) = entry.chunk() else { continue };
                         if last != Some(addr.container()) {
                             last = Some(addr.container());
                             let number = addr.container().get();
                             Shard::need(&domain.containers, domain.record.id.0, number, needs);
                         }
+                    }
+                    if let Some(keeper) = v.keeper.filter(|_| kept) {
+                        Shard::need(&self.volume(keeper)?.tree, keeper.0, index, needs);
                     }
                 }
                 Found::Absent => {}
@@ -446,6 +466,12 @@ impl Shard {
             }
             Record::MapSet { volume, lba, runs } => self.map_set(volume, lba, runs, now),
             Record::MapFill { volume, lba, count, entry } => self.map_fill(volume, lba, count, entry, now),
+            Record::MapMerge { volume, leaf, count } => {
+                (leaf..leaf + u64::from(count)).try_for_each(|leaf| self.map_merge(volume, leaf, now))
+            }
+            Record::MapOwn { volume, leaf, count, from } => {
+                (leaf..leaf + u64::from(count)).try_for_each(|leaf| self.map_own(volume, leaf, from, now))
+            }
             _ => self.apply_catalogue(record, wrap),
         }
     }
@@ -454,29 +480,37 @@ impl Shard {
         let bad = |error: cryptfold_reduce_format::wire::WireError| ApplyError::Record(error.to_string());
         match *record {
             Record::VolumeCreate { record } => {
-                let record = VolumeRecord::decode(record).map_err(bad)?;
-                self.domain(record.domain)?;
-                self.pool.next_volume = VolumeId(self.pool.next_volume.0.max(record.id.0 + 1));
-                self.volumes.insert(record.id.0, Volume::open(record, &self.meter));
+                self.add_volume(VolumeRecord::decode(record).map_err(bad)?)?;
             }
-            Record::VolumeResize { volume, blocks } => self.volume_mut(volume)?.record.blocks = blocks,
+            Record::Clone { snapshot, record } => {
+                let record = VolumeRecord::decode(record).map_err(bad)?;
+                if record.base.is_none_or(|(base, _)| base != snapshot) {
+                    return Err(ApplyError::Record(format!(
+                        "clone {} of {snapshot} has another base",
+                        record.id
+                    )));
+                }
+                self.add_volume(record)?;
+            }
+            Record::Snapshot { volume, epoch, record } => {
+                self.add_snapshot(volume, epoch, VolumeRecord::decode(record).map_err(bad)?)?;
+            }
+            Record::VolumeResize { volume, blocks } => {
+                let record = &mut self.volume_mut(volume)?.record;
+                record.blocks = blocks;
+                // What lay beyond does not come back when it grows again.
+                record.base = record.base.map(|(base, below)| (base, below.min(blocks)));
+            }
             Record::VolumeRename { volume, name } => self.volume_mut(volume)?.record.name = name.to_owned(),
             Record::VolumeFlags { volume, set, clear } => {
                 let flags = &mut self.volume_mut(volume)?.record.flags;
                 *flags = *flags & !clear | set;
             }
             Record::VolumeUpdate { record } => {
-                let new = VolumeRecord::decode(record).map_err(bad)?;
-                let volume = self.volume_mut(new.id)?;
-                volume.record = new;
+                self.update_volume(VolumeRecord::decode(record).map_err(bad)?)?;
             }
-            Record::VolumeDelete { volume } => {
-                self.volume_mut(volume)?.record.flags |= volume_flags::DELETING;
-            }
-            Record::VolumeGone { volume } => {
-                let gone = self.volumes.remove(&volume.0).ok_or(ApplyError::NoVolume(volume))?;
-                self.gone.insert(volume.0, gone);
-            }
+            Record::VolumeDelete { volume } => self.delete_volume(volume)?,
+            Record::VolumeGone { volume } => self.remove_volume(volume)?,
             Record::DomainCreate { record } => {
                 let record = DomainRecord::decode(record).map_err(bad)?;
                 self.pool.next_domain = DomainId(self.pool.next_domain.0.max(record.id.0 + 1));
@@ -591,7 +625,7 @@ impl Shard {
             return Err(ApplyError::Beyond { volume, lba: lba.0 + count });
         }
         let mut at = lba.0;
-        let mut old: SmallVec<[ChunkAddr; 32]> = SmallVec::new();
+        let mut lost = Lost::default();
         for run in runs {
             let first = run.first();
             // References first: what replaces itself must not die in between.
@@ -603,14 +637,17 @@ impl Shard {
             }
             for entry in run.entries() {
                 let (index, slot) = leaf_of(at);
-                set_entry(v, d, index, slot, entry, &mut old);
+                set_entry(v, d, index, slot, entry, &mut lost);
                 at += 1;
             }
         }
-        for addr in old {
+        for addr in lost.dropped {
             drop_reference(d, &mut self.segments, &mut self.index, &mut self.emptied, addr, now)?;
         }
-        Ok(())
+        match v.keeper.filter(|_| !lost.kept.is_empty()) {
+            Some(keeper) => self.keep(keeper, &lost.kept),
+            None => Ok(()),
+        }
     }
 
     /// Blocks of a volume all become `entry`, which is no chunk.
@@ -626,22 +663,28 @@ impl Shard {
         let id = v.record.domain;
         let d = self.domains.get_mut(&id.0).ok_or(ApplyError::NoDomain(id))?;
         let mut at = lba.0;
-        let mut old: SmallVec<[ChunkAddr; 32]> = SmallVec::new();
+        let mut lost = Lost::default();
         while at < lba.0 + count {
             let (index, first) = leaf_of(at);
             let here = ((MAP_ENTRIES - first) as u64).min(lba.0 + count - at);
-            let skip = entry.target == Target::Unmapped && matches!(v.tree.find(index), Found::Absent);
+            // In a clone nothing is not unmapped.
+            let skip = entry.target == Target::Unmapped
+                && v.record.base.is_none()
+                && matches!(v.tree.find(index), Found::Absent);
             if !skip {
                 for slot in first..first + here as usize {
-                    set_entry(v, d, index, slot, entry, &mut old);
+                    set_entry(v, d, index, slot, entry, &mut lost);
                 }
             }
             at += here;
         }
-        for addr in old {
+        for addr in lost.dropped {
             drop_reference(d, &mut self.segments, &mut self.index, &mut self.emptied, addr, now)?;
         }
-        Ok(())
+        match v.keeper.filter(|_| !lost.kept.is_empty()) {
+            Some(keeper) => self.keep(keeper, &lost.kept),
+            None => Ok(()),
+        }
     }
 
     /// Remembers fingerprints that have references now.
@@ -659,43 +702,64 @@ impl Shard {
     }
 }
 
+/// What a change of a volume's map takes from it.
+#[derive(Default)]
+struct Lost {
+    /// These lose a reference.
+    dropped: SmallVec<[ChunkAddr; 32]>,
+    /// These go to the newest snapshot.
+    kept: SmallVec<[Kept; 2]>,
+}
+
+impl Volume {
+    /// Whether an entry of its map goes to its newest snapshot when it is replaced.
+    #[inline]
+    fn keeps(&self, entry: &MapEntry) -> bool {
+        entry.birth <= self.shared && !entry.is_none()
+    }
+}
+
 #[inline]
-fn set_entry(
-    v: &mut Volume,
-    d: &mut Domain,
-    index: u64,
-    slot: usize,
-    entry: MapEntry,
-    old: &mut SmallVec<[ChunkAddr; 32]>,
-) {
+fn set_entry(v: &mut Volume, d: &mut Domain, index: u64, slot: usize, entry: MapEntry, lost: &mut Lost) {
+    let hole = entry.target == Target::Unmapped;
+    let whole = v.record.base.is_none();
     let leaf = v.tree.get_mut(index);
     let before = leaf.get(slot);
-    // An unmapped block keeps no birth: an empty leaf need not be stored.
-    leaf.set(slot, if entry.target == Target::Unmapped { MapEntry::default() } else { entry });
+    // An unmapped block keeps no birth, but in a clone: an empty leaf need not be stored.
+    leaf.set(slot, if hole && whole { MapEntry::default() } else { entry });
+    let kept = v.keeps(&before);
+    let mut group: Group = None;
     match before.target {
         Target::Chunk(addr) => {
-            old.push(addr);
+            group = v.births.remove(before.birth);
             v.chunks = v.chunks.saturating_sub(1);
-            d.mapped = d.mapped.saturating_sub(1);
+            if !kept {
+                lost.dropped.push(addr);
+                d.mapped = d.mapped.saturating_sub(1);
+            }
         }
         Target::Zero | Target::Pattern(_) => v.special = v.special.saturating_sub(1),
         Target::Unmapped | Target::Uncorrectable => {}
     }
+    if kept {
+        lost.kept.push((index, slot as u16, before, group));
+    }
     match entry.target {
         Target::Chunk(_) => {
             v.chunks += 1;
+            v.births.add(None);
             d.mapped += 1;
         }
         Target::Zero | Target::Pattern(_) => v.special += 1,
         Target::Unmapped | Target::Uncorrectable => {}
     }
-    if entry.target != Target::Unmapped {
+    if !hole {
         v.written_bytes += 4096;
     }
 }
 
 #[inline]
-fn take_reference(
+pub(crate) fn take_reference(
     d: &mut Domain,
     segments: &mut Segments,
     addr: ChunkAddr,
@@ -718,7 +782,7 @@ fn take_reference(
     Ok(())
 }
 
-fn drop_reference(
+pub(crate) fn drop_reference(
     d: &mut Domain,
     segments: &mut Segments,
     index: &mut Index,

@@ -23,6 +23,7 @@ use cryptfold_reduce_format::record::volume_flags;
 use reactor::memory::{Buf, SgList};
 
 use crate::core::Core;
+use crate::info::VolumeInfo;
 use crate::ingest::{HASHED, PIECE, Prepared, Small, whole_chunks};
 use crate::pool::{Pool, PoolRef};
 use crate::read::steps;
@@ -109,17 +110,26 @@ impl Device for VolumeDevice {
     }
 
     fn driver_specific(&self) -> serde_json::Value {
-        serde_json::json!({
-            "lvol": {
-                "lvol_store_uuid": self.pool.uuid.to_string(),
-                "base_bdev": self.pool.base_name,
-                "thin_provision": true,
-                "snapshot": false,
-                "clone": false,
-                "esnap_clone": false,
-                "domain": self.domain,
+        let mut lvol = serde_json::json!({
+            "lvol_store_uuid": self.pool.uuid.to_string(),
+            "base_bdev": self.pool.base_name,
+            "thin_provision": true,
+            "esnap_clone": false,
+            "domain": self.domain,
+        });
+        // Not from other reactors, which must not wait.
+        if let Some((info, segment_bytes)) = self.now() {
+            lvol["num_allocated_clusters"] = info.logical_bytes.div_ceil(u64::from(segment_bytes)).into();
+            lvol["snapshot"] = info.snapshot.into();
+            lvol["clone"] = info.parent.is_some().into();
+            if let Some(parent) = info.parent {
+                lvol["base_snapshot"] = parent.into();
             }
-        })
+            if info.snapshot {
+                lvol["clones"] = info.clones.into();
+            }
+        }
+        serde_json::json!({ "lvol": lvol })
     }
 }
 
@@ -255,6 +265,21 @@ impl VolumeQueue {
 }
 
 impl VolumeDevice {
+    /// What the volume is now, and the bytes of a segment: from its home reactor and ordinary threads.
+    fn now(&self) -> Option<(VolumeInfo, u32)> {
+        let look = {
+            let (reference, id) = (self.pool.clone(), self.id);
+            move || {
+                let pool = reference.get()?;
+                Some((pool.volume_info(id)?, pool.segment_bytes))
+            }
+        };
+        if self.pool.home.is_current() {
+            return look();
+        }
+        self.pool.home.block_on(move || async move { look() }).ok().flatten()
+    }
+
     /// Runs `f` with the pool on its home.
     async fn on_home<F, Fut, T>(&self, f: F) -> Result<T, Status>
     where

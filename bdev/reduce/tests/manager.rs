@@ -113,14 +113,19 @@ fn a_pool_from_its_making_to_its_end() {
     let space = manager.info("pool").unwrap().space;
     assert_eq!(space.logical_bytes, (2048 + 1024) * 4096);
 
+    // Names and write protection change under whoever has it open.
+    let held = registry.open("pool/b", Access::ReadWrite, |_| ()).unwrap();
     manager.rename_volume("pool", "b", "c").unwrap();
     assert!(registry.get("pool/b").is_err());
     verify(&runtime, &registry, 1, "pool/c", 1024, 2);
     manager.set_read_only("pool", "c", true).unwrap();
-    assert!(registry.get("pool/c").unwrap().info().read_only);
+    assert!(held.bdev().is_read_only());
     manager.set_read_only("pool", "c", false).unwrap();
+    assert!(!held.bdev().is_read_only());
     manager.set_compression("pool", Compression::Lz4).unwrap();
     manager.rename("pool", "tank").unwrap();
+    assert_eq!(held.bdev().aliases(), ["tank/c"]);
+    drop(held);
     manager.create_domain("tank", "tenant").unwrap();
     assert_eq!(manager.domains("tank").unwrap().len(), 2);
     manager.close("tank").unwrap();
@@ -131,6 +136,7 @@ fn a_pool_from_its_making_to_its_end() {
     assert_eq!(again.compression, "lz4");
     verify(&runtime, &registry, 1, "tank/a", 2048, 1);
     verify(&runtime, &registry, 0, "tank/c", 1024, 2);
+    snapshots(&runtime, &registry, &manager);
     manager.delete_volume("tank", &b.uuid.to_string()).unwrap();
     assert_eq!(manager.volumes("tank").unwrap().len(), 1);
     manager.destroy("tank").unwrap();
@@ -139,6 +145,31 @@ fn a_pool_from_its_making_to_its_end() {
     manager.shutdown();
     assert!(manager.list().is_empty());
     runtime.stop();
+}
+
+/// From another core than the pool's, too.
+fn snapshots(runtime: &Runtime, registry: &Arc<Registry>, manager: &PoolManager) {
+    let snapshot = manager.snapshot_volume("tank", "a", "then").unwrap();
+    manager.clone_volume("tank", "then", "twin").unwrap();
+    let lvol = |name: &str| registry.get(name).unwrap().device().driver_specific()["lvol"].clone();
+    assert_eq!(lvol("tank/then")["clones"], serde_json::json!(["a", "twin"]));
+    assert_eq!(lvol("tank/a")["base_snapshot"], "then");
+    assert!(registry.get(&snapshot.uuid.to_string()).unwrap().is_read_only());
+    write(runtime, registry, 1, "tank/a", 512, 3);
+    write(runtime, registry, 0, "tank/twin", 256, 4);
+    for core in 0..2 {
+        verify(runtime, registry, core, "tank/a", 512, 3);
+        verify(runtime, registry, core, "tank/then", 2048, 1);
+        verify(runtime, registry, core, "tank/twin", 256, 4);
+    }
+    let refused = manager.delete_volume("tank", "then").unwrap_err();
+    assert_eq!((refused.code(), refused.to_string().contains("a, twin")), (-1, true), "{refused}");
+    assert!(matches!(manager.set_read_only("tank", "then", false), Err(PoolError::Invalid(_))));
+    let owned = manager.own_volume("tank", "twin", false).unwrap();
+    assert_eq!((owned.parent, owned.logical_bytes), (None, 2048 * 4096));
+    manager.delete_volume("tank", "then").unwrap();
+    manager.delete_volume("tank", "twin").unwrap();
+    assert!(manager.check("tank", true).unwrap().is_clean());
 }
 
 #[test]

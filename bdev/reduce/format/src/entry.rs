@@ -166,6 +166,24 @@ impl From<&FragmentEntry> for FragmentRaw {
     }
 }
 
+/// What [`Record::MapOwn`] makes a volume independent of.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum OwnFrom {
+    /// Its snapshots: they get entries of their own.
+    Snapshots = 1,
+    /// Its base (but not what that is based on).
+    Base = 2,
+    /// All that it is based on.
+    Bases = 3,
+}
+
+impl OwnFrom {
+    fn from_raw(raw: u8) -> Option<Self> {
+        [Self::Snapshots, Self::Base, Self::Bases].into_iter().find(|&from| from as u8 == raw)
+    }
+}
+
 /// A record.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Record<'a> {
@@ -270,6 +288,26 @@ pub enum Record<'a> {
         count: u64,
         /// What they become.
         entry: MapEntry,
+    },
+    /// Leaves of a deleted volume's or snapshot's map are given up: what the snapshot before it shares goes there.
+    MapMerge {
+        /// The volume or snapshot.
+        volume: VolumeId,
+        /// First leaf.
+        leaf: u64,
+        /// Leaves.
+        count: u32,
+    },
+    /// Leaves of a volume's map stop depending on others.
+    MapOwn {
+        /// The volume or snapshot.
+        volume: VolumeId,
+        /// First leaf.
+        leaf: u64,
+        /// Leaves.
+        count: u32,
+        /// Of what.
+        from: OwnFrom,
     },
     /// A volume is made.
     VolumeCreate {
@@ -395,6 +433,8 @@ struct SetRaw {
 
 /// Last block of a volume, at most 2^40 (4 PiB): keeps sums of blocks far from overflow.
 const MAX_BLOCKS: u64 = 1 << 40;
+/// Leaves of such a volume's map.
+const MAX_LEAVES: u64 = MAX_BLOCKS / MAP_ENTRIES as u64;
 
 impl<'a> Record<'a> {
     /// Appends the record. Fails, leaving a partial record behind, if it is out of range.
@@ -479,6 +519,19 @@ impl<'a> Record<'a> {
                 put(FillRaw { volume, lba, count: count.into(), entry: entry.to_raw() }.as_bytes());
                 21
             }
+            Self::MapMerge { volume, leaf, count } => {
+                put(&volume.0.to_le_bytes());
+                put(&leaf.to_le_bytes());
+                put(&count.to_le_bytes());
+                22
+            }
+            Self::MapOwn { volume, leaf, count, from } => {
+                put(&volume.0.to_le_bytes());
+                put(&leaf.to_le_bytes());
+                put(&count.to_le_bytes());
+                put(&[from as u8]);
+                23
+            }
             Self::VolumeCreate { record } => {
                 put(record);
                 30
@@ -554,6 +607,20 @@ impl<'a> Record<'a> {
             12 => Self::ContainerDrop { container: container(&mut reader)? },
             13..=15 => decode_container(kind, &mut reader)?,
             20 | 21 => decode_map(kind, &mut reader)?,
+            22 | 23 => {
+                let (volume, leaf, count) = (volume(&mut reader)?, reader.u64()?, reader.u32()?);
+                if count == 0 || leaf.checked_add(count.into()).is_none_or(|end| end > MAX_LEAVES) {
+                    return Err(range("leaves", count));
+                }
+                if kind == 22 {
+                    Self::MapMerge { volume, leaf, count }
+                } else {
+                    let raw = reader.u8()?;
+                    let from =
+                        OwnFrom::from_raw(raw).ok_or(range("what a map is made independent of", raw))?;
+                    Self::MapOwn { volume, leaf, count, from }
+                }
+            }
             30 => Self::VolumeCreate { record: rest(&mut reader) },
             31 => {
                 let (volume, blocks) = (volume(&mut reader)?, reader.u64()?);

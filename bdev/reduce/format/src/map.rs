@@ -26,7 +26,8 @@ const CHUNK: u8 = 3;
 /// What a block of a volume is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum Target {
-    /// Never written or discarded: reads as raw zeros, whatever the host's key.
+    /// Never written or discarded: reads as raw zeros, whatever the host's key. With a birth it is that for sure; without
+    /// one, a snapshot's or clone's entry says nothing, and others are asked ([`crate::record::VolumeRecord::family`]).
     #[default]
     Unmapped,
     /// Zeros before the host's encryption (raw zeros if the host-key id is 0).
@@ -106,6 +107,11 @@ impl MapEntry {
             return bad("map entry's word", word);
         }
         Ok(Self { target, birth: Epoch(raw.birth.get()), host_key: HostKeyId(raw.host_key.get()) })
+    }
+
+    /// Whether it says nothing: others are asked, and if there are none it is unmapped.
+    pub fn is_none(&self) -> bool {
+        self.target == Target::Unmapped && self.birth == Epoch(0)
     }
 
     /// The chunk, if it is one.

@@ -61,13 +61,13 @@ pub enum Tree {
     Volumes = 3,
     /// Leaves of [`crate::segtable::SEGMENTS_PER_LEAF`] entries. Owner: device.
     Segments = 4,
-    /// Leaves of 512 map entries. Owner: the volume that wrote the node; a clone shares its origin's nodes.
+    /// Leaves of 512 map entries. Owner: the volume or snapshot.
     Map = 5,
     /// One leaf per container: references and fragments. Owner: domain.
     Containers = 6,
     /// One leaf per container: fingerprints. Owner: domain.
     Fingerprints = 7,
-    /// Pages of chunk addresses that a snapshot holds alone. Owner: volume.
+    /// Not used: a snapshot's map is its dead list.
     DeadList = 8,
     /// Saved parts of the fingerprint index; may be missing or old. Owner: domain.
     Index = 9,
@@ -105,7 +105,7 @@ pub struct NodePtr {
     pub place: Place,
     /// Bytes of the unit there.
     pub unit_bytes: u32,
-    /// Epoch in which it was written: older than a snapshot means shared with it.
+    /// Epoch in which it was written.
     pub birth: Epoch,
     /// The unit's tag.
     pub tag: [u8; TAG_BYTES],

@@ -500,31 +500,53 @@ pub struct VolumeRecord {
     pub blocks: u64,
     /// Block size that hosts see: 512 or 4096.
     pub block_bytes: u32,
-    /// Epoch in which it was made; what its map has from before is shared with its origin.
+    /// Epoch in which it was made. A snapshot has what was written in this epoch or before.
     pub birth: Epoch,
-    /// Snapshot that it is a clone of, or volume that it is a snapshot of.
+    /// Not used: `base` says it.
     pub origin: Option<VolumeId>,
-    /// The newest snapshot of this volume.
+    /// Not used: the order of births in a family says it.
     pub newest_snapshot: Option<VolumeId>,
-    /// For a snapshot: the one before it.
+    /// Not used: the order of births in a family says it.
     pub previous_snapshot: Option<VolumeId>,
-    /// Its map.
+    /// Its map. A snapshot's: what the next one of its family does not have any more, see `family`.
     pub map: TreeRoot,
-    /// Chunks that left the volume since the newest snapshot and that the snapshot still holds.
+    /// Not used: a snapshot's map is its dead list.
     pub dead_list: TreeRoot,
     /// Own compression setting.
     pub compression: Option<Compression>,
-    /// Mapped blocks; bytes written since creation; blocks that left for the dead list.
+    /// Mapped blocks in its map; bytes written since creation; for a snapshot: mapped blocks when it was taken.
     pub counters: [u64; 3],
     /// Records of the host's keys, by [`crate::ids::HostKeyId`] - 1; their content is `hostcrypt`'s.
     pub host_keys: Vec<Vec<u8>>,
     /// Created, ms since 1970.
     pub created_ms: u64,
+    /// Mapped blocks in its map that are zeros or patterns.
+    pub special: u64,
+    /// Chunks in its map by birth: (newest birth of the group, chunks), ascending. What is not counted here is younger
+    /// than all snapshots of its family.
+    pub births: Vec<(Epoch, u64)>,
+    /// The family that it belongs to: a volume and its snapshots, in order of their births, the volume last. What a
+    /// snapshot's map does not have is looked up in the next one's, and counts if it was born not later than the snapshot.
+    /// `None` = the family that has its own id.
+    pub family: Option<VolumeId>,
+    /// A clone (and each snapshot of one): what its family does not have is looked up in this snapshot, below this block.
+    pub base: Option<(VolumeId, u64)>,
     /// Fields of later versions.
     pub unknown: Vec<UnknownField>,
 }
 
+/// Tags of a volume's fields that a program without snapshots must refuse.
+const FAMILY: u16 = MUST_KNOW | 20;
+const BASE: u16 = MUST_KNOW | 21;
+/// Groups of [`VolumeRecord::births`] that a record has, at most.
+pub const MAX_BIRTHS: usize = 400;
+
 impl VolumeRecord {
+    /// The id of its family.
+    pub fn family_id(&self) -> VolumeId {
+        self.family.unwrap_or(self.id)
+    }
+
     /// An empty thin volume of `blocks` 4 KiB blocks.
     pub fn new(id: VolumeId, uuid: Uuid, name: &str, domain: DomainId, blocks: u64) -> Self {
         Self {
@@ -545,6 +567,10 @@ impl VolumeRecord {
             counters: [0; 3],
             host_keys: Vec::new(),
             created_ms: 0,
+            special: 0,
+            births: Vec::new(),
+            family: None,
+            base: None,
             unknown: Vec::new(),
         }
     }
@@ -575,6 +601,25 @@ impl VolumeRecord {
             out.field(16, key)?;
         }
         out.field(17, &self.created_ms.to_le_bytes())?;
+        if self.special > 0 {
+            out.field(18, &self.special.to_le_bytes())?;
+        }
+        if !self.births.is_empty() {
+            let mut value = Vec::with_capacity(self.births.len() * 12);
+            for (birth, chunks) in &self.births {
+                value.extend_from_slice(&birth.0.to_le_bytes());
+                value.extend_from_slice(&chunks.to_le_bytes());
+            }
+            out.field(19, &value)?;
+        }
+        if let Some(family) = self.family {
+            out.field(FAMILY, &family.0.to_le_bytes())?;
+        }
+        if let Some((base, blocks)) = self.base {
+            let mut value = base.0.to_le_bytes().to_vec();
+            value.extend_from_slice(&blocks.to_le_bytes());
+            out.field(BASE, &value)?;
+        }
         out.end(&self.unknown)
     }
 
@@ -605,6 +650,13 @@ impl VolumeRecord {
                 }
                 16 => record.host_keys.push(value.1.0.to_vec()),
                 17 => record.created_ms = value.u64()?,
+                18 => record.special = value.u64()?,
+                19 => record.births = births(value)?,
+                FAMILY => record.family = Some(VolumeId(value.u32()?)),
+                BASE => {
+                    record.base = Some((VolumeId(value.1.u32()?), value.1.u64()?));
+                    value.1.end()?;
+                }
                 _ => return Ok(false),
             }
             Ok(true)
@@ -624,8 +676,22 @@ impl VolumeRecord {
         if record.blocks > 1 << 40 {
             return Err(range("volume's blocks", record.blocks));
         }
+        if record.family == Some(VolumeId(0)) || record.base.is_some_and(|base| base.0 == VolumeId(0)) {
+            return Err(range("volume's family or base", 0u8));
+        }
         Ok(record)
     }
+}
+
+fn births(mut value: Value<'_>) -> Result<Vec<(Epoch, u64)>, WireError> {
+    let mut births = Vec::new();
+    while !value.1.0.is_empty() {
+        births.push((Epoch(value.1.u32()?), value.1.u64()?));
+    }
+    if births.len() > MAX_BIRTHS || !births.is_sorted_by(|a, b| a.0 < b.0) {
+        return Err(range("births", births.len() as u64));
+    }
+    Ok(births)
 }
 
 /// A page of records, from (id, record) pairs in ascending order of ids.

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use common::*;
 use cryptfold_reduce_format::codec::{Codec, Compressor, Decompressor};
 use cryptfold_reduce_format::container::{Container, Fingerprints};
-use cryptfold_reduce_format::entry::{Record, RecordReader, RefChange, runs};
+use cryptfold_reduce_format::entry::{OwnFrom, Record, RecordReader, RefChange, runs};
 use cryptfold_reduce_format::fingerprint::Fingerprint;
 use cryptfold_reduce_format::fragment::*;
 use cryptfold_reduce_format::ids::*;
@@ -73,6 +73,8 @@ fn images() -> Vec<(&'static str, Vec<u8>)> {
         ("domain_record", domain_record().encode().unwrap()),
         ("volume_record", volume_record().encode().unwrap()),
         ("records", encoded_records()),
+        ("snapshot_record", snapshot_record().encode().unwrap()),
+        ("snapshot_records", encoded_snapshot_records()),
         ("journal_batch", batch()),
     ];
     images.sort();
@@ -202,6 +204,26 @@ fn with_records(mut each: impl FnMut(&Record<'_>)) {
     }
 }
 
+/// What snapshots added: they came with the first version's blocks and units.
+fn with_snapshot_records(mut each: impl FnMut(&Record<'_>)) {
+    let (volume, bytes) = (VolumeId(5), snapshot_record().encode().unwrap());
+    for record in [
+        Record::Snapshot { volume, epoch: Epoch(10), record: &bytes },
+        Record::MapMerge { volume, leaf: 7, count: 3 },
+        Record::MapOwn { volume, leaf: (1 << 31) - 1, count: 1, from: OwnFrom::Snapshots },
+        Record::MapOwn { volume, leaf: 0, count: 1, from: OwnFrom::Base },
+        Record::MapOwn { volume, leaf: 0, count: 1, from: OwnFrom::Bases },
+    ] {
+        each(&record);
+    }
+}
+
+fn encoded_snapshot_records() -> Vec<u8> {
+    let mut out = Vec::new();
+    with_snapshot_records(|record| record.encode(&mut out).unwrap());
+    out
+}
+
 fn scope() -> Scope {
     Scope::Domain { domain: DomainId(3), generation: Generation(2) }
 }
@@ -311,6 +333,7 @@ fn metadata_of_the_first_version_is_read() {
     assert_eq!(PoolRecord::decode(&image("pool_record")).unwrap(), pool_record());
     assert_eq!(DomainRecord::decode(&image("domain_record")).unwrap(), domain_record());
     assert_eq!(VolumeRecord::decode(&image("volume_record")).unwrap(), volume_record());
+    assert_eq!(VolumeRecord::decode(&image("snapshot_record")).unwrap(), snapshot_record());
 }
 
 #[test]
@@ -318,6 +341,10 @@ fn journals_of_the_first_version_are_read() {
     let records = image("records");
     let mut read = RecordReader::new(&records);
     with_records(|record| assert_eq!(read.next().unwrap().unwrap(), *record));
+    assert!(read.next().is_none());
+    let records_of_snapshots = image("snapshot_records");
+    let mut read = RecordReader::new(&records_of_snapshots);
+    with_snapshot_records(|record| assert_eq!(read.next().unwrap().unwrap(), *record));
     assert!(read.next().is_none());
 
     let bytes = image("journal_batch");

@@ -223,6 +223,18 @@ pub fn volume_record() -> VolumeRecord {
     record
 }
 
+pub fn snapshot_record() -> VolumeRecord {
+    let mut record = VolumeRecord { id: VolumeId(6), name: "then".into(), ..volume_record() };
+    record.flags = volume_flags::SNAPSHOT | volume_flags::READ_ONLY;
+    record.birth = Epoch(9);
+    record.counters = [7, 0, 1 << 18];
+    record.special = 2;
+    record.births = vec![(Epoch(4), 3), (Epoch(9), 2)];
+    record.family = Some(VolumeId(5));
+    record.base = Some((VolumeId(2), 1 << 19));
+    record
+}
+
 pub fn journal_epoch() -> JournalEpoch {
     JournalEpoch { owner_epoch: OwnerEpoch(11), salt: [0x77; 16], shard: ShardIx(1) }
 }
