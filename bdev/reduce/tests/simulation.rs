@@ -6,7 +6,10 @@
 use std::cell::RefCell;
 use std::rc::Rc;
 
-use cryptfold_bdev_sim::harness::{LocalFuture, Machine, Options, Stack, every_point, life, seeds};
+use cryptfold_bdev::Status;
+use cryptfold_bdev_sim::harness::{
+    Deed, LocalFuture, Machine, Manage, Options, Stack, every_point, life, seeds,
+};
 use cryptfold_reduce::{CreateOptions, KeySource, LocalPool, PoolError, VolumeOptions};
 
 const MIB: u64 = 1 << 20;
@@ -79,6 +82,28 @@ impl Stack for PoolStack {
         VOLUMES.iter().map(|(name, ..)| format!("pool/{name}")).collect()
     }
 
+    fn manage(&self, _: Machine, deed: Deed) -> Manage {
+        let pool = self.current();
+        Box::pin(async move {
+            let pool = pool?;
+            // Devices are POOL/NAME.
+            let own = |name: &str| name.rsplit('/').next().unwrap_or_default().to_owned();
+            let done = match &deed {
+                Deed::Snapshot { of, name } => pool.snapshot_volume(&own(of), name).await.map(drop),
+                Deed::Clone { of, name } => pool.clone_volume(&own(of), name).await.map(drop),
+                Deed::Delete { name } => pool.delete_volume(&own(name)).await,
+                Deed::Resize { name, bytes } => pool.resize_volume(&own(name), *bytes).await.map(drop),
+                Deed::Maintain { name, how } => pool.own_volume(&own(name), how % 2 == 0).await,
+            };
+            match done {
+                Ok(()) => Ok(true),
+                Err(PoolError::HasClones { .. }) => Ok(false),
+                Err(PoolError::Invalid(_)) if matches!(deed, Deed::Maintain { .. }) => Ok(false),
+                Err(error) => Err(text(error)),
+            }
+        })
+    }
+
     fn check(&self, _: Machine) -> LocalFuture<Result<(), String>> {
         let pool = self.current();
         Box::pin(async move {
@@ -111,7 +136,10 @@ fn pool() -> Rc<dyn Stack> {
 /// Seeds differ in what they stress, too.
 fn options(seed: u64) -> Options {
     let mut options = Options::new(40 * MIB);
-    options.step_limit = 1_000_000;
+    options.step_limit = 1_500_000;
+    // Writes behind the end of a volume that has just shrunk.
+    options.allowed = |status| status == Status::LBA_OUT_OF_RANGE;
+    options.deeds = if seed % 8 < 6 { 30 } else { 0 };
     match seed % 4 {
         // Large writes: the log wraps and garbage is collected.
         0 => {

@@ -59,6 +59,10 @@ struct Volume {
     /// (start, end) of flushes that succeeded.
     flushes: Vec<(u64, u64)>,
     zero: u64,
+    /// It never changes: what one read has found, all others find.
+    fixed: bool,
+    /// It is a copy that is being made: of what, since when.
+    copying: Option<(usize, u64)>,
 }
 
 impl Volume {
@@ -125,6 +129,46 @@ impl History {
         self.now += 1;
         self.stamps.push(self.stamp);
         self.now
+    }
+
+    /// Now: the number of the last event.
+    pub fn now(&self) -> u64 {
+        self.now
+    }
+
+    /// Something else happens; when.
+    pub fn event(&mut self) -> u64 {
+        self.tick()
+    }
+
+    /// A copy of a volume (snapshot or clone) begins to be made, as of one moment until it is done: per block what a reader
+    /// might find in that time. Unless it is `writable` it never changes. The copy, and when it began.
+    pub fn copy_started(&mut self, of: VolumeId, name: &str, writable: bool) -> (VolumeId, u64) {
+        let start = self.tick();
+        let Volume { block_bytes, zero, .. } = self.volumes[of.0];
+        let (fixed, copying) = (!writable, Some((of.0, start)));
+        let copy = Volume { name: name.into(), block_bytes, zero, fixed, copying, ..Volume::default() };
+        self.volumes.push(copy);
+        (VolumeId(self.volumes.len() - 1), start)
+    }
+
+    /// The copy has been made, or the power has failed and it may have been: when. Once is enough.
+    pub fn copy_ended(&mut self, copy: VolumeId) -> u64 {
+        let end = self.tick();
+        let Some((of, start)) = self.volumes[copy.0].copying.take() else { return end };
+        let blocks = self.volumes[of].blocks.iter();
+        let copied = blocks.map(|(lba, versions)| {
+            let overwritten = |v: &Version| {
+                v.end.is_some_and(|end| {
+                    versions.iter().any(|w| w.start > end && w.end.is_some_and(|e| e < start))
+                })
+            };
+            let possible = versions.iter().filter(|v| !overwritten(v));
+            let version = |v: &Version| Version { print: v.print, start, end: Some(start), through: true };
+            (*lba, possible.map(version).collect())
+        });
+        self.volumes[copy.0].blocks = copied.collect();
+        end
     }
 
     /// A write begins whose blocks, from `lba`, are those of `data`.
@@ -212,6 +256,12 @@ impl History {
             };
             if !versions.iter().any(|v| v.print == print && !overwritten(v)) {
                 return Err(self.explain("read", volume, lba, block, &versions));
+            }
+            let v = &mut self.volumes[volume.0];
+            if v.fixed
+                && let Some(versions) = v.blocks.get_mut(&lba)
+            {
+                versions.retain(|v| v.print == print);
             }
         }
         Ok(())
@@ -438,6 +488,30 @@ mod tests {
         let w = h.zeroes_started(V, 4, 3, true);
         h.write_ended(w, true);
         found(&h, &[0], &[1]);
+    }
+
+    #[test]
+    fn a_copy_is_of_one_moment() {
+        let mut h = history();
+        write(&mut h, 1, false);
+        let early = h.write_started(V, 5, &data(2), false);
+        let (copy, _) = h.copy_started(V, "copy", false);
+        write(&mut h, 3, false);
+        h.copy_ended(copy);
+        h.write_ended(early, true);
+        write(&mut h, 4, true);
+        for n in 0..6u8 {
+            let found = h.clone().recovered(copy, 5, &data(n));
+            assert_eq!(found.is_ok(), [1, 2, 3].contains(&n), "{n}");
+        }
+        // What one reader has found is what it has.
+        let read = h.read_started();
+        h.read_ended(read, copy, 5, &data(2)).unwrap();
+        let read = h.read_started();
+        assert!(h.clone().read_ended(read, copy, 5, &data(3)).is_err());
+        assert!(h.clone().recovered(copy, 5, &data(1)).is_err());
+        h.read_ended(read, copy, 5, &data(2)).unwrap();
+        h.recovered(copy, 6, &data(0)).unwrap();
     }
 
     #[test]

@@ -5,6 +5,7 @@
 //! volatile writes, is verified block by block and checked, and so on for some rounds. [`every_point`] records one use and
 //! cuts the power after each of its events, with each way of losing one volatile write.
 
+mod operator;
 mod points;
 mod runner;
 mod session;
@@ -18,11 +19,13 @@ use std::time::Duration;
 use cryptfold_bdev::{Registry, Status};
 use cryptfold_reactor::Handle;
 
+pub use operator::{Deed, Manage};
 pub use points::{Points, every_point};
 pub use runner::seeds;
 pub use workload::Mix;
 
-use crate::{DiskOptions, History, Image, Rng, Survivors, Tear, VolumeId};
+use crate::{DiskOptions, History, Image, Rng, Survivors, Tear};
+use operator::Entry;
 use session::Session;
 
 /// A future of one core.
@@ -47,6 +50,10 @@ pub trait Stack {
     fn open(&self, machine: Machine) -> LocalFuture<Result<(), String>>;
     /// Names of the devices to use, the same each time.
     fn volumes(&self) -> Vec<String>;
+    /// Changes its volumes while they are used. Stacks without that are given nothing to do ([`Options::deeds`]).
+    fn manage(&self, _: Machine, deed: Deed) -> Manage {
+        Box::pin(async move { Err(format!("{deed:?} is not possible")) })
+    }
     /// The stack's own audit.
     fn check(&self, machine: Machine) -> LocalFuture<Result<(), String>>;
     /// Puts it away in order.
@@ -67,6 +74,8 @@ pub struct Options {
     pub workers: usize,
     /// Operations of each worker between two power cuts, at most.
     pub ops: u64,
+    /// Changes of the volumes themselves between two power cuts, at most.
+    pub deeds: u64,
     /// Power-ups with a workload.
     pub rounds: u64,
     /// What the workers do.
@@ -89,6 +98,7 @@ impl Options {
             disk: DiskOptions::new("disk", bytes),
             workers: 6,
             ops: 60,
+            deeds: 0,
             rounds: 3,
             mix: Mix::default(),
             allowed: |_| false,
@@ -108,6 +118,8 @@ pub struct Summary {
     pub nested: u64,
     /// Recoveries that were verified to the end.
     pub recoveries: u64,
+    /// Changes of volumes (snapshots, clones, deletions, ...) that were done or interrupted.
+    pub deeds: u64,
     /// Virtual time.
     pub time: Duration,
 }
@@ -118,7 +130,9 @@ struct Life<'a> {
     options: &'a Options,
     rng: Rng,
     history: History,
-    volumes: Vec<VolumeId>,
+    volumes: Vec<Entry>,
+    /// Volumes ever made by the operator.
+    made: u64,
     image: Image,
     created: bool,
     generation: u64,
@@ -136,6 +150,7 @@ pub fn life(make: MakeStack<'_>, options: &Options, seed: u64) -> Result<Summary
         rng: Rng::new(seed),
         history: History::new(),
         volumes: Vec::new(),
+        made: 0,
         image: Image::zeroed(),
         created: false,
         generation: 0,
@@ -203,14 +218,15 @@ impl Life<'_> {
         self.created = true;
         for name in session.stack.volumes() {
             let bdev = session.machine.registry.get(&name).map_err(|e| e.to_string())?;
-            self.volumes.push(self.history.add_volume(&name, bdev.block_size_bytes() as usize));
+            let id = self.history.add_volume(&name, bdev.block_size_bytes() as usize);
+            self.volumes.push(Entry::first(&name, id));
         }
         Ok(true)
     }
 
     fn recover(&mut self, session: &mut Session) -> Result<bool, String> {
         let history = std::mem::take(&mut self.history);
-        let (history, verdict) = session.recover(history, &self.volumes);
+        let (history, verdict) = session.recover(history, &mut self.volumes);
         self.history = history;
         if verdict? {
             self.summary.recoveries += 1;
@@ -222,7 +238,13 @@ impl Life<'_> {
     /// False: the power went off.
     fn work(&mut self, session: &mut Session) -> Result<bool, String> {
         let history = std::mem::take(&mut self.history);
-        let (history, verdict) = session.work(history, &self.volumes, &mut self.generation, &mut self.rng);
+        let (history, verdict) = session.work(
+            history,
+            &mut self.volumes,
+            (&mut self.made, &mut self.summary.deeds),
+            &mut self.generation,
+            &mut self.rng,
+        );
         self.history = history;
         verdict
     }

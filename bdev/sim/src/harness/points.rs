@@ -3,9 +3,10 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use super::operator::Entry;
 use super::runner::isolated;
 use super::{Life, MakeStack, Options, Session, Summary};
-use crate::{History, Image, Record, Rng, Survivors, Tear, VolumeId};
+use crate::{History, Image, Record, Rng, Survivors, Tear};
 
 /// What was tried.
 #[derive(Clone, Copy, Debug, Default)]
@@ -19,7 +20,7 @@ pub struct Points {
 struct Recorded {
     record: Record,
     history: History,
-    volumes: Vec<VolumeId>,
+    volumes: Vec<Entry>,
 }
 
 /// Records one workload, then recovers from the surfaces of a power cut after each `stride`th of its events: nothing
@@ -77,6 +78,7 @@ fn record(make: MakeStack<'_>, options: &Options, seed: u64) -> Result<Recorded,
         rng: Rng::new(seed),
         history: History::new(),
         volumes: Vec::new(),
+        made: 0,
         image: Image::zeroed(),
         created: false,
         generation: 0,
@@ -119,7 +121,7 @@ fn point(
     for (survivors, tear) in &ways {
         let image = recorded.record.image(k, *survivors, *tear, &mut rng);
         let mut session = Session::new(make, options, image, &mut rng)?;
-        let (_, verdict) = session.recover(history.clone(), &recorded.volumes);
+        let (_, verdict) = session.recover(history.clone(), &mut recorded.volumes.clone());
         verdict.map_err(|e| format!("{survivors:?} of {volatile} survive, {tear:?}: {e}"))?;
     }
     Ok(ways.len() as u64)

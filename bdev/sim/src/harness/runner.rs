@@ -4,7 +4,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Mutex;
 use std::sync::PoisonError;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::Summary;
 
@@ -27,7 +27,7 @@ pub fn seeds(again: &str, default: u64, run: impl Fn(u64) -> Result<Summary, Str
     };
     let next = AtomicU64::new(first);
     let failed: Mutex<Vec<u64>> = Mutex::default();
-    let total: Mutex<(u64, u64, u64, Duration)> = Mutex::default();
+    let total: Mutex<Summary> = Mutex::default();
     let start = Instant::now();
     let threads = std::thread::available_parallelism().map_or(1, usize::from).min(count as usize);
     std::thread::scope(|scope| {
@@ -41,7 +41,11 @@ pub fn seeds(again: &str, default: u64, run: impl Fn(u64) -> Result<Summary, Str
                     match isolated(&run, seed) {
                         Ok(s) => {
                             let mut t = total.lock().unwrap_or_else(PoisonError::into_inner);
-                            *t = (t.0 + s.cuts, t.1 + s.nested, t.2 + s.recoveries, t.3 + s.time);
+                            t.cuts += s.cuts;
+                            t.nested += s.nested;
+                            t.recoveries += s.recoveries;
+                            t.deeds += s.deeds;
+                            t.time += s.time;
                         }
                         Err(what) => {
                             eprintln!("seed {seed} failed: {what}\n  again: CRYPTFOLD_SEED={seed} {again}");
@@ -52,10 +56,11 @@ pub fn seeds(again: &str, default: u64, run: impl Fn(u64) -> Result<Summary, Str
             });
         }
     });
-    let (cuts, nested, recoveries, time) = *total.lock().unwrap_or_else(PoisonError::into_inner);
+    let Summary { cuts, nested, recoveries, deeds, time } =
+        *total.lock().unwrap_or_else(PoisonError::into_inner);
     println!(
         "{count} seeds: {cuts} power cuts ({nested} while creating, recovering or closing), {recoveries} recoveries \
-         verified, {:.0} s of virtual time in {:.1} s",
+         verified, {deeds} changes of volumes, {:.0} s of virtual time in {:.1} s",
         time.as_secs_f64(),
         start.elapsed().as_secs_f64()
     );

@@ -1,6 +1,6 @@
 //! One power-up of the simulated machine.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 use std::task::{Context, Poll, Waker};
@@ -8,6 +8,7 @@ use std::task::{Context, Poll, Waker};
 use cryptfold_bdev::{Access, Registry};
 use cryptfold_reactor::{Sim, Task};
 
+use super::operator::{self, Entry, Existence, Operator, Table};
 use super::workload::{self, Worker};
 use super::{LocalFuture, Machine, MakeStack, Options, Stack};
 use crate::{History, Image, Rng, SimDisk, VolumeId};
@@ -81,15 +82,27 @@ impl Session {
     }
 
     /// Opens the stack, checks every block against the history, runs the stack's audit. False: the power went off.
-    pub fn recover(&mut self, history: History, volumes: &[VolumeId]) -> (History, Result<bool, String>) {
+    pub fn recover(
+        &mut self,
+        mut history: History,
+        volumes: &mut Vec<Entry>,
+    ) -> (History, Result<bool, String>) {
+        // What was being made when the power failed may be there.
+        for entry in &*volumes {
+            history.copy_ended(entry.id);
+        }
+        let now = history.now();
         match self.step("open", |stack, machine| stack.open(machine)) {
             Ok(Some(())) => {}
             Ok(None) => return (history, Ok(false)),
             Err(e) => return (history, Err(e)),
         }
+        if let Err(e) = self.present(now, volumes) {
+            return (history, Err(e));
+        }
         let shared = Rc::new(RefCell::new(history));
-        let (names, registry) = (self.stack.volumes(), self.machine.registry.clone());
-        let all: Vec<_> = volumes.iter().copied().zip(names).collect();
+        let registry = self.machine.registry.clone();
+        let all: Vec<_> = volumes.iter().map(|entry| (entry.id, entry.name.clone())).collect();
         let theirs = shared.clone();
         let task = self.sim.spawn(0, move || async move {
             for (volume, name) in all {
@@ -104,22 +117,55 @@ impl Session {
         (shared.take(), verdict.map(|done| done.is_some()))
     }
 
+    /// Finds out which volumes are there, as of moment `now` of the history, and forgets the others.
+    fn present(&self, now: u64, volumes: &mut Vec<Entry>) -> Result<(), String> {
+        let mut wrong = Ok(());
+        volumes.retain_mut(|entry| {
+            let there = self.machine.registry.get(&entry.name).is_ok();
+            match (entry.existence(now), there) {
+                (Existence::Sure, false) => wrong = Err(format!("{} is gone", entry.name)),
+                (Existence::Gone, true) => wrong = Err(format!("{} is there again", entry.name)),
+                (_, true) => entry.found(now),
+                (_, false) => {}
+            }
+            there
+        });
+        wrong
+    }
+
     /// Runs the workload. False: the power went off.
     pub fn work(
         &mut self,
         history: History,
-        volumes: &[VolumeId],
+        volumes: &mut Vec<Entry>,
+        (made, deeds): (&mut u64, &mut u64),
         generation: &mut u64,
         rng: &mut Rng,
     ) -> (History, Result<bool, String>) {
         let history = Rc::new(RefCell::new(history));
         let counter = Rc::new(RefCell::new(*generation));
-        let names = self.stack.volumes();
+        let table = Table::new(std::mem::take(volumes));
+        let names = Rc::new(RefCell::new(*made));
+        let done = Rc::new(Cell::new(0));
         let mut tasks = Vec::new();
+        if self.options.deeds > 0 {
+            let operator = Operator {
+                stack: self.stack.clone(),
+                machine: self.machine.clone(),
+                disk: self.disk.clone(),
+                table: table.clone(),
+                history: history.clone(),
+                rng: rng.fork(),
+                deeds: rng.below(self.options.deeds + 1),
+                made: names.clone(),
+                done: done.clone(),
+            };
+            tasks.push(self.sim.spawn(0, move || operator::run(operator)));
+        }
         for n in 0..self.options.workers {
             let worker = Worker {
                 registry: self.machine.registry.clone(),
-                volumes: volumes.iter().copied().zip(names.clone()).collect(),
+                table: table.clone(),
                 disk: self.disk.clone(),
                 history: history.clone(),
                 generation: counter.clone(),
@@ -139,7 +185,9 @@ impl Session {
             }
         }
         drop(tasks);
-        *generation = *counter.borrow();
+        (*generation, *made) = (*counter.borrow(), *names.borrow());
+        *deeds += done.get();
+        *volumes = table.entries();
         (history.take(), verdict)
     }
 }

@@ -1,6 +1,7 @@
 //! What the workers of a simulated machine do to the volumes.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use cryptfold_bdev::{Access, Channel, Io, Op, Registry, Status};
 use cryptfold_reactor::memory::{Buf, SgList};
 use cryptfold_reactor::{self as reactor};
 
+use super::operator::Table;
 use crate::content::{self, Kind, Tag};
 use crate::{History, Rng, SimDisk, VolumeId};
 
@@ -56,7 +58,7 @@ impl Default for Mix {
 
 pub(super) struct Worker {
     pub registry: Arc<Registry>,
-    pub volumes: Vec<(VolumeId, String)>,
+    pub table: Table,
     pub disk: Arc<SimDisk>,
     pub history: Rc<RefCell<History>>,
     pub generation: Rc<RefCell<u64>>,
@@ -72,20 +74,35 @@ struct Target {
     channel: Channel,
     block_bytes: u64,
     blocks: u64,
+    writable: bool,
 }
 
 pub(super) async fn run(mut worker: Worker) -> Result<(), String> {
-    let mut targets = Vec::new();
-    for (id, name) in worker.volumes.clone() {
-        let descriptor = worker.registry.open(&name, Access::ReadWrite, |_| ()).map_err(|e| e.to_string())?;
-        let channel = descriptor.channel().map_err(|e| e.to_string())?;
-        let bdev = descriptor.bdev();
-        let (block_bytes, blocks) = (u64::from(bdev.block_size_bytes()), bdev.blocks());
-        targets.push(Target { id, name, channel, block_bytes, blocks });
-    }
+    let mut channels: HashMap<VolumeId, Channel> = HashMap::new();
     for _ in 0..worker.ops {
-        let target = &targets[worker.rng.below(targets.len() as u64) as usize];
-        worker.one(target).await?;
+        let now = worker.history.borrow().now();
+        let hold = worker.table.hold(&mut worker.rng, now);
+        let entry = &hold.entry;
+        let channel = match channels.get(&entry.id) {
+            Some(channel) => channel.clone(),
+            None => {
+                let access = if entry.writable { Access::ReadWrite } else { Access::ReadOnly };
+                let opened = worker.registry.open(&entry.name, access, |_| ());
+                let channel = opened.and_then(|descriptor| descriptor.channel());
+                let channel = channel.map_err(|e| format!("{}: {e}", entry.name))?;
+                // What may be deleted is not kept open.
+                if !entry.extra {
+                    channels.insert(entry.id, channel.clone());
+                }
+                channel
+            }
+        };
+        let bdev = channel.bdev();
+        let (block_bytes, blocks) = (u64::from(bdev.block_size_bytes()), bdev.blocks());
+        let (id, name, writable) = (entry.id, entry.name.clone(), entry.writable);
+        let target = Target { id, name, channel, block_bytes, blocks, writable };
+        worker.one(&target).await?;
+        drop(target);
     }
     Ok(())
 }
@@ -103,6 +120,7 @@ impl Worker {
         let (lba, blocks) = self.place(target);
         let fua = self.rng.one_in(self.mix.fua_one_in.max(1));
         match which {
+            0 | 3 | 4 if !target.writable => self.read(target, lba, blocks).await,
             0 => self.write(target, lba, blocks, fua).await,
             1 => self.read(target, lba, blocks).await,
             2 => self.flush(target).await,
