@@ -151,7 +151,42 @@ pub enum VolumeCommand {
         #[command(flatten)]
         socket: SocketArgs,
     },
-    /// Delete a volume and its data.
+    /// Take a snapshot of a volume; prints its UUID.
+    Snapshot {
+        /// POOL/VOLUME or UUID.
+        volume: String,
+        /// Name of the snapshot.
+        name: String,
+        #[command(flatten)]
+        socket: SocketArgs,
+    },
+    /// Make a volume that begins with what a snapshot has; prints its UUID.
+    Clone {
+        /// POOL/SNAPSHOT or UUID.
+        snapshot: String,
+        /// Name of the new volume.
+        name: String,
+        #[command(flatten)]
+        socket: SocketArgs,
+    },
+    /// Change a volume's size, also while hosts use it. What lies beyond a smaller size is lost.
+    Resize {
+        /// POOL/VOLUME or UUID.
+        volume: String,
+        /// New size, for example 20G.
+        #[arg(value_parser = size::parse)]
+        size: u64,
+        #[command(flatten)]
+        socket: SocketArgs,
+    },
+    /// End all sharing of a volume with snapshots.
+    Inflate {
+        /// POOL/VOLUME or UUID.
+        volume: String,
+        #[command(flatten)]
+        socket: SocketArgs,
+    },
+    /// Delete a volume or snapshot.
     Delete {
         /// POOL/VOLUME or UUID.
         volume: String,
@@ -230,6 +265,21 @@ pub fn volume(command: VolumeCommand) -> Result<(), Failure> {
             })?;
             let params = given(json!({"lvs_name": pool, "lvol_name": name, "size": size, "domain": domain}));
             print(&call(&mut connect(&socket)?, "bdev_lvol_create", Some(params))?);
+        }
+        VolumeCommand::Snapshot { volume, name, socket } => {
+            let params = json!({"lvol_name": volume, "snapshot_name": name});
+            print(&call(&mut connect(&socket)?, "bdev_lvol_snapshot", Some(params))?);
+        }
+        VolumeCommand::Clone { snapshot, name, socket } => {
+            let params = json!({"snapshot_name": snapshot, "clone_name": name});
+            print(&call(&mut connect(&socket)?, "bdev_lvol_clone", Some(params))?);
+        }
+        VolumeCommand::Resize { volume, size, socket } => {
+            let params = json!({"name": volume, "size": size});
+            call(&mut connect(&socket)?, "bdev_lvol_resize", Some(params))?;
+        }
+        VolumeCommand::Inflate { volume, socket } => {
+            call(&mut connect(&socket)?, "bdev_lvol_inflate", Some(json!({"name": volume})))?;
         }
         VolumeCommand::Delete { volume, socket } => {
             call(&mut connect(&socket)?, "bdev_lvol_delete", Some(json!({"name": volume})))?;

@@ -103,14 +103,16 @@ pub fn pools(v: &Value) -> Table {
 }
 
 pub fn volumes(v: &Value) -> Table {
-    let heads = ["VOLUME", "UUID", "SIZE", "LOGICAL", "DOMAIN"];
-    let mut t = Table::new(&heads, &[false, false, true, true, false]);
+    let heads = ["VOLUME", "UUID", "SIZE", "LOGICAL", "GIVES BACK", "GOES ON FROM", "DOMAIN"];
+    let mut t = Table::new(&heads, &[false, false, true, true, true, false, false]);
     for l in list(v) {
         t.row(vec![
             text(&l["alias"]),
             text(&l["uuid"]),
             bytes(&l["size_bytes"]),
             bytes(&l["logical_bytes"]),
+            bytes(&l["reclaimable_bytes"]),
+            l["base_snapshot"].as_str().unwrap_or("-").to_owned(),
             text(&l["domain"]),
         ]);
     }

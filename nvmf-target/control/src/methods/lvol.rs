@@ -134,6 +134,20 @@ params! {
         /// New size in bytes, as older clients send it.
         size: Option<u64>,
     }
+    /// `bdev_lvol_snapshot`.
+    pub struct Snapshot {
+        /// Volume: UUID or POOL/VOLUME.
+        lvol_name: String,
+        /// Name of the snapshot.
+        snapshot_name: String,
+    }
+    /// `bdev_lvol_clone`.
+    pub struct CloneOf {
+        /// Snapshot (or read-only volume): UUID or POOL/VOLUME.
+        snapshot_name: String,
+        /// Name of the new volume.
+        clone_name: String,
+    }
     /// `bdev_lvol_get_lvols`.
     pub struct GetVolumes {
         /// Only of the pool with this UUID.
@@ -191,29 +205,69 @@ pub fn methods() -> Vec<Method> {
             "Creates a volume. Replies its name, which is its UUID; POOL/VOLUME is its alias.",
             create_volume,
         ),
-        Method::new("bdev_lvol_delete", "Deletes a volume and its data.", |c, p: Volume| {
-            let (pools, v) = find_volume(c, &p.name)?;
-            pools.manager().delete_volume(&v.pool, &v.name)?;
-            Ok(json!(true))
-        }),
+        Method::new(
+            "bdev_lvol_delete",
+            "Deletes a volume or snapshot. Its space comes back in the background. A snapshot from which several others go \
+             on is refused (-1).",
+            |c, p: Volume| {
+                let (pools, v) = find_volume(c, &p.name)?;
+                pools.manager().delete_volume(&v.pool, &v.uuid.to_string())?;
+                Ok(json!(true))
+            },
+        ),
+        Method::new(
+            "bdev_lvol_snapshot",
+            "Takes a snapshot of a volume: a read-only volume of its own. Replies its UUID.",
+            |c, p: Snapshot| {
+                let (pools, v) = find_volume(c, &p.lvol_name)?;
+                let name = own_name(&v.pool, &p.snapshot_name);
+                let made = pools.manager().snapshot_volume(&v.pool, &v.uuid.to_string(), name)?;
+                Ok(json!(made.uuid.to_string()))
+            },
+        ),
+        Method::new(
+            "bdev_lvol_clone",
+            "Makes a volume that begins with what a snapshot has. Replies its UUID.",
+            |c, p: CloneOf| {
+                let (pools, v) = find_volume(c, &p.snapshot_name)?;
+                let name = own_name(&v.pool, &p.clone_name);
+                let made = pools.manager().clone_volume(&v.pool, &v.uuid.to_string(), name)?;
+                Ok(json!(made.uuid.to_string()))
+            },
+        ),
+        Method::new(
+            "bdev_lvol_inflate",
+            "Ends all sharing of a volume with snapshots: it goes on from none. Replies when that is so.",
+            |c, p: Volume| own(c, &p.name, false),
+        ),
+        Method::new(
+            "bdev_lvol_decouple_parent",
+            "Ends a volume's sharing with the snapshot that it goes on from; it may go on from that one's own then.",
+            |c, p: Volume| own(c, &p.name, true),
+        ),
         Method::new("bdev_lvol_resize", "Changes a volume's size.", |c, p: Resize| {
             let (pools, v) = find_volume(c, &p.name)?;
-            pools.manager().resize_volume(&v.pool, &v.name, size(p.size_in_mib, p.size)?)?;
+            pools.manager().resize_volume(&v.pool, &v.uuid.to_string(), size(p.size_in_mib, p.size)?)?;
             Ok(json!(true))
         }),
         Method::new("bdev_lvol_rename", "Renames a volume.", |c, p: Rename| {
             let (pools, v) = find_volume(c, &p.old_name)?;
-            // SPDK's clients give the new name with or without the pool's.
-            let new = p.new_name.strip_prefix(&format!("{}/", v.pool)).unwrap_or(&p.new_name);
-            pools.manager().rename_volume(&v.pool, &v.name, new)?;
+            let new = own_name(&v.pool, &p.new_name);
+            pools.manager().rename_volume(&v.pool, &v.uuid.to_string(), new)?;
             Ok(json!(true))
         }),
         Method::new("bdev_lvol_set_read_only", "Makes a volume read-only.", |c, p: Volume| {
             let (pools, v) = find_volume(c, &p.name)?;
-            pools.manager().set_read_only(&v.pool, &v.name, true)?;
+            pools.manager().set_read_only(&v.pool, &v.uuid.to_string(), true)?;
             Ok(json!(true))
         }),
-        Method::new("bdev_lvol_get_lvols", "Volumes.", get_volumes),
+        Method::new(
+            "bdev_lvol_get_lvols",
+            "Volumes and snapshots. `exclusive_bytes`: blocks with data that nothing else shows, so what deleting it takes \
+             out of the pool before reduction; `reclaimable_bytes`: about what that gives back, at the average reduction of \
+             its domain.",
+            get_volumes,
+        ),
         Method::new("cryptfold_pool_open", "Opens the pool on a device. Replies its UUID. Ours.", open_pool),
         Method::new(
             "cryptfold_pool_close",
@@ -266,6 +320,17 @@ fn find_volume<'a>(c: &'a Control, name: &str) -> Result<(&'a Pools, VolumeInfo)
         }
     }
     Err(RpcError::no_device(name))
+}
+
+/// A volume's name as SPDK's clients give it: with or without the pool's.
+fn own_name<'a>(pool: &str, name: &'a str) -> &'a str {
+    name.strip_prefix(pool).and_then(|rest| rest.strip_prefix('/')).unwrap_or(name)
+}
+
+fn own(c: &Control, name: &str, parent_only: bool) -> RpcResult {
+    let (pools, v) = find_volume(c, name)?;
+    pools.manager().own_volume(&v.pool, &v.uuid.to_string(), parent_only)?;
+    Ok(json!(true))
 }
 
 fn size(mib: Option<u64>, bytes: Option<u64>) -> Result<u64, RpcError> {
@@ -433,13 +498,13 @@ fn get_volumes(c: &Control, p: GetVolumes) -> RpcResult {
     let mut list = Vec::new();
     for s in stores {
         for v in pools.manager().volumes(&s.name)? {
-            list.push(json!({
+            let mut lvol = json!({
                 "alias": format!("{}/{}", v.pool, v.name),
                 "uuid": v.uuid.to_string(),
                 "name": v.name,
                 "is_thin_provisioned": true,
-                "is_snapshot": false,
-                "is_clone": false,
+                "is_snapshot": v.snapshot,
+                "is_clone": v.parent.is_some(),
                 "is_esnap_clone": false,
                 "is_degraded": false,
                 "lvs": {"name": s.name, "uuid": s.uuid.to_string()},
@@ -450,8 +515,18 @@ fn get_volumes(c: &Control, p: GetVolumes) -> RpcResult {
                 "read_only": v.read_only,
                 "logical_bytes": v.logical_bytes,
                 "zero_bytes": v.zero_bytes,
+                "exclusive_bytes": v.exclusive_bytes,
+                "reclaimable_bytes": v.reclaimable_bytes,
                 "written_bytes": v.written_bytes,
-            }));
+                "num_allocated_clusters": v.logical_bytes.div_ceil(u64::from(s.segment_bytes).max(1)),
+            });
+            if let Some(parent) = v.parent {
+                lvol["base_snapshot"] = json!(parent);
+            }
+            if v.snapshot {
+                lvol["clones"] = json!(v.clones);
+            }
+            list.push(lvol);
         }
     }
     Ok(Value::Array(list))
