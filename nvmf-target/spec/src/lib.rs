@@ -1,4 +1,4 @@
-//! NVMe and NVMe over Fabrics structures and codecs, without I/O and without allocation.
+//! NVMe and NVMe over Fabrics structures and codecs, without I/O and (but for messages of `auth`) without allocation.
 //!
 //! Used by the target, the initiator and the PCIe driver. Everything here follows the wire: fixed-width
 //! little-endian fields, offsets and sizes asserted at compile time, reserved bytes zero by default. What
@@ -12,6 +12,7 @@
 
 mod wire;
 
+pub mod auth;
 pub mod copy;
 pub mod cqe;
 pub mod dsm;

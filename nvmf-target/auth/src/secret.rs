@@ -1,0 +1,151 @@
+//! Secrets of DH-HMAC-CHAP in the form in which they are handed around (NVMe Base 2.0 section 8.13.5.8):
+//! `DHHC-1:HH:BASE64:`, with the secret and its CRC-32 (little-endian) behind the base64, and HH the hash that transforms
+//! it: 00 none, 01 SHA-256, 02 SHA-384, 03 SHA-512.
+
+use std::fmt;
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use cryptfold_nvmf_spec::auth::HashId;
+use thiserror::Error;
+use zeroize::Zeroizing;
+
+use crate::mac::mac;
+
+/// What goes into a transformed key beside the name.
+const TRANSFORM_LABEL: &[u8] = b"NVMe-over-Fabrics";
+
+/// Why a text is no secret. Says nothing about its bytes.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum SecretError {
+    /// Not the form at all.
+    #[error("a secret looks like DHHC-1:HH:BASE64: with HH 00 to 03")]
+    Form,
+    /// An unknown hash.
+    #[error("DHHC-1:{0:02x}: the hash must be 00, 01 (SHA-256), 02 (SHA-384) or 03 (SHA-512)")]
+    Hash(u8),
+    /// A length that does not exist, or does not fit the hash.
+    #[error("the secret has {0} bytes; 32, 48 or 64 are possible, and with a hash as many as that has")]
+    Length(usize),
+    /// Mistyped.
+    #[error("the secret's CRC is wrong: it was mistyped or cut")]
+    Crc,
+}
+
+/// A secret.
+#[derive(Clone, PartialEq, Eq)]
+pub struct Secret {
+    key: Zeroizing<Vec<u8>>,
+    transform: Option<HashId>,
+}
+
+impl fmt::Debug for Secret {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Secret({} bytes)", self.key.len())
+    }
+}
+
+impl Secret {
+    /// From raw bytes: 32, 48 or 64, and as many as `transform` has if there is one.
+    ///
+    /// # Errors
+    /// [`SecretError::Length`].
+    pub fn new(key: &[u8], transform: Option<HashId>) -> Result<Secret, SecretError> {
+        let fits = match transform {
+            None => matches!(key.len(), 32 | 48 | 64),
+            Some(h) => key.len() == h.len_bytes(),
+        };
+        if !fits {
+            return Err(SecretError::Length(key.len()));
+        }
+        Ok(Secret { key: Zeroizing::new(key.to_vec()), transform })
+    }
+
+    /// From its text; white space around it is ignored.
+    ///
+    /// # Errors
+    /// See [`SecretError`].
+    pub fn parse(text: &str) -> Result<Secret, SecretError> {
+        let rest = text.trim().strip_prefix("DHHC-1:").ok_or(SecretError::Form)?;
+        let (code, rest) = rest.split_once(':').ok_or(SecretError::Form)?;
+        let encoded = rest.strip_suffix(':').ok_or(SecretError::Form)?;
+        if code.len() != 2 {
+            return Err(SecretError::Form);
+        }
+        let code = u8::from_str_radix(code, 16).map_err(|_| SecretError::Form)?;
+        let transform = match code {
+            0 => None,
+            c => Some(HashId::from_u8(c).ok_or(SecretError::Hash(c))?),
+        };
+        let key = decode_with_crc(encoded).ok_or(SecretError::Form)?.ok_or(SecretError::Crc)?;
+        Secret::new(&key, transform)
+    }
+
+    /// Its text.
+    pub fn to_text(&self) -> Zeroizing<String> {
+        let code = self.transform.map_or(0, |h| h as u8);
+        let mut bytes = Zeroizing::new(Vec::with_capacity(self.key.len() + 4));
+        bytes.extend_from_slice(&self.key);
+        bytes.extend_from_slice(&crc32fast::hash(&self.key).to_le_bytes());
+        let encoded = Zeroizing::new(STANDARD.encode(&*bytes));
+        Zeroizing::new(format!("DHHC-1:{code:02x}:{}:", encoded.as_str()))
+    }
+
+    /// The key that responses are made with by the holder of this name (NVMe Base 2.0 section 8.13.5.8).
+    pub(crate) fn transformed(&self, nqn: &str) -> Zeroizing<Vec<u8>> {
+        match self.transform {
+            None => self.key.clone(),
+            Some(h) => mac(h, &self.key, &[nqn.as_bytes(), TRANSFORM_LABEL]),
+        }
+    }
+}
+
+/// Base64 of a key and its CRC-32. `None`: no base64 or too short; `Some(None)`: the CRC is wrong.
+pub(crate) fn decode_with_crc(encoded: &str) -> Option<Option<Zeroizing<Vec<u8>>>> {
+    let mut bytes = Zeroizing::new(STANDARD.decode(encoded).ok()?);
+    let at = bytes.len().checked_sub(4)?;
+    let crc = u32::from_le_bytes(bytes[at..].try_into().ok()?);
+    bytes.truncate(at);
+    Some((crc32fast::hash(&bytes) == crc).then_some(bytes))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_come_and_go() {
+        for (key, h) in
+            [(32, None), (48, None), (64, None), (32, Some(HashId::Sha256)), (64, Some(HashId::Sha512))]
+        {
+            let s = Secret::new(&vec![0x5a; key], h).expect("legal");
+            assert_eq!(Secret::parse(&format!(" {}\n", s.to_text().as_str())), Ok(s.clone()));
+            assert!(!format!("{s:?}").contains("5a"), "never printed");
+        }
+        // Made by nvme-cli 2.3: nvme gen-dhchap-key --hmac=0 --secret=000102...1f
+        let key: Vec<u8> = (0..32).collect();
+        let text = Secret::new(&key, None).expect("legal").to_text();
+        assert_eq!(text.as_str(), "DHHC-1:00:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh+KfiaR:");
+    }
+
+    #[test]
+    fn what_is_wrong_is_said() {
+        let good = Secret::new(&[7; 32], Some(HashId::Sha256)).expect("legal").to_text();
+        assert_eq!(Secret::parse(&good.replace(":01:", ":02:")), Err(SecretError::Length(32)));
+        assert_eq!(Secret::parse(&good.replace(":01:", ":04:")), Err(SecretError::Hash(4)));
+        assert_eq!(Secret::parse(&good.replace("Bwc", "Bwd")), Err(SecretError::Crc));
+        for bad in [
+            "",
+            "DHHC-1",
+            "DHHC-1:00:",
+            "DHHC-1:00::",
+            "DHHC-1:1:AA==:",
+            "DHHC-1:0x:AAAAAAAA:",
+            "DHHC-2:00:x:",
+        ] {
+            assert_eq!(Secret::parse(bad), Err(SecretError::Form), "{bad}");
+        }
+        assert_eq!(Secret::parse(good.trim_end_matches(':')), Err(SecretError::Form));
+        assert_eq!(Secret::new(&[0; 33], None), Err(SecretError::Length(33)));
+    }
+}
