@@ -16,6 +16,7 @@ use cryptfold_reduce::PoolManager;
 use serde_json::{Value, json};
 
 use crate::jsonrpc::{Handler, RpcError, RpcResult};
+use crate::keyring::Keyring;
 use crate::keys::KeyStore;
 use crate::logging::LogControl;
 use crate::options::Options;
@@ -95,6 +96,7 @@ pub(crate) struct Running {
 pub struct Control {
     pub(crate) registry: Arc<Registry>,
     pub(crate) keys: KeyStore,
+    pub(crate) ring: Keyring,
     pub(crate) options: Mutex<Options>,
     pub(crate) log: LogControl,
     pub(crate) watch: Watch,
@@ -120,6 +122,7 @@ impl Control {
         Arc::new(Control {
             registry: Registry::new(),
             keys: KeyStore::default(),
+            ring: Keyring::default(),
             options: Mutex::default(),
             log: config.log.clone(),
             watch: Watch::default(),

@@ -12,6 +12,7 @@ pub mod client;
 pub mod config;
 mod control;
 pub mod jsonrpc;
+pub mod keyring;
 pub mod keys;
 pub mod logging;
 mod methods;

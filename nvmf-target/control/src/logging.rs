@@ -1,12 +1,15 @@
-//! The log's level, its flags (parts of the program that log everything) and time stamps, changeable at run time. One
-//! sink: standard error. Key material never reaches it: no type that holds keys prints them.
+//! The log's level, its flags (parts of the program that log everything) and time stamps, changeable at run time. Sinks:
+//! standard error, and a file for the audit log if there is one. Key material never reaches them: no type that holds
+//! keys prints them.
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
+use cryptfold_nvmf_target::audit::TARGET as AUDIT;
 use tracing::level_filters::LevelFilter;
+use tracing_subscriber::Layer as _;
 use tracing_subscriber::filter::Targets;
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
@@ -93,6 +96,11 @@ impl FormatTime for Stamp {
     }
 }
 
+/// Everything of the level, and the audit log at any level.
+fn targets(level: Level) -> Targets {
+    Targets::new().with_default(level.filter()).with_target(AUDIT, LevelFilter::WARN)
+}
+
 impl LogControl {
     /// Without a sink: remembers the settings only.
     pub fn detached() -> LogControl {
@@ -102,15 +110,22 @@ impl LogControl {
         }
     }
 
-    /// Makes standard error the process's log. Only the first call of a process has a sink.
-    pub fn install(level: Level) -> LogControl {
+    /// Makes standard error the process's log, and `audit` (appended to) the log of who was turned away. Only the first
+    /// call of a process has a sink.
+    pub fn install(level: Level, audit: Option<std::fs::File>) -> LogControl {
         let log = LogControl::detached();
-        let (layer, handle) = reload::Layer::new(Targets::new().with_default(level.filter()));
+        let (layer, handle) = reload::Layer::new(targets(level));
         let out = tracing_subscriber::fmt::layer()
             .with_writer(std::io::stderr)
             .with_timer(Stamp(log.timestamps.clone()))
             .with_ansi(false);
-        let subscriber = Registry::default().with(layer).with(out);
+        let audit = audit.map(|file| {
+            tracing_subscriber::fmt::layer()
+                .with_writer(Mutex::new(file))
+                .with_ansi(false)
+                .with_filter(Targets::new().with_target(AUDIT, LevelFilter::TRACE))
+        });
+        let subscriber = Registry::default().with(layer).with(out).with(audit);
         let installed = tracing::subscriber::set_global_default(subscriber).is_ok();
         let mut inner = lock(&log.inner);
         inner.level = level;
@@ -162,7 +177,7 @@ impl LogControl {
 impl Inner {
     fn apply(&self) {
         let Some(handle) = &self.reload else { return };
-        let mut targets = Targets::new().with_default(self.level.filter());
+        let mut targets = targets(self.level);
         for (_, prefix) in FLAGS.iter().filter(|(n, _)| self.flags.contains(n)) {
             targets = targets.with_target(*prefix, LevelFilter::TRACE);
         }

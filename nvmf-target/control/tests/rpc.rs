@@ -415,6 +415,20 @@ fn subsystems_namespaces_listeners_and_hosts() {
     let host = json!({"nqn": nqn, "host": "nqn.2026-01.io.cryptfold:host"});
     t.call("nvmf_subsystem_add_host", host.clone());
     t.call("nvmf_set_crdt", json!({"crdt1": 3}));
+    let there = json!({"trtype": "tcp", "adrfam": "ipv4", "traddr": "192.0.2.7", "trsvcid": "8009"});
+    let referral = json!({"address": there, "secure_channel": false});
+    t.call("nvmf_discovery_add_referral", referral.clone());
+    assert!(t.refused("nvmf_discovery_add_referral", referral.clone()).1.contains("already exists"));
+    t.call(
+        "nvmf_discovery_add_referral",
+        json!({"address": there, "subnqn": "nqn.2026-01.io.cryptfold:cdc"}),
+    );
+    let named = t.call("nvmf_discovery_get_referrals", Value::Null);
+    assert_eq!(named[0]["subnqn"], "nqn.2014-08.org.nvmexpress.discovery");
+    assert_eq!(
+        (&named[0]["address"]["traddr"], &named[1]["subnqn"]),
+        (&json!("192.0.2.7"), &json!("nqn.2026-01.io.cryptfold:cdc"))
+    );
 
     let all = t.call("nvmf_get_subsystems", json!({"tgt_name": "nvmf_tgt"}));
     let s = &all[1];
@@ -435,6 +449,9 @@ fn subsystems_namespaces_listeners_and_hosts() {
     assert_eq!(t.call("save_config", Value::Null), saved);
     assert_eq!(&t.call("nvmf_get_subsystems", Value::Null), &all);
 
+    t.call("nvmf_discovery_remove_referral", referral.clone());
+    assert!(t.refused("nvmf_discovery_remove_referral", referral).1.contains("not found"));
+    assert_eq!(t.call("nvmf_discovery_get_referrals", Value::Null).as_array().map(Vec::len), Some(1));
     t.call("nvmf_subsystem_remove_host", host);
     t.call("nvmf_subsystem_remove_listener", listener);
     t.call("nvmf_subsystem_remove_ns", json!({"nqn": nqn, "nsid": 7}));
@@ -445,6 +462,63 @@ fn subsystems_namespaces_listeners_and_hosts() {
     assert_eq!(t.call("nvmf_get_subsystems", json!({"nqn": nqn}))[0]["namespaces"], json!([]), "hot-removed");
     t.call("nvmf_delete_subsystem", json!({"nqn": nqn}));
     assert!(t.refused("nvmf_delete_subsystem", json!({"nqn": nqn})).1.contains("not found"));
+}
+
+/// Keys by name: files of the right mode, references in what is shown and saved, never what is in them.
+#[test]
+fn hosts_with_keys() {
+    let t = uninitialised();
+    let nqn = "nqn.2026-01.io.cryptfold:s1";
+    let key = |name: &str, text: &str, mode: u32| {
+        let path = t.path(name);
+        std::fs::write(&path, format!("{text}\n")).unwrap();
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(mode)).unwrap();
+        json!({"name": name, "path": path})
+    };
+    let text = "DHHC-1:00:AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh+KfiaR:";
+    t.call("keyring_file_add_key", key("k1", text, 0o600));
+    t.call("keyring_file_add_key", key("k2", text, 0o400));
+    t.call("keyring_file_add_key", key("bad", &text.replace("iaR", "iaQ"), 0o600));
+    assert_eq!(t.refused("keyring_file_add_key", key("open", text, 0o640)).0, -13);
+    assert_eq!(t.refused("keyring_file_add_key", json!({"name": "k1", "path": t.path("k1")})).0, -17);
+    assert_eq!(t.refused("keyring_file_add_key", json!({"name": "r", "path": "k1"})).0, -32602);
+    assert_eq!(t.refused("keyring_file_add_key", json!({"name": "none", "path": t.path("none")})).0, -2);
+    t.call(
+        "nvmf_set_config",
+        json!({"dhchap_digests": ["sha384"], "dhchap_dhgroups": ["null", "ffdhe3072"]}),
+    );
+    assert_eq!(t.refused("nvmf_set_config", json!({"dhchap_digests": ["md5"]})).0, -32602);
+    t.call("framework_start_init", Value::Null);
+    t.call("nvmf_create_subsystem", json!({"nqn": nqn}));
+    let host = |name: &str, key: &str, ctrlr: Value| {
+        json!({"nqn": nqn, "host": format!("nqn.2026-01.io.cryptfold:{name}"), "dhchap_key": key,
+            "dhchap_ctrlr_key": ctrlr})
+    };
+    t.call("nvmf_subsystem_add_host", host("h1", "k1", json!("k2")));
+    t.call("nvmf_subsystem_add_host", host("h2", "k1", Value::Null));
+    assert_eq!(t.refused("nvmf_subsystem_add_host", host("h3", "none", Value::Null)).0, -2);
+    let (code, what) = t.refused("nvmf_subsystem_add_host", host("h3", "bad", Value::Null));
+    assert!(code == -32602 && what.contains("CRC") && !what.contains("AAEC"), "{what}");
+    let alone = json!({"nqn": nqn, "host": "nqn.2026-01.io.cryptfold:h3", "dhchap_ctrlr_key": "k2"});
+    assert!(t.refused("nvmf_subsystem_add_host", alone).1.contains("dhchap_key"));
+    t.call("nvmf_subsystem_set_keys", host("h2", "k2", Value::Null));
+    assert_eq!(t.refused("nvmf_subsystem_set_keys", host("h3", "k2", Value::Null)).0, -32602);
+    let shown = t.call("nvmf_get_subsystems", json!({"nqn": nqn}));
+    let hosts = json!([
+        {"nqn": "nqn.2026-01.io.cryptfold:h1", "dhchap_key": "k1", "dhchap_ctrlr_key": "k2"},
+        {"nqn": "nqn.2026-01.io.cryptfold:h2", "dhchap_key": "k2"}]);
+    assert_eq!(shown[0]["hosts"], hosts);
+    let keys = t.call("keyring_get_keys", Value::Null);
+    assert_eq!((&keys[1]["name"], &keys[1]["refcnt"]), (&json!("k2"), &json!(3)));
+    t.call("keyring_file_remove_key", json!({"name": "bad"}));
+    assert_eq!(t.refused("keyring_file_remove_key", json!({"name": "bad"})).0, -2);
+    let saved = t.call("save_config", Value::Null);
+    assert!(!saved.to_string().contains("AAECAw"), "references only");
+    assert!(!keys.to_string().contains("AAECAw"));
+    let again = uninitialised();
+    again.call("load_config", json!({"config": saved}));
+    assert_eq!(again.call("save_config", Value::Null), saved);
+    assert_eq!(again.call("nvmf_get_subsystems", json!({"nqn": nqn}))[0]["hosts"], hosts);
 }
 
 #[test]

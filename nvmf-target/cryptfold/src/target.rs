@@ -1,7 +1,8 @@
 //! `cryptfold target`.
 
 use std::io::Write as _;
-use std::path::PathBuf;
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -50,6 +51,9 @@ pub struct TargetArgs {
     /// else /var/lib/cryptfold/keys for root and ~/.local/state/cryptfold/keys for others].
     #[arg(long, value_name = "DIR")]
     keys: Option<PathBuf>,
+    /// File to which attempts that were turned away are appended (address, names, reason; never keys).
+    #[arg(long, value_name = "FILE")]
+    audit_log: Option<PathBuf>,
     /// Do not use reserved hugepages.
     #[arg(long)]
     no_huge: bool,
@@ -74,7 +78,8 @@ pub fn run(args: TargetArgs) -> Result<(), Failure> {
         Some(path) => Config::read(path).map_err(|e| e.to_string())?,
         None => Config { origin: "no configuration".into(), calls: Vec::new() },
     };
-    let log = LogControl::install(args.log);
+    let audit = args.audit_log.as_deref().map(open_audit).transpose()?;
+    let log = LogControl::install(args.log, audit);
     let sender = std::sync::Mutex::new(ends.sender.clone());
     let control = Control::new(ControlConfig {
         cores: args.cores.0,
@@ -111,6 +116,12 @@ pub fn run(args: TargetArgs) -> Result<(), Failure> {
     let ended = control.shutdown().map_err(|e| e.message);
     started?;
     Ok(ended?)
+}
+
+/// Appended to, readable by its owner only.
+fn open_audit(path: &Path) -> Result<std::fs::File, String> {
+    let file = std::fs::OpenOptions::new().append(true).create(true).mode(0o600).open(path);
+    file.map_err(|e| format!("audit log {}: {e}", path.display()))
 }
 
 /// False when the end was asked for while waiting.

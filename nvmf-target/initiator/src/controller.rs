@@ -22,10 +22,11 @@ use spec::{Cid, Cntlid, Nsid, Qid, Sqe};
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, IntoBytes};
 
+use crate::auth;
 use crate::conn::{Conn, Payload};
 use crate::dial::{Dial, TcpDial};
 use crate::slots::Reply;
-use crate::{CloseReason, ConnectOptions, Error, IoQueue};
+use crate::{CloseReason, ConnectOptions, Credentials, Error, IoQueue};
 
 /// Entries of the admin queue.
 const ADMIN_ENTRIES: u16 = 32;
@@ -153,6 +154,14 @@ impl Controller {
     /// What the controller says about itself.
     pub fn identify(&self) -> &IdentifyController {
         &self.identify
+    }
+
+    /// Authenticates again on the admin queue, with these credentials (the target's keys may have changed).
+    ///
+    /// # Errors
+    /// With the step that failed; the target ends the association then.
+    pub async fn reauthenticate(&self, credentials: &Credentials) -> Result<(), Error> {
+        auth::authenticate(&self.admin, &self.connector.options, credentials).await
     }
 
     /// The controller's identifier.
@@ -376,9 +385,17 @@ async fn open_queue(
         });
     }
     let result = ConnectResult(reply.cqe.dw0.get());
-    if result.atr() == 1 || result.ascr() == 1 {
-        let why = format!("{} requires authentication, which is not configured", options.subnqn);
-        return Err(Error::Unsupported { what: "Connect", why });
+    let why = match &options.credentials {
+        _ if result.ascr() == 1 => "requires secure channel concatenation, which this host does not have",
+        None if result.atr() == 1 => "requires authentication, which is not configured",
+        Some(c) if result.atr() == 1 || c.controller.is_some() => {
+            auth::authenticate(&conn, options, c).await?;
+            ""
+        }
+        _ => "",
+    };
+    if !why.is_empty() {
+        return Err(Error::Unsupported { what: "Connect", why: format!("{} {why}", options.subnqn) });
     }
     Ok((conn, Cntlid(result.cntlid() as u16)))
 }

@@ -36,8 +36,13 @@ pub struct DiscoveredSubsystem {
 /// With the step that failed.
 pub async fn discover(options: &ConnectOptions) -> Result<Vec<DiscoveredSubsystem>, Error> {
     // A discovery controller is asked and left: no Keep Alive.
-    let options =
-        ConnectOptions { subnqn: nqn::DISCOVERY.into(), io_queues: 0, kato_ms: 0, ..options.clone() };
+    let options = ConnectOptions {
+        subnqn: nqn::DISCOVERY.into(),
+        io_queues: 0,
+        kato_ms: 0,
+        credentials: None,
+        ..options.clone()
+    };
     let controller = Controller::connect(&options).await?;
     let mut found = Err(Error::Unsupported {
         what: "discovery log page",

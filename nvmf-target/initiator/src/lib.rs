@@ -17,6 +17,7 @@
 //! termination request, never the process. A lost connection fails its I/O with a transient transport error;
 //! reconnecting is the caller's decision.
 
+mod auth;
 mod conn;
 mod controller;
 mod dial;
@@ -29,6 +30,7 @@ mod slots;
 mod watch;
 mod wire;
 
+pub use auth::Credentials;
 pub use controller::{Connector, Controller, NamespaceInfo};
 pub use dial::{Dial, TcpDial};
 pub use discover::{DiscoveredSubsystem, discover};
@@ -37,4 +39,5 @@ pub use options::ConnectOptions;
 pub use queue::{IoQueue, NamespaceQueue};
 pub use wire::{TcpWire, Wire};
 
+pub use cryptfold_nvmf_auth::{DhGroup, HashId, Offer, Secret};
 pub use cryptfold_nvmf_spec::features::AsyncEvent;

@@ -6,7 +6,7 @@ use cryptfold_nvmf_spec::nqn::Nqn;
 use cryptfold_reactor as reactor;
 use uuid::{Builder, Uuid};
 
-use crate::Error;
+use crate::{Credentials, Error};
 
 /// Largest number of entries of a queue that can be asked for.
 pub(crate) const MAX_QUEUE_SIZE: u16 = 4096;
@@ -38,6 +38,8 @@ pub struct ConnectOptions {
     pub connect_timeout: Duration,
     /// A command that takes longer ends its connection.
     pub io_timeout: Duration,
+    /// What to authenticate with where the target asks for it, or where it has to prove itself.
+    pub credentials: Option<Credentials>,
 }
 
 impl ConnectOptions {
@@ -62,6 +64,7 @@ impl ConnectOptions {
             kato_ms: 15_000,
             connect_timeout: Duration::from_secs(10),
             io_timeout: Duration::from_secs(30),
+            credentials: None,
         }
     }
 

@@ -99,6 +99,12 @@ pub enum TargetError {
         /// The host's NQN.
         host: String,
     },
+    /// The referral is there already.
+    #[error("Referral {0} already exists")]
+    ReferralExists(String),
+    /// No such referral.
+    #[error("Referral {0} not found")]
+    NoReferral(String),
     /// Not possible any more.
     #[error("{0}")]
     WrongState(&'static str),

@@ -2,6 +2,7 @@
 
 use std::fmt;
 
+use cryptfold_nvmf_spec::auth::{DhGroup, HashId};
 use cryptfold_nvmf_spec::log::AnaState;
 use uuid::Uuid;
 
@@ -38,6 +39,17 @@ pub struct ListenerInfo {
     pub ana_states: Vec<(u32, AnaState)>,
 }
 
+/// A host of a subsystem's list, with the names of its keys.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct HostInfo {
+    /// Its NQN.
+    pub nqn: String,
+    /// DH-HMAC-CHAP secret of the host.
+    pub dhchap_key: Option<String>,
+    /// DH-HMAC-CHAP secret of the controller.
+    pub dhchap_ctrlr_key: Option<String>,
+}
+
 /// A subsystem.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SubsystemInfo {
@@ -48,7 +60,7 @@ pub struct SubsystemInfo {
     /// Listeners, in the order they were added.
     pub listeners: Vec<ListenerInfo>,
     /// Hosts that may connect.
-    pub hosts: Vec<String>,
+    pub hosts: Vec<HostInfo>,
     /// Namespaces, by identifier.
     pub namespaces: Vec<NsInfo>,
 }
@@ -89,6 +101,8 @@ pub struct QpairInfo {
     pub reactor: u32,
     /// Commands so far.
     pub totals: Totals,
+    /// How the host was last authenticated on it, if it was.
+    pub auth: Option<(HashId, DhGroup)>,
 }
 
 /// A reactor's share.
@@ -108,6 +122,17 @@ pub struct PollGroupStats {
     pub current_io_qpairs: u64,
     /// Commands completed so far.
     pub completed_nvme_io: u64,
+}
+
+/// Another discovery service (or subsystem) that the discovery log names.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Referral {
+    /// Where.
+    pub addr: ListenAddr,
+    /// Its name: the well-known discovery NQN, or a unique one.
+    pub subnqn: String,
+    /// TLS is needed there.
+    pub secure_channel: bool,
 }
 
 /// Which listeners the discovery log names to a host, by what they share with the one it asks through.

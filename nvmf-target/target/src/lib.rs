@@ -17,6 +17,8 @@
 //! Sources: NVM Express Base Specification 2.0, NVM Command Set Specification 1.0, NVMe/TCP Transport Specification 1.0.
 //! Units: bytes unless a name says otherwise.
 
+mod access;
+pub mod audit;
 mod budget;
 mod conn;
 mod controller;
@@ -35,11 +37,13 @@ mod target;
 mod watch;
 pub mod wire;
 
+pub use access::{HostAccess, Named};
 pub use controller::{Controller, Host};
 pub use cryptfold_nvmf_spec::log::AnaState;
 pub use error::TargetError;
 pub use info::{
-    ControllerInfo, DiscoveryFilter, ListenerInfo, NsInfo, PollGroupStats, QpairInfo, SubsystemInfo,
+    ControllerInfo, DiscoveryFilter, HostInfo, ListenerInfo, NsInfo, PollGroupStats, QpairInfo, Referral,
+    SubsystemInfo,
 };
 pub use options::{ListenAddr, NsOptions, SubsystemOptions, TransportOptions};
 pub use stats::Totals;

@@ -45,6 +45,8 @@ pub struct TransportOptions {
     pub min_kato: u32,
     /// Time in which ICReq and Connect have to come, ms. (Ours.)
     pub connect_timeout_ms: u32,
+    /// Time in which a host has to authenticate, where it has to, ms. (Ours.)
+    pub auth_timeout_ms: u32,
     /// Time in which a host has to send data that it was asked for or began, and to take some of what it is sent, ms. (Ours.)
     pub r2t_timeout_ms: u32,
     /// Connections of all hosts, 1 or more. (Ours.)
@@ -77,6 +79,7 @@ impl Default for TransportOptions {
             kas: 100,
             min_kato: 10_000,
             connect_timeout_ms: 10_000,
+            auth_timeout_ms: 30_000,
             r2t_timeout_ms: 60_000,
             max_connections: 8192,
             max_connections_per_host: 1024,

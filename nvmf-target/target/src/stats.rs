@@ -1,7 +1,9 @@
 //! Counters of queues: written by the queue's reactor, read by anybody.
 
 use std::ops::Add;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+
+use cryptfold_nvmf_spec::auth::{DhGroup, HashId};
 
 /// One queue's counters.
 #[derive(Default, Debug)]
@@ -13,6 +15,8 @@ pub struct QueueStats {
     other: AtomicU64,
     errors: AtomicU64,
     executing: AtomicU64,
+    /// Hash << 8 | group; 0 = not authenticated.
+    auth: AtomicU32,
 }
 
 /// Totals of a queue, a controller or a reactor.
@@ -83,6 +87,15 @@ impl QueueStats {
     /// Whether commands are with devices.
     pub(crate) fn is_busy(&self) -> bool {
         self.executing.load(Ordering::Relaxed) > 0
+    }
+    /// The host was authenticated this way.
+    pub(crate) fn authenticated(&self, hash: HashId, group: DhGroup) {
+        self.auth.store(u32::from(hash as u8) << 8 | u32::from(group as u8), Ordering::Relaxed);
+    }
+    /// How the host was authenticated, if it was.
+    pub fn auth(&self) -> Option<(HashId, DhGroup)> {
+        let v = self.auth.load(Ordering::Relaxed);
+        HashId::from_u8((v >> 8) as u8).zip(DhGroup::from_u8(v as u8))
     }
     /// Now.
     pub fn totals(&self) -> Totals {

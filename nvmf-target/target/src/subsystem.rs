@@ -14,6 +14,7 @@ use cryptfold_nvmf_spec::log::AnaState;
 use cryptfold_nvmf_spec::{Cntlid, Nsid};
 use uuid::Uuid;
 
+use crate::access::HostAccess;
 use crate::controller::Controller;
 use crate::controller::events::EventKind;
 use crate::io::Geometry;
@@ -107,7 +108,8 @@ pub(crate) struct Tables {
     pub namespaces: BTreeMap<u32, Arc<Namespace>>,
     /// Namespaces that only these hosts see; the others are seen by all.
     pub visible_to: BTreeMap<u32, BTreeSet<String>>,
-    pub hosts: BTreeSet<String>,
+    /// Hosts that may connect, and what they have to prove.
+    pub hosts: BTreeMap<String, HostAccess>,
     pub allow_any_host: bool,
     pub listeners: Vec<Listener>,
     pub controllers: BTreeMap<u16, Arc<Controller>>,
@@ -121,7 +123,7 @@ pub(crate) struct Tables {
 impl Tables {
     /// Whether this host may connect.
     pub fn allows(&self, hostnqn: &str) -> bool {
-        !self.deleted && (self.allow_any_host || self.hosts.contains(hostnqn))
+        !self.deleted && (self.allow_any_host || self.hosts.contains_key(hostnqn))
     }
 
     /// Whether a namespace exists for this host.
@@ -166,6 +168,11 @@ impl Subsystem {
         let t = self.tables();
         let listens = self.discovery || t.listeners.iter().any(|l| Arc::ptr_eq(&l.port, port));
         listens && t.allows(hostnqn)
+    }
+
+    /// What this host has to prove now.
+    pub(crate) fn access(&self, hostnqn: &str) -> HostAccess {
+        self.tables().hosts.get(hostnqn).cloned().unwrap_or_default()
     }
 
     /// The namespace with this identifier, if this host may see it.

@@ -5,15 +5,17 @@
 //!
 //! No lock is held while a call waits for a reactor.
 
+use std::collections::btree_map::Entry;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use cryptfold_bdev::Registry;
+use cryptfold_nvmf_auth::{Offer, Secret};
 use cryptfold_nvmf_spec::fabrics::{Connect, ConnectData, ConnectReject, ipo};
 use cryptfold_nvmf_spec::log::{
-    AddressFamily, AnaState, DiscoveryEntry, DiscoveryHeader, SubsystemType, treq,
+    AddressFamily, AnaState, DiscoveryEntry, DiscoveryHeader, SubsystemType, sectype, treq,
 };
 use cryptfold_nvmf_spec::{Cntlid, Nqn, Nsid, nqn};
 use cryptfold_reactor::{self as reactor, Handle};
@@ -25,12 +27,14 @@ use crate::controller::events::EventKind;
 use crate::controller::{Controller, Host, NewController, QueueRef};
 use crate::group::{Group, LOAD_CONNECTION, Seat};
 use crate::info::{
-    ControllerInfo, DiscoveryFilter, ListenerInfo, NsInfo, PollGroupStats, QpairInfo, SubsystemInfo,
+    ControllerInfo, DiscoveryFilter, HostInfo, ListenerInfo, NsInfo, PollGroupStats, QpairInfo, Referral,
+    SubsystemInfo,
 };
 use crate::port::Port;
 use crate::stats::Totals;
 use crate::subsystem::{Listener, Subsystem, locked, unique};
 use crate::wire::{TcpWire, Wire};
+use crate::{HostAccess, Named};
 use crate::{ListenAddr, NsOptions, SubsystemOptions, TargetError, TransportOptions, sys};
 
 /// How long control requests wait for connections and I/O to end.
@@ -53,6 +57,8 @@ struct State {
     max_subsystems: u32,
     crdt: [u16; 3],
     filter: DiscoveryFilter,
+    offer: Offer,
+    referrals: Vec<Referral>,
     stopped: bool,
 }
 
@@ -86,6 +92,11 @@ impl Shared {
     /// The transport's parameters, or the defaults before it is created.
     pub fn options(&self) -> Arc<TransportOptions> {
         self.state().transport.clone().unwrap_or_default()
+    }
+
+    /// Hash functions and groups of DH-HMAC-CHAP.
+    pub fn offer(&self) -> Offer {
+        self.state().offer.clone()
     }
 
     /// Command retry delays, units of 100 ms.
@@ -160,9 +171,14 @@ impl Shared {
 
     /// The discovery log as this host sees it through this port.
     pub fn discovery_page(&self, hostnqn: &str, through: &Arc<Port>) -> Vec<u8> {
-        let (subsystems, filter, asqsz) = {
+        let (subsystems, filter, asqsz, referrals) = {
             let s = self.state();
-            (s.subsystems.clone(), s.filter, s.transport.clone().unwrap_or_default().max_aq_depth)
+            (
+                s.subsystems.clone(),
+                s.filter,
+                s.transport.clone().unwrap_or_default().max_aq_depth,
+                s.referrals.clone(),
+            )
         };
         let mut entries = Vec::new();
         for s in subsystems.iter().filter(|s| !s.discovery) {
@@ -187,6 +203,7 @@ impl Shared {
                 }
             }
         }
+        entries.extend(referrals.iter().filter_map(|r| referral_entry(r, asqsz)));
         let mut header = DiscoveryHeader::default();
         header.genctr = self.generation.load(Ordering::Relaxed).into();
         header.numrec = (entries.len() as u64).into();
@@ -249,6 +266,8 @@ impl Target {
                 max_subsystems: MAX_SUBSYSTEMS,
                 crdt: [0; 3],
                 filter: DiscoveryFilter::default(),
+                offer: Offer::default(),
+                referrals: Vec::new(),
                 stopped: false,
             }),
         });
@@ -550,18 +569,67 @@ impl Target {
         subsystem.set_ana_group(Nsid(nsid), group)
     }
 
-    /// Lets a host connect.
+    /// Lets a host connect, once it has proven what `access` asks for.
     ///
     /// # Errors
-    /// Unknown subsystem, no NQN, or in the list already.
-    pub fn add_host(&self, nqn: &str, host: &str) -> Result<(), TargetError> {
+    /// Unknown subsystem, no NQN, in the list already, or keys that make no sense together.
+    pub fn add_host(&self, nqn: &str, host: &str, access: HostAccess) -> Result<(), TargetError> {
         let subsystem = self.subsystem(nqn)?;
         Nqn::parse(host).map_err(|reason| TargetError::Nqn { nqn: host.into(), reason })?;
-        if !subsystem.tables().hosts.insert(host.into()) {
-            return Err(TargetError::HostExists { nqn: nqn.into(), host: host.into() });
+        check_access(&access)?;
+        if subsystem.discovery && access != HostAccess::default() {
+            return Err(TargetError::Invalid("host", "the discovery subsystem takes no keys".into()));
         }
+        match subsystem.tables().hosts.entry(host.into()) {
+            Entry::Occupied(_) => {
+                return Err(TargetError::HostExists { nqn: nqn.into(), host: host.into() });
+            }
+            Entry::Vacant(v) => v.insert(access),
+        };
         self.shared.discovery_changed();
         Ok(())
+    }
+
+    /// Changes a host's DH-HMAC-CHAP secrets (re-key): they count from the next authentication on.
+    ///
+    /// # Errors
+    /// Unknown subsystem or host, or keys that make no sense together.
+    pub fn set_keys(
+        &self,
+        nqn: &str,
+        host: &str,
+        dhchap: Option<Named<Secret>>,
+        dhchap_ctrlr: Option<Named<Secret>>,
+    ) -> Result<(), TargetError> {
+        let subsystem = self.subsystem(nqn)?;
+        let mut t = subsystem.tables();
+        let access = t.hosts.get_mut(host);
+        let access = access.ok_or_else(|| TargetError::NoHost { nqn: nqn.into(), host: host.into() })?;
+        let fresh = HostAccess { dhchap, dhchap_ctrlr };
+        check_access(&fresh)?;
+        *access = fresh;
+        Ok(())
+    }
+
+    /// Sets the hash functions and groups that DH-HMAC-CHAP may use.
+    ///
+    /// # Errors
+    /// One of the lists is empty.
+    pub fn set_auth_offer(&self, offer: Offer) -> Result<(), TargetError> {
+        for (name, empty) in
+            [("dhchap_digests", offer.hashes.is_empty()), ("dhchap_dhgroups", offer.groups.is_empty())]
+        {
+            if empty {
+                return Err(TargetError::Invalid(name, "at least one is needed".into()));
+            }
+        }
+        self.shared.state().offer = offer;
+        Ok(())
+    }
+
+    /// The hash functions and groups that DH-HMAC-CHAP may use.
+    pub fn auth_offer(&self) -> Offer {
+        self.shared.offer()
     }
 
     /// Takes a host out of the list and ends its controllers, unless any host may connect.
@@ -570,7 +638,7 @@ impl Target {
     /// Unknown subsystem or host, or I/O that does not end.
     pub fn remove_host(&self, nqn: &str, host: &str) -> Result<(), TargetError> {
         let subsystem = self.subsystem(nqn)?;
-        if !subsystem.tables().hosts.remove(host) {
+        if subsystem.tables().hosts.remove(host).is_none() {
             return Err(TargetError::NoHost { nqn: nqn.into(), host: host.into() });
         }
         self.shared.discovery_changed();
@@ -642,6 +710,7 @@ impl Target {
                 depth: q.size,
                 reactor: q.conn.handle.id().0,
                 totals: q.stats.totals(),
+                auth: q.stats.auth(),
             }));
         }
         Ok(all)
@@ -678,6 +747,44 @@ impl Target {
     /// The discovery filter.
     pub fn config(&self) -> DiscoveryFilter {
         self.shared.state().filter
+    }
+
+    /// Names another discovery service in the discovery log.
+    ///
+    /// # Errors
+    /// No NQN, or named already.
+    pub fn add_referral(&self, referral: Referral) -> Result<(), TargetError> {
+        let reason = Nqn::parse(&referral.subnqn).err();
+        if let Some(reason) = reason {
+            return Err(TargetError::Nqn { nqn: referral.subnqn, reason });
+        }
+        let mut s = self.running()?;
+        if s.referrals.iter().any(|r| r.addr == referral.addr && r.subnqn == referral.subnqn) {
+            return Err(TargetError::ReferralExists(referral.addr.to_string()));
+        }
+        s.referrals.push(referral);
+        drop(s);
+        self.shared.discovery_changed();
+        Ok(())
+    }
+
+    /// Takes a referral out of the discovery log.
+    ///
+    /// # Errors
+    /// There is none of that address and name.
+    pub fn remove_referral(&self, addr: &ListenAddr, subnqn: &str) -> Result<(), TargetError> {
+        {
+            let mut s = self.running()?;
+            let at = s.referrals.iter().position(|r| r.addr == *addr && r.subnqn == subnqn);
+            s.referrals.remove(at.ok_or_else(|| TargetError::NoReferral(addr.to_string()))?);
+        }
+        self.shared.discovery_changed();
+        Ok(())
+    }
+
+    /// The referrals, in the order they were added.
+    pub fn referrals(&self) -> Vec<Referral> {
+        self.shared.state().referrals.clone()
     }
 
     /// Sets how many subsystems there may be, the discovery subsystem included.
@@ -756,6 +863,26 @@ fn add_port(s: &mut State, addr: ListenAddr, key: Option<u64>) -> Arc<Port> {
     port
 }
 
+fn referral_entry(r: &Referral, asqsz: u16) -> Option<DiscoveryEntry> {
+    let family = if r.addr.ip.is_ipv4() { AddressFamily::Ipv4 } else { AddressFamily::Ipv6 };
+    let (traddr, trsvcid) = (r.addr.ip.to_string(), r.addr.port.to_string());
+    let name = Nqn::parse(&r.subnqn).ok()?;
+    let mut entry = DiscoveryEntry::tcp(SubsystemType::Referral, family, &traddr, &trsvcid, 0, name)?;
+    entry.asqsz = asqsz.into();
+    if r.secure_channel {
+        entry.treq = treq::SECURE_REQUIRED;
+        entry.tsas[0] = sectype::TLS13;
+    }
+    Some(entry)
+}
+
+fn check_access(access: &HostAccess) -> Result<(), TargetError> {
+    if access.dhchap.is_none() && access.dhchap_ctrlr.is_some() {
+        return Err(TargetError::Invalid("dhchap_ctrlr_key", "dhchap_key is needed too".into()));
+    }
+    Ok(())
+}
+
 fn check_subsystem(o: &SubsystemOptions) -> Result<(), TargetError> {
     Nqn::parse(&o.nqn).map_err(|reason| TargetError::Nqn { nqn: o.nqn.clone(), reason })?;
     let text = |name, value: &str, max: usize| {
@@ -787,6 +914,11 @@ fn describe(s: &Subsystem) -> SubsystemInfo {
             .map(|g| (*g, l.ana.get(g).copied().unwrap_or(AnaState::Optimized)))
             .collect(),
     };
+    let host = |(nqn, a): (&String, &HostAccess)| HostInfo {
+        nqn: nqn.clone(),
+        dhchap_key: a.dhchap.as_ref().map(|k| k.name.clone()),
+        dhchap_ctrlr_key: a.dhchap_ctrlr.as_ref().map(|k| k.name.clone()),
+    };
     let namespace = |n: &Arc<crate::Namespace>| NsInfo {
         nsid: n.nsid.0,
         bdev_name: n.bdev().name().into(),
@@ -801,7 +933,7 @@ fn describe(s: &Subsystem) -> SubsystemInfo {
         options: SubsystemOptions { allow_any_host: t.allow_any_host, ..s.options.clone() },
         discovery: s.discovery,
         listeners: t.listeners.iter().map(listener).collect(),
-        hosts: t.hosts.iter().cloned().collect(),
+        hosts: t.hosts.iter().map(host).collect(),
         namespaces: t.namespaces.values().map(namespace).collect(),
     }
 }

@@ -4,11 +4,16 @@ mod common;
 
 use common::{Client, HOST, NQN, Rig, read_sqe, wait};
 use cryptfold_bdev_malloc::MallocOptions;
+use cryptfold_nvmf_auth::{DhGroup, HashId, Secret};
+use cryptfold_nvmf_spec::auth::{self, Failure};
+use cryptfold_nvmf_spec::fabrics::{Authentication, ConnectResult, PropertyCommand};
 use cryptfold_nvmf_spec::identify::Cns;
 use cryptfold_nvmf_spec::log::{GetLogPage, Lid};
 use cryptfold_nvmf_spec::opcode::Admin;
+use cryptfold_nvmf_spec::property::Property;
 use cryptfold_nvmf_spec::{Cid, Cntlid, Nsid, Sgl, Sqe, Status};
-use cryptfold_nvmf_target::{NsOptions, TargetError};
+use cryptfold_nvmf_target::{HostAccess, Named, NsOptions, TargetError, TransportOptions};
+use cryptfold_reactor::IdlePolicy;
 
 const OTHER: &str = "nqn.2024-01.io.cryptfold:other-host";
 
@@ -49,9 +54,9 @@ fn a_list_of_hosts_is_enforced_also_on_those_who_are_there() {
         assert!(cqe.status().dnr());
     };
     refused(HOST);
-    rig.target.add_host(NQN, HOST).expect("a name");
+    rig.target.add_host(NQN, HOST, HostAccess::default()).expect("a name");
     refused(OTHER);
-    rig.target.add_host(NQN, OTHER).expect("a name");
+    rig.target.add_host(NQN, OTHER, HostAccess::default()).expect("a name");
     let (_admin, mut io) = host(&rig, HOST);
     let (_other_admin, mut other_io) = host(&rig, OTHER);
     assert_eq!(read(&mut io, 1), Status::SUCCESS);
@@ -120,4 +125,136 @@ fn a_namespace_exists_only_for_the_hosts_it_is_shown_to() {
         [1, 0, 0, 0, 0, 0, 0, 0],
         "only namespace 1 changed for it"
     );
+}
+
+/// A rig where HOST has to authenticate and OTHER need not.
+fn secured(options: TransportOptions) -> Rig {
+    let rig = Rig::with(2, IdlePolicy::Interrupt, options);
+    let key = Secret::new(&[7; 32], None).expect("32 bytes");
+    let access = HostAccess { dhchap: Some(Named { name: "k".into(), key }), ..Default::default() };
+    rig.target.add_host(NQN, HOST, access).expect("a name");
+    rig
+}
+
+/// An admin queue that has to authenticate.
+fn challenged(rig: &Rig) -> Client {
+    let mut c = Client::open(rig.addr, false, false);
+    let cqe = c.connect(NQN, 0, 32, Cntlid::DYNAMIC);
+    assert_eq!((cqe.status(), ConnectResult(cqe.dw0.get()).atr()), (Status::SUCCESS, 1));
+    c
+}
+
+fn auth_send(c: &mut Client, message: &[u8]) -> Status {
+    let sqe = Sqe::from_view(&Authentication::send(Cid(0), message.len() as u32));
+    c.run(sqe, message, &[]).0.status().code()
+}
+
+fn auth_receive(c: &mut Client, len: u32) -> (Status, Vec<u8>) {
+    let (cqe, data) = c.run(Sqe::from_view(&Authentication::receive(Cid(0), len)), &[], &[]);
+    (cqe.status().code(), data)
+}
+
+fn closed(c: &mut Client) {
+    assert_eq!(c.recv(), common::Pdu::Closed);
+}
+
+const NULL: &[DhGroup] = &[DhGroup::Null];
+
+#[test]
+fn nothing_goes_before_authentication() {
+    let rig = secured(TransportOptions::default());
+    let (_other_admin, mut other_io) = host(&rig, OTHER);
+    let mut c = challenged(&rig);
+    for opcode in 0..=255u8 {
+        let mut sqe = Sqe::new(opcode);
+        sqe.sgl = Sgl::transport(0);
+        // Connect, Authentication and Disconnect are Fabrics commands; this one is Property Set.
+        let status = c.run(sqe, &[], &[]).0.status().code();
+        assert_eq!(status, Status::AUTHENTICATION_REQUIRED, "opcode {opcode:#x}");
+    }
+    assert_eq!(c.set(Property::Cc, 0x0046_0001).status().code(), Status::AUTHENTICATION_REQUIRED);
+    let get = Sqe::from_view(&PropertyCommand::get(Cid(0), Property::Cap));
+    assert_eq!(c.run(get, &[], &[]).0.status().code(), Status::AUTHENTICATION_REQUIRED);
+    // Nor on an I/O queue of this controller: the admin queue was never enabled.
+    let mut io = Client::open(rig.addr, false, false);
+    let cntlid =
+        rig.target.controllers(NQN).expect("known").iter().find(|k| k.hostnqn == HOST).expect("one").cntlid;
+    assert_ne!(io.connect(NQN, 1, 32, Cntlid(cntlid)).status(), Status::SUCCESS);
+    assert_eq!(read(&mut other_io, 1), Status::SUCCESS, "a host without a key is not concerned");
+}
+
+#[test]
+fn lies_in_messages_end_the_connection() {
+    let rig = secured(TransportOptions::default());
+    let (_other_admin, mut other_io) = host(&rig, OTHER);
+    let negotiate = auth::negotiate(3, 0, HashId::ALL, NULL);
+    let failure = |why| auth::failure(false, 3, why);
+    let starts = |data: &[u8], message: &[u8]| data.starts_with(message);
+
+    // Lengths that do not fit the SGL, are 0 or too long; a security protocol that does not exist: nothing is taken.
+    let mut c = challenged(&rig);
+    for (len, sgl) in [(8, 72), (0, 0), (5000, 5000), (u32::MAX, u32::MAX)] {
+        let mut command = Authentication::send(Cid(0), len);
+        command.sgl = Sgl::transport(sgl);
+        let (cqe, _) = c.run(Sqe::from_view(&command), &[], &[]);
+        assert_eq!(cqe.status().code(), Status::INVALID_FIELD, "{len} of {sgl}");
+    }
+    let mut command = Authentication::receive(Cid(0), 4096);
+    command.secp = 0;
+    assert_eq!(c.run(Sqe::from_view(&command), &[], &[]).0.status().code(), Status::INVALID_FIELD);
+    assert_eq!(auth_receive(&mut c, 4096).0, Status::COMMAND_SEQUENCE_ERROR, "nothing to fetch yet");
+
+    // Every message cut at every place: Failure1 or a refusal, then the end.
+    for cut in 1..negotiate.len() {
+        let mut c = challenged(&rig);
+        assert_eq!(auth_send(&mut c, &negotiate[..cut]), Status::SUCCESS);
+        let (status, message) = auth_receive(&mut c, 4096);
+        assert_eq!(status, Status::SUCCESS);
+        assert_eq!(message[..2], [0, 0xf1], "{cut} bytes");
+        closed(&mut c);
+    }
+    // A step is skipped; a message is sent where one was to be fetched; a wrong response; room for nothing.
+    let mut c = challenged(&rig);
+    assert_eq!(auth_send(&mut c, &auth::success2(3)), Status::SUCCESS);
+    assert!(starts(&auth_receive(&mut c, 64).1, &auth::failure(false, 0, Failure::Message)));
+    closed(&mut c);
+    let mut c = challenged(&rig);
+    assert_eq!(auth_send(&mut c, &negotiate), Status::SUCCESS);
+    assert_eq!(auth_send(&mut c, &negotiate), Status::COMMAND_SEQUENCE_ERROR);
+    closed(&mut c);
+    let mut c = challenged(&rig);
+    assert_eq!(auth_send(&mut c, &negotiate), Status::SUCCESS);
+    assert_eq!(auth_receive(&mut c, 16).0, Status::INVALID_FIELD);
+    closed(&mut c);
+    let mut c = challenged(&rig);
+    assert_eq!(auth_send(&mut c, &negotiate), Status::SUCCESS);
+    let (_, challenge) = auth_receive(&mut c, 4096);
+    assert_eq!((challenge.len(), &challenge[..2]), (4096, &[1, 1][..]), "as many bytes as were asked for");
+    let r = auth::Reply { t_id: 3, seqnum: 0, response: &[0; 32], challenge: None, public: &[] };
+    assert_eq!(auth_send(&mut c, &r.build()), Status::SUCCESS);
+    assert!(starts(&auth_receive(&mut c, 4096).1, &failure(Failure::Failed)));
+    closed(&mut c);
+    assert_eq!(read(&mut other_io, 1), Status::SUCCESS, "the other host goes on");
+    assert_eq!(rig.target.controllers(NQN).map(|c| c.iter().filter(|c| c.hostnqn == HOST).count()), Ok(1));
+}
+
+#[test]
+fn silence_and_sudden_ends_while_authenticating() {
+    let rig = secured(TransportOptions { auth_timeout_ms: 600, ..Default::default() });
+    let mut silent = challenged(&rig);
+    let mut half = challenged(&rig);
+    assert_eq!(auth_send(&mut half, &auth::negotiate(3, 0, HashId::ALL, DhGroup::ALL)), Status::SUCCESS);
+    closed(&mut silent);
+    closed(&mut half);
+    // Gone while the exponentiation is under way elsewhere.
+    for _ in 0..50 {
+        let mut c = challenged(&rig);
+        let message = auth::negotiate(3, 0, HashId::ALL, &[DhGroup::Ffdhe4096]);
+        let sqe = Sqe::from_view(&Authentication::send(Cid(9), message.len() as u32));
+        c.submit(&sqe, &message);
+    }
+    rig.wait_empty();
+    let mut c = challenged(&rig);
+    assert_eq!(auth_send(&mut c, &auth::negotiate(3, 0, HashId::ALL, NULL)), Status::SUCCESS);
+    assert_eq!(auth_receive(&mut c, 4096).1[..2], [1, 1], "still there");
 }

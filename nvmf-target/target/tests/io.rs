@@ -13,7 +13,9 @@ use cryptfold_nvmf_spec::opcode::{Admin, Io};
 use cryptfold_nvmf_spec::property::Property;
 use cryptfold_nvmf_spec::sqe::{AbortCdw10, Fuse, RwControl};
 use cryptfold_nvmf_spec::{Cid, Cntlid, Nsid, Sgl, Sqe, Status};
-use cryptfold_nvmf_target::{AnaState, NsOptions, SubsystemOptions, TargetError, TransportOptions};
+use cryptfold_nvmf_target::{
+    AnaState, HostAccess, ListenAddr, NsOptions, Referral, SubsystemOptions, TargetError, TransportOptions,
+};
 use cryptfold_reactor::IdlePolicy;
 use std::time::Duration;
 use zerocopy::{FromBytes, IntoBytes};
@@ -322,7 +324,7 @@ fn connect_is_checked() {
     let mut c = Client::open(rig.addr, false, false);
     let reject = ConnectReject::Host.completion().0;
     assert_eq!(c.connect(NQN, 0, 32, dynamic).status(), reject);
-    rig.target.add_host(NQN, HOST).expect("a new host");
+    rig.target.add_host(NQN, HOST, HostAccess::default()).expect("a new host");
     assert_eq!(c.connect(NQN, 0, 32, dynamic).status(), Status::SUCCESS);
     rig.target.remove_host(NQN, HOST).expect("an old host");
     assert_eq!(c.recv(), Pdu::Closed);
@@ -424,6 +426,20 @@ fn discovery_names_what_the_host_may_use() {
         (header.genctr.get(), header.numrec.get(), entry)
     };
     let (generation, count, entry) = page(&mut c);
+    assert_eq!(count, 1);
+    let elsewhere = Referral {
+        addr: ListenAddr::parse("TCP", None, "192.0.2.7", "8009").expect("an address"),
+        subnqn: DISCOVERY.into(),
+        secure_channel: false,
+    };
+    rig.target.add_referral(elsewhere.clone()).expect("new");
+    assert_eq!(page(&mut c).1, 2, "the subsystem and the referral");
+    rig.target.remove_referral(&elsewhere.addr, DISCOVERY).expect("it was there");
+    let (generation, count, _) = {
+        let (later, count, entry) = page(&mut c);
+        assert!(later > generation);
+        (later, count, entry)
+    };
     assert_eq!(count, 1);
     assert_eq!(entry.traddr(), Some("127.0.0.1"));
     assert_eq!(entry.trsvcid(), Some(rig.addr.port().to_string().as_str()));

@@ -4,7 +4,7 @@ use serde_json::{Value, json};
 
 use crate::control::{Control, lock};
 use crate::jsonrpc::RpcError;
-use crate::methods::{bdev_config, crypto_config, nvmf_config, sock_config};
+use crate::methods::{bdev_config, crypto_config, keyring_config, nvmf_config, sock_config};
 
 /// Subsystems in the order of initialisation and of the saved file.
 pub const SUBSYSTEMS: &[&str] =
@@ -31,7 +31,8 @@ pub fn save_subsystem(c: &Control, name: &str) -> Result<Vec<(String, Value)>, R
         "iobuf" => Ok(lock(&c.options).calls("iobuf")),
         "accel" => crypto_config(c),
         "bdev" => bdev_config(c),
-        "scheduler" | "keyring" | "vmd" | "nbd" => Ok(Vec::new()),
+        "keyring" => Ok(keyring_config(c)),
+        "scheduler" | "vmd" | "nbd" => Ok(Vec::new()),
         "nvmf" => Ok(nvmf_config(c)),
         _ => {
             let known = SUBSYSTEMS.join(", ");

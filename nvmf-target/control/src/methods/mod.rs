@@ -6,6 +6,7 @@ mod crypto;
 mod devices;
 mod framework;
 mod histogram;
+mod keyring;
 mod log;
 mod lvol;
 mod nvmf;
@@ -19,6 +20,7 @@ use crate::jsonrpc::RpcError;
 use crate::table::Method;
 
 pub(crate) use crypto::config as crypto_config;
+pub(crate) use keyring::config as keyring_config;
 pub(crate) use lvol::describe_check;
 pub(crate) use nvmf::{apply_options as apply_nvmf_options, config as nvmf_config};
 pub(crate) use options::sock_config;
@@ -44,6 +46,7 @@ pub fn all() -> Vec<Method> {
         bdev::methods(),
         devices::methods(),
         crypto::methods(),
+        keyring::methods(),
         lvol::methods(),
         nvmf::methods(),
         options::methods(),

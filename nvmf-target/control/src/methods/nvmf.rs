@@ -1,8 +1,9 @@
 //! The target: transport, subsystems, namespaces, listeners, hosts, statistics.
 
+use cryptfold_nvmf_auth::{DhGroup, HashId, Offer, Secret};
 use cryptfold_nvmf_target::{
-    AnaState, DiscoveryFilter, ListenAddr, NsOptions, SubsystemInfo, SubsystemOptions, Target, TargetError,
-    TransportOptions,
+    AnaState, DiscoveryFilter, HostAccess, HostInfo, ListenAddr, Named, NsOptions, Referral, SubsystemInfo,
+    SubsystemOptions, Target, TargetError, TransportOptions,
 };
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
@@ -84,9 +85,10 @@ params! {
         discovery_filter: Option<String>,
         /// The same as an array.
         discovery_filters: Option<Vec<String>>,
-        /// No effect.
+        /// Hash functions of DH-HMAC-CHAP, by preference: "sha256", "sha384", "sha512"; all when not given.
         dhchap_digests: Option<Vec<String>>,
-        /// No effect.
+        /// Groups of DH-HMAC-CHAP, by preference: "null", "ffdhe2048", "ffdhe3072", "ffdhe4096", "ffdhe6144", "ffdhe8192"; all when not
+        /// given.
         dhchap_dhgroups: Option<Vec<String>>,
         /// Duplicate hosts.
         dup_host_policy: Option<DupHostPolicy>,
@@ -177,6 +179,8 @@ params! {
         masked_fuses: Option<OnlyEmpty>,
         /// Milliseconds in which a new connection has to say who it is. Ours.
         connect_timeout_ms: u32 = TransportOptions::default().connect_timeout_ms,
+        /// Milliseconds in which a host has to authenticate. Ours.
+        auth_timeout_ms: u32 = TransportOptions::default().auth_timeout_ms,
         /// Milliseconds in which a host has to send data that it was asked for, and to take some of what it is sent. Ours.
         r2t_timeout_ms: u32 = TransportOptions::default().r2t_timeout_ms,
         /// Connections of all hosts. Ours.
@@ -359,6 +363,23 @@ params! {
         host: String,
         /// Target.
         tgt_name: Option<TargetName>,
+        /// Key of the keyring: the host has to authenticate with it (DH-HMAC-CHAP).
+        dhchap_key: Option<String>,
+        /// Key of the keyring that the controller authenticates with where the host asks.
+        dhchap_ctrlr_key: Option<String>,
+    }
+    /// `nvmf_subsystem_set_keys`.
+    pub struct SetKeys {
+        /// Name of the subsystem.
+        nqn: String,
+        /// Name of the host.
+        host: String,
+        /// Target.
+        tgt_name: Option<TargetName>,
+        /// Key of the keyring; the host need not authenticate any more when not given.
+        dhchap_key: Option<String>,
+        /// Key of the keyring for the controller's side.
+        dhchap_ctrlr_key: Option<String>,
     }
     /// `nvmf_subsystem_remove_host`.
     pub struct RemoveHost {
@@ -379,6 +400,17 @@ params! {
         allow_any_host: bool,
         /// Target.
         tgt_name: Option<TargetName>,
+    }
+    /// `nvmf_discovery_add_referral`, `nvmf_discovery_remove_referral`.
+    pub struct ReferralParams {
+        /// Where the other discovery service is.
+        address: Address,
+        /// Target.
+        tgt_name: Option<TargetName>,
+        /// It needs TLS.
+        secure_channel: bool = false,
+        /// Its name; the well-known discovery NQN when not given.
+        subnqn: Option<String>,
     }
     /// `nvmf_get_stats`, `nvmf_discovery_get_referrals`.
     pub struct OfTarget {
@@ -482,9 +514,23 @@ pub fn methods() -> Vec<Method> {
         Method::new("nvmf_subsystem_get_controllers", "Controllers of a subsystem.", get_controllers),
         Method::new("nvmf_subsystem_get_qpairs", "Queues of a subsystem's controllers.", get_qpairs),
         Method::new("nvmf_subsystem_add_host", "Lets a host connect.", |c, p: AddHost| {
-            c.target()?.add_host(&p.nqn, &p.host)?;
+            let access = HostAccess {
+                dhchap: secret(c, "dhchap_key", p.dhchap_key)?,
+                dhchap_ctrlr: secret(c, "dhchap_ctrlr_key", p.dhchap_ctrlr_key)?,
+            };
+            c.target()?.add_host(&p.nqn, &p.host, access)?;
             Ok(TRUE)
         }),
+        Method::new(
+            "nvmf_subsystem_set_keys",
+            "Changes a host's DH-HMAC-CHAP keys (re-key). They count from its next authentication on; connections stay.",
+            |c, p: SetKeys| {
+                let host = secret(c, "dhchap_key", p.dhchap_key)?;
+                let ctrlr = secret(c, "dhchap_ctrlr_key", p.dhchap_ctrlr_key)?;
+                c.target()?.set_keys(&p.nqn, &p.host, host, ctrlr)?;
+                Ok(TRUE)
+            },
+        ),
         Method::new(
             "nvmf_subsystem_remove_host",
             "Takes a host out of the list and ends its connections.",
@@ -502,8 +548,47 @@ pub fn methods() -> Vec<Method> {
             },
         ),
         Method::new("nvmf_get_stats", "What each reactor does for hosts.", get_stats),
-        Method::new("nvmf_discovery_get_referrals", "There are none.", |_, _: OfTarget| Ok(json!([]))),
+        Method::new(
+            "nvmf_discovery_add_referral",
+            "Names another discovery service in the discovery log.",
+            |c, p: ReferralParams| {
+                c.target()?.add_referral(p.referral()?)?;
+                Ok(TRUE)
+            },
+        ),
+        Method::new(
+            "nvmf_discovery_remove_referral",
+            "Takes a referral out of the discovery log.",
+            |c, p: ReferralParams| {
+                let r = p.referral()?;
+                c.target()?.remove_referral(&r.addr, &r.subnqn)?;
+                Ok(TRUE)
+            },
+        ),
+        Method::new("nvmf_discovery_get_referrals", "Referrals of the discovery log.", |c, _: OfTarget| {
+            Ok(c.target()?.referrals().iter().map(referral).collect())
+        }),
     ]
+}
+
+impl ReferralParams {
+    fn referral(&self) -> Result<Referral, RpcError> {
+        let subnqn = self.subnqn.clone().unwrap_or_else(|| DISCOVERY.into());
+        Ok(Referral { addr: self.address.parse()?, subnqn, secure_channel: self.secure_channel })
+    }
+}
+
+fn referral(r: &Referral) -> Value {
+    json!({"address": address(&r.addr), "secure_channel": r.secure_channel, "subnqn": r.subnqn})
+}
+
+/// A DH-HMAC-CHAP secret of the keyring, read from its file now.
+fn secret(c: &Control, param: &str, name: Option<String>) -> Result<Option<Named<Secret>>, RpcError> {
+    let Some(name) = name else { return Ok(None) };
+    let text = c.ring.read(&name)?;
+    let key = Secret::parse(&text)
+        .map_err(|e| RpcError::params(format!("{param}: key \"{name}\" of the keyring: {e}")))?;
+    Ok(Some(Named { name, key }))
 }
 
 fn nqn(name: &str) -> &str {
@@ -574,9 +659,35 @@ fn apply(t: &Target, method: &str, params: &Map<String, Value>) -> Result<(), Rp
             {
                 t.set_config(f);
             }
+            t.set_auth_offer(offer(params)?)?;
         }
     }
     Ok(())
+}
+
+/// What DH-HMAC-CHAP may use: as given, or everything.
+fn offer(params: &Map<String, Value>) -> Result<Offer, RpcError> {
+    fn list<T: Copy>(
+        params: &Map<String, Value>,
+        key: &str,
+        all: Vec<T>,
+        parse: fn(&str) -> Option<T>,
+    ) -> Result<Vec<T>, RpcError> {
+        let Some(names) = params.get(key).and_then(Value::as_array) else { return Ok(all) };
+        let one = |v: &Value| {
+            v.as_str().and_then(parse).ok_or_else(|| RpcError::params(format!("{key}: {v} is not known")))
+        };
+        let list: Vec<T> = names.iter().map(one).collect::<Result<_, _>>()?;
+        if list.is_empty() {
+            return Err(RpcError::params(format!("{key}: at least one is needed")));
+        }
+        Ok(list)
+    }
+    let all = Offer::default();
+    Ok(Offer {
+        hashes: list(params, "dhchap_digests", all.hashes, HashId::from_name)?,
+        groups: list(params, "dhchap_dhgroups", all.groups, DhGroup::from_name)?,
+    })
 }
 
 fn set_config(c: &Control, p: SetConfig) -> RpcResult {
@@ -587,11 +698,10 @@ fn set_config(c: &Control, p: SetConfig) -> RpcResult {
         let what = "\"match_any\", or a list of \"transport\", \"address\" and \"svcid\" is needed";
         return Err(RpcError::params(format!("discovery_filter: \"{f}\" was given; {what}")));
     }
-    remember(
-        c,
-        "nvmf_set_config",
-        json!({"discovery_filter": filter, "dup_host_policy": p.dup_host_policy.map(DupHostPolicy::word)}),
-    )
+    let given = json!({"discovery_filter": filter, "dup_host_policy": p.dup_host_policy.map(DupHostPolicy::word),
+        "dhchap_digests": p.dhchap_digests, "dhchap_dhgroups": p.dhchap_dhgroups});
+    offer(&object(given.clone()))?;
+    remember(c, "nvmf_set_config", given)
 }
 
 fn create_transport(c: &Control, p: CreateTransport) -> RpcResult {
@@ -613,6 +723,7 @@ fn create_transport(c: &Control, p: CreateTransport) -> RpcResult {
         kas: p.kas,
         min_kato: p.min_kato,
         connect_timeout_ms: p.connect_timeout_ms,
+        auth_timeout_ms: p.auth_timeout_ms,
         r2t_timeout_ms: p.r2t_timeout_ms,
         max_connections: p.max_connections,
         max_connections_per_host: p.max_connections_per_host,
@@ -643,6 +754,7 @@ fn transport(trtype: &str, o: &TransportOptions) -> Value {
         "kas": o.kas,
         "min_kato": o.min_kato,
         "connect_timeout_ms": o.connect_timeout_ms,
+        "auth_timeout_ms": o.auth_timeout_ms,
         "r2t_timeout_ms": o.r2t_timeout_ms,
         "max_connections": o.max_connections,
         "max_connections_per_host": o.max_connections_per_host,
@@ -680,13 +792,21 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02X}")).collect()
 }
 
+/// A host of the list; its keys by name.
+fn host(h: &HostInfo) -> Value {
+    let keys = json!({"dhchap_key": h.dhchap_key, "dhchap_ctrlr_key": h.dhchap_ctrlr_key});
+    let mut v = object(json!({"nqn": h.nqn}));
+    v.extend(object(keys));
+    Value::Object(v)
+}
+
 fn describe(s: &SubsystemInfo) -> Value {
     let mut v = json!({
         "nqn": s.options.nqn,
         "subtype": if s.discovery { "Discovery" } else { "NVMe" },
         "listen_addresses": s.listeners.iter().map(|l| address(&l.addr)).collect::<Vec<_>>(),
         "allow_any_host": s.options.allow_any_host,
-        "hosts": s.hosts.iter().map(|h| json!({"nqn": h})).collect::<Vec<_>>(),
+        "hosts": s.hosts.iter().map(host).collect::<Vec<_>>(),
     });
     if s.discovery {
         return v;
@@ -796,12 +916,16 @@ fn get_qpairs(c: &Control, p: Subsystem) -> RpcResult {
         .map(|q| {
             let peer: Option<std::net::SocketAddr> = q.peer_address.parse().ok();
             let peer = peer.map_or_else(|| json!(q.peer_address), |a| address(&a.into()));
-            json!({
+            let mut v = json!({
                 "cntlid": q.cntlid, "qid": q.qid, "state": "active", "thread": thread_name(q.reactor),
                 "hostnqn": q.hostnqn, "listen_address": address(&q.listen_address), "peer_address": peer,
                 "queue_depth": q.depth, "reads": q.totals.reads, "writes": q.totals.writes,
                 "errors": q.totals.errors,
-            })
+            });
+            if let Some((hash, group)) = q.auth {
+                v["auth"] = json!({"state": "completed", "digest": hash.name(), "dhgroup": group.name()});
+            }
+            v
         })
         .collect())
 }
@@ -831,6 +955,9 @@ pub fn config(c: &Control) -> Vec<(String, Value)> {
     for (trtype, o) in t.transports() {
         add("nvmf_create_transport", transport(trtype, &o));
     }
+    for r in t.referrals() {
+        add("nvmf_discovery_add_referral", referral(&r));
+    }
     for s in t.subsystems() {
         let (o, name) = (&s.options, &s.options.nqn);
         if !s.discovery {
@@ -844,7 +971,10 @@ pub fn config(c: &Control) -> Vec<(String, Value)> {
             );
         }
         for h in &s.hosts {
-            add("nvmf_subsystem_add_host", json!({"nqn": name, "host": h}));
+            let mut p = object(host(h));
+            p.insert("nqn".into(), json!(name));
+            p.insert("host".into(), json!(h.nqn));
+            add("nvmf_subsystem_add_host", Value::Object(p));
         }
         for n in &s.namespaces {
             let mut ns = json!({"nsid": n.nsid, "bdev_name": n.bdev_name, "nguid": hex(&n.nguid),

@@ -4,7 +4,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use cryptfold_bdev::{Complete, Frame, Io, Op};
-use cryptfold_nvmf_spec::fabrics::{Command, ConnectData, ConnectResult};
+use cryptfold_nvmf_spec::fabrics::{Command, ConnectData, ConnectReject, ConnectResult};
 use cryptfold_nvmf_spec::opcode::FABRICS;
 use cryptfold_nvmf_spec::pdu::build::{self, DataPart};
 use cryptfold_nvmf_spec::pdu::{Digest, MAX_HDR_BYTES};
@@ -16,6 +16,7 @@ use zerocopy::FromBytes;
 use super::slot::Phase;
 use super::state::State;
 use super::{Conn, Inner, Queue};
+use crate::audit;
 use crate::controller::events::Report;
 use crate::controller::{Answer, QueueRef};
 use crate::io::{self, Plan};
@@ -87,6 +88,8 @@ impl Conn {
             Ok(Command::Disconnect(_)) => {
                 self.complete(inner, index, Status::CONNECT_INCOMPATIBLE_FORMAT.with_dnr(), 0);
             }
+            Ok(Command::AuthenticationSend(_)) => self.auth_send(inner, index),
+            Ok(Command::AuthenticationReceive(_)) => self.auth_receive(inner, index),
             // Admission let nothing else through.
             _ => self.complete(inner, index, Status::INVALID_OPCODE.with_dnr(), 0),
         }
@@ -111,6 +114,7 @@ impl Conn {
                 inner.place = Some(place);
                 let no_flow_control = command.cattr().no_sq_flow_control() != 0;
                 let cntlid = controller.cntlid;
+                let authenticate = controller.subsystem.access(&controller.host.nqn).dhchap.is_some();
                 let queue = Queue {
                     controller,
                     qid: command.qid(),
@@ -119,13 +123,19 @@ impl Conn {
                     no_flow_control,
                     stats,
                 };
-                self.connected(inner, queue);
+                self.connected(inner, queue, authenticate);
                 let sqhd = if no_flow_control { SQHD_NO_FLOW_CONTROL } else { 1 };
-                let result = ConnectResult::default().with_cntlid(cntlid.0.into()).0;
+                let result = ConnectResult::default().with_cntlid(cntlid.0.into());
+                let result = result.with_atr(authenticate.into()).0;
                 self.respond(inner, index, Status::SUCCESS, result.into(), sqhd);
             }
             Err(reject) => {
                 tracing::warn!("{}: {reject}", self.peer);
+                if reject == ConnectReject::Host
+                    && let Ok(names) = data.names()
+                {
+                    audit::refused(&self.peer, names.hostnqn, names.subnqn, "host list", "not in it");
+                }
                 let (status, dw0) = reject.completion();
                 self.complete(inner, index, status, dw0.into());
             }

@@ -10,6 +10,7 @@
 //! - Memory is bounded: slots by the queue's size, data that was asked for by [`R2T_WINDOW_BYTES`], and nothing more is
 //!   received while [`OUT_LIMIT_BYTES`] wait to be sent.
 
+mod auth;
 mod exec;
 mod fused;
 pub mod out;
@@ -33,6 +34,7 @@ use cryptfold_nvmf_spec::{Nsid, Qid, Status};
 use cryptfold_reactor::{self as reactor, Nanos};
 
 use crate::TransportOptions;
+use crate::audit;
 use crate::budget::{Place, STEP_BYTES};
 use crate::controller::Controller;
 use crate::group::{ConnRef, Group, LOAD_CONNECTION, LOAD_IO};
@@ -42,6 +44,7 @@ use crate::stats::QueueStats;
 use crate::subsystem::{NsChannel, locked};
 use crate::watch::{Ready, WatchId};
 use crate::wire::{Wake, Wire};
+use auth::Auth;
 use fused::Fused;
 use out::Out;
 use rx::Rx;
@@ -100,6 +103,7 @@ struct Inner {
     r2t_bytes: u64,
     fused: Fused,
     queue: Option<Queue>,
+    auth: Auth,
     /// By namespace identifier, from 1: the channel, or why the namespace can not be used through this port now (ANA).
     channels: Vec<Option<Result<Rc<NsChannel>, Status>>>,
     channels_generation: u64,
@@ -162,6 +166,7 @@ impl Conn {
                 r2t_bytes: 0,
                 fused: Fused::None,
                 queue: None,
+                auth: Auth::Idle,
                 channels: Vec::new(),
                 channels_generation: 0,
                 rights: Vec::new(),
@@ -283,7 +288,7 @@ impl Conn {
                 inner.closing = true;
                 self.abandon_input(inner);
             }
-            State::AwaitIcReq | State::AwaitConnect | State::Ready => {}
+            State::AwaitIcReq | State::AwaitConnect | State::Authenticating | State::Ready => {}
         }
     }
 
@@ -326,6 +331,7 @@ impl Conn {
     fn closed(&self, inner: &mut Inner) {
         inner.channels.clear();
         inner.place = None;
+        inner.auth = Auth::Idle;
         let queue = inner.queue.take();
         if let Some(group) = self.group.upgrade() {
             group.load(-(self.load.get() as i32));
@@ -368,6 +374,7 @@ impl Conn {
             State::AwaitIcReq | State::AwaitConnect => {
                 age > Duration::from_millis(self.options.connect_timeout_ms.into())
             }
+            State::Authenticating => self.auth_overdue(&inner, now, inner.since),
             State::Ready => self.overdue(&mut inner, now),
             State::Terminating => age > TERMINATE_WAIT,
             State::Draining | State::Closed => false,
@@ -382,8 +389,20 @@ impl Conn {
         }
     }
 
+    fn auth_overdue(&self, inner: &Inner, now: Nanos, since: Nanos) -> bool {
+        let late = now.since(since) > Duration::from_millis(self.options.auth_timeout_ms.into());
+        if late && let Some(q) = &inner.queue {
+            let (host, subsystem) = (&q.controller.host.nqn, q.controller.subsystem.nqn());
+            audit::refused(&self.peer, host, subsystem, "dh-hmac-chap", "not finished in time");
+        }
+        late
+    }
+
     fn overdue(&self, inner: &mut Inner, now: Nanos) -> bool {
         let Some(queue) = &inner.queue else { return false };
+        if inner.auth.since().is_some_and(|since| self.auth_overdue(inner, now, since)) {
+            return true;
+        }
         if queue.qid.is_admin() {
             queue.controller.sample(now);
         }
@@ -414,8 +433,8 @@ impl Conn {
         owes && inner.slots.busy().into_iter().any(late)
     }
 
-    /// Connect has made a queue: room for its commands.
-    fn connected(&self, inner: &mut Inner, queue: Queue) {
+    /// Connect has made a queue: room for its commands, and where it has to authenticate first, for nothing else yet.
+    fn connected(&self, inner: &mut Inner, queue: Queue, authenticate: bool) {
         inner.slots.grow(queue.size);
         if let Some(group) = self.group.upgrade() {
             let seat = &group.seat;
@@ -426,14 +445,21 @@ impl Conn {
                 self.load.set(self.load.get() + LOAD_IO);
             }
         }
-        if !queue.qid.is_admin()
-            && let Some(mut limits) = inner.parser.limits()
-        {
+        inner.queue = Some(queue);
+        if authenticate {
+            return self.advance(inner, Event::AuthRequired);
+        }
+        self.advance(inner, Event::Connected);
+        self.ready_queue(inner);
+    }
+
+    /// From here on capsules of an I/O queue have its size: Fabrics commands may need more before.
+    fn ready_queue(&self, inner: &mut Inner) {
+        let io = inner.queue.as_ref().is_some_and(|q| !q.qid.is_admin());
+        if let Some(mut limits) = inner.parser.limits().filter(|_| io) {
             limits.max_capsule_data_bytes = self.options.in_capsule_data_size;
             inner.parser.establish(limits);
         }
-        inner.queue = Some(queue);
-        self.advance(inner, Event::Connected);
     }
 
     /// The channel to a namespace of the queue's subsystem.

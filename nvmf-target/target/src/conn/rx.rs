@@ -265,8 +265,23 @@ impl Conn {
             }
             return transfer::decode(&sqe, Direction::HostToController, capsule_bytes, limits);
         };
-        if sqe.opcode == FABRICS {
-            return match sqe.fabrics()? {
+        let fabrics = if sqe.opcode == FABRICS { Some(sqe.fabrics()?) } else { None };
+        match fabrics {
+            Some(fabrics::Command::AuthenticationSend(c)) => {
+                self.admit_auth(inner, &sqe, c)?;
+                return transfer::decode(&sqe, Direction::HostToController, capsule_bytes, limits);
+            }
+            Some(fabrics::Command::AuthenticationReceive(c)) => {
+                self.admit_auth(inner, &sqe, c)?;
+                return transfer::decode(&sqe, Direction::ControllerToHost, capsule_bytes, limits);
+            }
+            _ if self.state.get() == State::Authenticating => {
+                return Err(Status::AUTHENTICATION_REQUIRED.with_dnr());
+            }
+            _ => {}
+        }
+        if let Some(command) = fabrics {
+            return match command {
                 fabrics::Command::PropertyGet(_) | fabrics::Command::PropertySet(_)
                     if queue.qid.is_admin() =>
                 {

@@ -2,13 +2,15 @@
 //!
 //! ```text
 //!            IcReq                Connected
-//! AwaitIcReq ------> AwaitConnect ---------> Ready
-//!     |   |              |   |               |   |
-//!     |   +--------------|---+---------------|---+--- Fatal ---> Terminating
-//!     |                  |                   |                       |
-//!     +------------------+-------------------+-----------------------+--- PeerGone, Deleted, Expired ---> Draining
-//!                                                                                                            |
-//!                                                                                       Closed <--- Drained -+
+//! AwaitIcReq ------> AwaitConnect ------------------------> Ready
+//!     |   |              |   |  AuthRequired                |   |
+//!     |   |              |   |  ------> Authenticating -----+   |
+//!     |   |              |   |             |       Authenticated|
+//!     |   +--------------|---+-------------|-----------------|--+-- Fatal ---> Terminating
+//!     |                  |                 |                 |                     |
+//!     +------------------+-----------------+-----------------+---------------------+-- PeerGone, Deleted, Expired --> Draining
+//!                                                                                                                       |
+//!                                                                                                  Closed <--- Drained -+
 //! ```
 //!
 //! In `Draining` the socket is shut and the connection waits for its I/O to come back from the devices; `Closed` is
@@ -21,6 +23,8 @@ pub enum State {
     AwaitIcReq,
     /// ICResp is queued; the only command accepted is Fabrics Connect.
     AwaitConnect,
+    /// The queue exists, but the host has to prove who it is before anything else.
+    Authenticating,
     /// The queue exists: commands and data flow.
     Ready,
     /// A fatal error was found: C2HTermReq is on its way out, what comes in is thrown away.
@@ -38,6 +42,10 @@ pub enum Event {
     IcReq,
     /// Connect succeeded.
     Connected,
+    /// Connect succeeded, and the host has to authenticate.
+    AuthRequired,
+    /// The host has authenticated.
+    Authenticated,
     /// A transport error that is answered with a termination request.
     Fatal,
     /// End of file, reset, or a termination request from the peer.
@@ -53,9 +61,10 @@ pub enum Event {
 impl State {
     /// All states.
     #[cfg(test)]
-    const ALL: [State; 6] = [
+    const ALL: [State; 7] = [
         State::AwaitIcReq,
         State::AwaitConnect,
+        State::Authenticating,
         State::Ready,
         State::Terminating,
         State::Draining,
@@ -69,9 +78,11 @@ impl State {
         Some(match (self, event) {
             (S::AwaitIcReq, E::IcReq) => S::AwaitConnect,
             (S::AwaitConnect, E::Connected) => S::Ready,
-            (S::AwaitIcReq | S::AwaitConnect | S::Ready, E::Fatal) => S::Terminating,
+            (S::AwaitConnect, E::AuthRequired) => S::Authenticating,
+            (S::Authenticating, E::Authenticated) => S::Ready,
+            (S::AwaitIcReq | S::AwaitConnect | S::Authenticating | S::Ready, E::Fatal) => S::Terminating,
             (
-                S::AwaitIcReq | S::AwaitConnect | S::Ready | S::Terminating,
+                S::AwaitIcReq | S::AwaitConnect | S::Authenticating | S::Ready | S::Terminating,
                 E::PeerGone | E::Deleted | E::Expired,
             ) => S::Draining,
             (S::Draining, E::Drained) => S::Closed,
@@ -81,12 +92,12 @@ impl State {
 
     /// Whether PDUs are taken from the socket.
     pub const fn receives(self) -> bool {
-        matches!(self, State::AwaitIcReq | State::AwaitConnect | State::Ready)
+        matches!(self, State::AwaitIcReq | State::AwaitConnect | State::Authenticating | State::Ready)
     }
 
     /// Whether responses may still be queued.
     pub const fn answers(self) -> bool {
-        matches!(self, State::AwaitIcReq | State::AwaitConnect | State::Ready)
+        matches!(self, State::AwaitIcReq | State::AwaitConnect | State::Authenticating | State::Ready)
     }
 
     /// Whether the socket is still open.
@@ -98,9 +109,11 @@ impl State {
 impl Event {
     /// All events.
     #[cfg(test)]
-    const ALL: [Event; 7] = [
+    const ALL: [Event; 9] = [
         Event::IcReq,
         Event::Connected,
+        Event::AuthRequired,
+        Event::Authenticated,
         Event::Fatal,
         Event::PeerGone,
         Event::Deleted,
@@ -118,15 +131,20 @@ mod tests {
     fn every_cell_of_the_table() {
         use State::*;
         let n = None;
-        #[rustfmt::skip]
-        let table: [(State, [Option<State>; 7]); 6] = [
-            //             IcReq               Connected    Fatal              PeerGone        Deleted         Expired         Drained
-            (AwaitIcReq,   [Some(AwaitConnect), n, Some(Terminating), Some(Draining), Some(Draining), Some(Draining), n]),
-            (AwaitConnect, [n, Some(Ready), Some(Terminating), Some(Draining), Some(Draining), Some(Draining), n]),
-            (Ready,        [n, n, Some(Terminating), Some(Draining), Some(Draining), Some(Draining), n]),
-            (Terminating,  [n, n, n, Some(Draining), Some(Draining), Some(Draining), n]),
-            (Draining,     [n, n, n, n, n, n, Some(Closed)]),
-            (Closed,       [n, n, n, n, n, n, n]),
+        let end = [Some(Draining), Some(Draining), Some(Draining), n];
+        let row = |first: [Option<State>; 4], fatal: Option<State>, end: [Option<State>; 4]| {
+            [first[0], first[1], first[2], first[3], fatal, end[0], end[1], end[2], end[3]]
+        };
+        let fatal = Some(Terminating);
+        let table: [(State, [Option<State>; 9]); 7] = [
+            // IcReq, Connected, AuthRequired, Authenticated; Fatal; PeerGone, Deleted, Expired, Drained
+            (AwaitIcReq, row([Some(AwaitConnect), n, n, n], fatal, end)),
+            (AwaitConnect, row([n, Some(Ready), Some(Authenticating), n], fatal, end)),
+            (Authenticating, row([n, n, n, Some(Ready)], fatal, end)),
+            (Ready, row([n; 4], fatal, end)),
+            (Terminating, row([n; 4], n, end)),
+            (Draining, row([n; 4], n, [n, n, n, Some(Closed)])),
+            (Closed, row([n; 4], n, [n; 4])),
         ];
         for (state, row) in table {
             for (event, want) in Event::ALL.into_iter().zip(row) {

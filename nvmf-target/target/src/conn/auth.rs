@@ -1,0 +1,193 @@
+//! In-band authentication of a queue's host: DH-HMAC-CHAP messages to and from the machine of `nvmf-auth`.
+//!
+//! A transaction starts with Negotiate, with the keys as they are then. It may be the first one (the queue does nothing
+//! else before) or a later one (the host proves again who it is while commands flow). Whatever fails ends the
+//! connection, after the failure message has been sent, and is written to the audit log.
+
+use cryptfold_nvmf_auth::{Controller as Machine, DhGroup, Entropy, Failure, HashId, Names, Progress};
+use cryptfold_nvmf_spec::fabrics::Authentication;
+use cryptfold_nvmf_spec::pdu::ADMIN_CAPSULE_DATA_BYTES;
+use cryptfold_nvmf_spec::{Sqe, Status};
+use cryptfold_reactor::memory::{Buf, SgList};
+use cryptfold_reactor::{self as reactor, Nanos};
+
+use super::slot::Phase;
+use super::state::{Event, State};
+use super::{Conn, Inner};
+use crate::access::off_reactor;
+use crate::audit;
+
+/// Longest message that is taken or asked for, bytes; the Linux host asks for as much.
+pub(super) const MAX_MESSAGE_BYTES: u32 = 4096;
+const _: () = assert!(MAX_MESSAGE_BYTES <= ADMIN_CAPSULE_DATA_BYTES);
+
+/// Where the queue's authentication is.
+#[derive(Default)]
+pub(super) enum Auth {
+    /// None is under way.
+    #[default]
+    Idle,
+    /// One is, since then.
+    Running(Nanos, Box<Machine>),
+    /// The thread for slow work has it.
+    Away(Nanos),
+}
+
+impl Auth {
+    /// Start of the transaction under way.
+    pub fn since(&self) -> Option<Nanos> {
+        match self {
+            Auth::Idle => None,
+            Auth::Running(since, _) | Auth::Away(since) => Some(*since),
+        }
+    }
+}
+
+/// Checks the fields and that the length is the SGL's.
+fn check(sqe: &Sqe, command: &Authentication) -> Result<(), Status> {
+    command.check()?;
+    let len = command.len.get();
+    if len == 0 || len > MAX_MESSAGE_BYTES || len != sqe.sgl.length.get() {
+        return Err(Status::INVALID_FIELD.with_dnr());
+    }
+    Ok(())
+}
+
+impl Conn {
+    /// Checks an Authentication Send or Receive before its data is taken.
+    pub(super) fn admit_auth(
+        &self,
+        inner: &Inner,
+        sqe: &Sqe,
+        command: &Authentication,
+    ) -> Result<(), Status> {
+        let queue = inner.queue.as_ref().ok_or(Status::COMMAND_SEQUENCE_ERROR)?;
+        let controller = &queue.controller;
+        let known = controller.subsystem.access(&controller.host.nqn).dhchap.is_some();
+        // Where nothing has to be proven, there is nothing to prove it with.
+        if !known && self.state.get() != State::Authenticating && inner.auth.since().is_none() {
+            return Err(Status::INVALID_OPCODE.with_dnr());
+        }
+        check(sqe, command)
+    }
+
+    /// Authentication Send: a message from the host.
+    pub(super) fn auth_send(&self, inner: &mut Inner, index: u16) {
+        let message = std::mem::take(&mut inner.slots[index].data);
+        let (since, mut machine) = match std::mem::take(&mut inner.auth) {
+            Auth::Running(since, machine) => (since, machine),
+            Auth::Idle => match self.auth_machine(inner) {
+                Some(machine) => (reactor::now(), machine),
+                None => return self.auth_failed(inner, index, Status::ACCESS_DENIED, Failure::Failed),
+            },
+            Auth::Away(since) => {
+                // Messages follow each other; the one that is being worked on ends the transaction.
+                inner.auth = Auth::Away(since);
+                return self.complete(inner, index, Status::COMMAND_SEQUENCE_ERROR.with_dnr(), 0);
+            }
+        };
+        let entropy = Entropy::draw(reactor::fill_random);
+        let threads = inner.wire.as_ref().is_some_and(|w| w.descriptor().is_some());
+        let Some(me) = self.reference().filter(|_| threads) else {
+            machine.receive(&message, &entropy);
+            return self.auth_received(inner, index, since, machine);
+        };
+        inner.auth = Auth::Away(since);
+        inner.slots[index].phase = Phase::Executing;
+        inner.executing += 1;
+        let message = message.to_vec();
+        let job = move || {
+            machine.receive(&message, &entropy);
+            me.send(move |conn| {
+                conn.finished(index, |conn, inner| conn.auth_received(inner, index, since, machine));
+            });
+        };
+        if let Err(job) = off_reactor(Box::new(job)) {
+            job();
+        }
+    }
+
+    /// A machine with the keys as they are now.
+    fn auth_machine(&self, inner: &Inner) -> Option<Box<Machine>> {
+        let controller = &inner.queue.as_ref()?.controller;
+        let subsystem = &controller.subsystem;
+        let access = subsystem.access(&controller.host.nqn);
+        let names = Names { host: controller.host.nqn.clone(), subsystem: subsystem.nqn().into() };
+        let offer = self.group.upgrade()?.target.offer();
+        Some(Box::new(Machine::new(names, access.dhchap?.key, access.dhchap_ctrlr.map(|k| k.key), offer)))
+    }
+
+    fn auth_received(&self, inner: &mut Inner, index: u16, since: Nanos, machine: Box<Machine>) {
+        inner.auth = Auth::Idle;
+        match machine.progress() {
+            Progress::Failed(why @ Failure::Failed) => {
+                // Failure2: the host has said that it does not trust us.
+                self.auth_failed(inner, index, Status::SUCCESS, why);
+            }
+            Progress::Failed(why) => self.auth_failed(inner, index, Status::COMMAND_SEQUENCE_ERROR, why),
+            Progress::Done(hash, group) => {
+                self.complete(inner, index, Status::SUCCESS, 0);
+                self.authenticated(inner, hash, group);
+            }
+            Progress::Receive | Progress::Send => {
+                inner.auth = Auth::Running(since, machine);
+                self.complete(inner, index, Status::SUCCESS, 0);
+            }
+        }
+    }
+
+    /// Authentication Receive: the host fetches a message.
+    pub(super) fn auth_receive(&self, inner: &mut Inner, index: u16) {
+        let room = inner.slots[index].sqe.sgl.length.get() as usize;
+        let (since, mut machine) = match std::mem::take(&mut inner.auth) {
+            Auth::Running(since, machine) => (since, machine),
+            other => {
+                inner.auth = other;
+                return self.complete(inner, index, Status::COMMAND_SEQUENCE_ERROR.with_dnr(), 0);
+            }
+        };
+        let message = match machine.send() {
+            Some(m) if m.len() <= room => m,
+            Some(_) => return self.auth_failed(inner, index, Status::INVALID_FIELD, Failure::Payload),
+            None => {
+                return self.auth_failed(inner, index, Status::COMMAND_SEQUENCE_ERROR, Failure::Message);
+            }
+        };
+        // The host gets as many bytes as it asked for.
+        let mut data = Buf::alloc(room);
+        let target = data.make_mut();
+        target[..message.len()].copy_from_slice(&message);
+        target[message.len()..].fill(0);
+        self.complete_read(inner, index, SgList::from(data));
+        match machine.progress() {
+            Progress::Done(hash, group) => self.authenticated(inner, hash, group),
+            Progress::Failed(why) => self.auth_over(inner, why),
+            Progress::Receive | Progress::Send => inner.auth = Auth::Running(since, machine),
+        }
+    }
+
+    fn authenticated(&self, inner: &mut Inner, hash: HashId, group: DhGroup) {
+        let Some(queue) = &inner.queue else { return };
+        queue.stats.authenticated(hash, group);
+        tracing::debug!("{}: {} authenticated", self.peer, queue.controller.host.nqn);
+        if self.state.get() == State::Authenticating {
+            self.advance(inner, Event::Authenticated);
+            self.ready_queue(inner);
+        }
+    }
+
+    fn auth_failed(&self, inner: &mut Inner, index: u16, status: Status, why: Failure) {
+        let status = if status.is_success() { status } else { status.with_dnr() };
+        self.complete(inner, index, status, 0);
+        self.auth_over(inner, why);
+    }
+
+    /// One failure is the end, once what is queued has been sent.
+    fn auth_over(&self, inner: &mut Inner, why: Failure) {
+        if let Some(queue) = &inner.queue {
+            let c = &queue.controller;
+            audit::refused(&self.peer, &c.host.nqn, c.subsystem.nqn(), "dh-hmac-chap", why.name());
+        }
+        inner.closing = true;
+    }
+}
