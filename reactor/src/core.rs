@@ -217,6 +217,27 @@ impl Core {
         count
     }
 
+    /// As [`Core::run_ready`], but what comes from other threads goes first, as far as `remote_limit` after each task: cores
+    /// that wait for an answer of this one do not wait for all of its own work.
+    pub(crate) fn run_ready_and_remote(&self, limit: usize, remote_limit: usize) -> usize {
+        let count = self.ready.borrow().len().min(limit);
+        for _ in 0..count {
+            let Some(runnable) = self.ready.borrow_mut().pop_front() else { break };
+            runnable.run();
+            if self.has_remote() {
+                let before = self.ready.borrow().len();
+                self.run_remote(remote_limit);
+                let came = self.ready.borrow().len() - before;
+                for _ in 0..came {
+                    // Tasks only add to the end, so the next one that came is at the same place again.
+                    let Some(runnable) = self.ready.borrow_mut().remove(before) else { break };
+                    runnable.run();
+                }
+            }
+        }
+        count
+    }
+
     /// Takes in messages and wake-ups from other threads, at most `limit`.
     pub(crate) fn run_remote(&self, limit: usize) -> usize {
         let mut count = 0;

@@ -19,6 +19,8 @@ use std::time::{Duration, Instant};
 const DEFERRED_BATCH: usize = 256;
 const READY_BATCH: usize = 256;
 const REMOTE_BATCH: usize = 256;
+/// What comes from other threads between two tasks of one's own.
+const REMOTE_FIRST: usize = 16;
 /// How long the end of a reactor waits for wake-ups that other threads are just delivering.
 const TEARDOWN_LIMIT: Duration = Duration::from_secs(5);
 
@@ -274,7 +276,8 @@ impl Loop<'_> {
     /// True: there was work.
     fn turn(&mut self) -> bool {
         let core = self.core;
-        let local = core.run_deferred(DEFERRED_BATCH) + core.run_ready(READY_BATCH);
+        let local =
+            core.run_deferred(DEFERRED_BATCH) + core.run_ready_and_remote(READY_BATCH, REMOTE_FIRST);
         let remote = core.run_remote(REMOTE_BATCH);
         let (completions, clients) = self.ring.turn();
         let polled = core.run_pollers();
