@@ -10,6 +10,7 @@
 //!
 //! Invariants: `used` counts the entries that are not empty; address 0 marks an empty entry (containers count from 1).
 
+use cryptfold_reactor::memory::{Prefetch, prefetch};
 use cryptfold_reduce_format::fingerprint::Fingerprint;
 use cryptfold_reduce_format::ids::{ChunkAddr, ContainerId, DomainId};
 use smallvec::SmallVec;
@@ -102,6 +103,14 @@ impl Index {
     fn at(&self, key: Key) -> [usize; 2] {
         let at = key.0 as usize & (self.buckets.len() - 1);
         [at, at ^ 1]
+    }
+
+    /// Asks for what a look-up of `key` will touch.
+    #[inline]
+    pub fn prefetch(&self, key: Key) {
+        for at in self.at(key) {
+            prefetch(&self.buckets[at], Prefetch::Read);
+        }
     }
 
     /// Addresses that may have this fingerprint; nearly always none or the one.

@@ -80,6 +80,8 @@ pub(crate) struct Scratch {
     packed: Vec<Packed>,
     /// Duplicates are not looked for: their lists can not be read.
     blind: bool,
+    /// New chunks are not stored but reported: another core is to compress them.
+    unpacked: bool,
 }
 
 /// A small write that came with others.
@@ -94,6 +96,8 @@ pub(crate) struct Small<'a> {
 enum Attempt {
     /// Nothing: it is.
     Done,
+    /// That the core that it came to compresses its new chunks.
+    Pack,
     /// These are missing; `true`: only for finding duplicates.
     Load(Needs, bool),
     /// So many bytes of room in the log.
@@ -164,55 +168,30 @@ impl Pool {
             }
             let result = self.write_piece(target, at, &piece, &mut scratch).await;
             self.scratch.borrow_mut().push(scratch);
-            result?;
+            let _done = result?;
             at += count as u64;
         }
         Ok(())
     }
 
-    /// Which of these chunks are stored, and how the volume wants new ones compressed: asked by other cores, before they
-    /// compress.
-    pub(crate) async fn survey(
-        self: &Rc<Self>,
-        volume: VolumeId,
-        generation: Generation,
-        fingerprints: &[Fingerprint],
-    ) -> Result<(Vec<bool>, Compression), Status> {
-        let target = self.target(volume)?;
-        if target.generation != generation {
-            // Its fingerprints mean nothing now: the home will do it all again, so nothing is worth compressing.
-            return Ok((vec![true; fingerprints.len()], Compression::Off));
-        }
-        let mut found = Vec::new();
-        let mut pins = self.pins();
-        loop {
-            let mut needs = Needs::new();
-            self.shard
-                .borrow()
-                .lookup(target.domain, fingerprints, &mut found, &mut needs)
-                .map_err(|_| Status::INVALID_NAMESPACE)?;
-            if needs.is_empty() || self.load_all(needs, &mut pins).await.is_err() {
-                return Ok((found.iter().map(Option::is_some).collect(), target.compression));
-            }
-        }
-    }
-
-    /// Writes a piece that another core has prepared.
+    /// Writes a piece that another core has prepared. Comes back unwritten, with how the volume wants it compressed, if it has
+    /// new chunks and is not packed yet.
     pub(crate) async fn write_prepared(
         self: &Rc<Self>,
         volume: VolumeId,
         generation: Generation,
         lba: u64,
-        piece: SgList,
-        host_key: HostKeyId,
         mut prepared: Prepared,
-    ) -> Result<(), Status> {
+    ) -> Result<Option<(Prepared, Compression)>, Status> {
         self.throttle().await?;
         let target = self.target(volume)?;
         if target.generation != generation {
-            return self.write_blocks(&target, lba, piece, host_key).await;
+            // Its fingerprints mean nothing now.
+            self.write_blocks(&target, lba, prepared.piece, prepared.host_key).await?;
+            return Ok(None);
         }
-        self.write_piece(&target, lba, &piece, &mut prepared.scratch).await
+        let done = self.write_piece(&target, lba, &prepared.piece, &mut prepared.scratch).await?;
+        Ok((!done).then_some((prepared, target.compression)))
     }
 
     /// Writes several small pieces at once, each if nothing has to be waited for; `answer` gets each one's number and result
@@ -273,18 +252,20 @@ impl Pool {
         }
     }
 
+    /// Stores a piece. False: it has to be packed first.
     async fn write_piece(
         self: &Rc<Self>,
         target: &Target4k,
         lba: u64,
         piece: &SgList,
         scratch: &mut Scratch,
-    ) -> Result<(), Status> {
+    ) -> Result<bool, Status> {
         let lane = self.lane(target.domain, Purpose::Host);
         let mut pins = self.pins();
         loop {
             match self.attempt(target, &lane, lba, piece, scratch)? {
-                Attempt::Done => return Ok(()),
+                Attempt::Done => return Ok(true),
+                Attempt::Pack => return Ok(false),
                 Attempt::Load(needs, only_duplicates) => {
                     // Boxed: rare, and it would make every write's future large.
                     let loaded = Box::pin(self.load_all(needs, &mut pins)).await;
@@ -334,6 +315,9 @@ impl Pool {
             }
         }
         let new = scratch.found.iter().filter(|found| found.is_none()).count();
+        if new > 0 && scratch.unpacked {
+            return Ok(Attempt::Pack);
+        }
         if new > 0 {
             // Groups that are packed already are stored whole.
             let most = if scratch.packed.is_empty() { new } else { scratch.sources.len() };
@@ -728,6 +712,7 @@ fn classify<'a>(
     scratch.sources.clear();
     scratch.packed.clear();
     scratch.blind = false;
+    scratch.unpacked = false;
     for (at, buf) in piece.iter().enumerate() {
         for (nth, chunk) in buf.as_chunks::<CHUNK_BYTES>().0.iter().enumerate() {
             let target = match codec::pattern(chunk) {
@@ -747,37 +732,32 @@ fn classify<'a>(
 
 /// A piece on another core than the pool's home: what that core works out by itself.
 pub(crate) struct Prepared {
+    piece: SgList,
+    host_key: HostKeyId,
     scratch: Box<Scratch>,
 }
 
 impl Prepared {
     /// Classifies and hashes a piece (at most [`PIECE`] blocks in whole chunks).
-    pub fn new(piece: &SgList, host_key: HostKeyId, hasher: &Hasher) -> Prepared {
+    pub fn new(piece: SgList, host_key: HostKeyId, hasher: &Hasher) -> Prepared {
         let mut scratch = Box::<Scratch>::default();
         let mut chunks = SmallVec::new();
-        classify(piece, host_key, &mut scratch, &mut chunks);
+        classify(&piece, host_key, &mut scratch, &mut chunks);
         scratch.fingerprints.resize(chunks.len(), Fingerprint::NONE);
         hasher.hash_chunks(&chunks, &mut scratch.fingerprints);
-        Prepared { scratch }
-    }
-
-    /// The fingerprints to ask the home about.
-    pub fn fingerprints(&self) -> Vec<Fingerprint> {
-        self.scratch.fingerprints.clone()
+        drop(chunks);
+        scratch.unpacked = true;
+        Prepared { piece, host_key, scratch }
     }
 
     /// Compresses what the home has not found.
-    pub fn pack(
-        &mut self,
-        piece: &SgList,
-        found: &[bool],
-        setting: Compression,
-        compressor: &mut Compressor,
-    ) {
-        let Scratch { sources, fingerprints, packed, .. } = &mut *self.scratch;
+    pub fn pack(&mut self, setting: Compression, compressor: &mut Compressor) {
+        let Prepared { piece, scratch, .. } = self;
+        scratch.unpacked = false;
+        let Scratch { sources, fingerprints, found, packed, .. } = &mut **scratch;
         let is_first = |at: usize| !fingerprints[..at].contains(&fingerprints[at]);
         let new: SmallVec<[u16; PIECE]> =
-            (0..found.len()).filter(|&at| !found[at] && is_first(at)).map(|at| at as u16).collect();
+            (0..found.len()).filter(|&at| found[at].is_none() && is_first(at)).map(|at| at as u16).collect();
         for members in new.chunks(GROUP) {
             let pieces = neighbours(members, piece, sources);
             let mut body = Buf::alloc(members.len() * CHUNK_BYTES);

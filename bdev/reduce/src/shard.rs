@@ -41,6 +41,9 @@ use crate::tree::{Found, Leaf, Meter, Missing, Tree};
 /// A slot with more references than this is not referenced again: another copy is stored.
 const MAX_REFS: u32 = u32::MAX - (1 << 20);
 
+/// Look-ups in the index that wait for memory together.
+const PREFETCHED: usize = 16;
+
 /// A record does not fit the state: the journal and the checkpoint do not belong together, or a bug.
 #[derive(Debug, Error)]
 pub(crate) enum ApplyError {
@@ -368,7 +371,12 @@ impl Shard {
         let owner = domain.0;
         found.clear();
         let mut next: Option<ChunkAddr> = None;
-        for fingerprint in fingerprints {
+        for (nth, fingerprint) in fingerprints.iter().enumerate() {
+            // New data is looked for in a table that no cache holds.
+            if next.is_none() && nth.is_multiple_of(PREFETCHED) {
+                let ahead = &fingerprints[nth..(nth + PREFETCHED).min(fingerprints.len())];
+                ahead.iter().for_each(|fingerprint| self.index.prefetch(Key::new(domain, fingerprint)));
+            }
             // Duplicates mostly come in the order in which the originals came.
             if let Some(addr) = next.filter(|_| self.damaged.is_empty())
                 && d.fingerprints

@@ -316,21 +316,22 @@ impl VolumeDevice {
         while !data.is_empty() {
             let count = PIECE.min(data.len_bytes() / CHUNK_BYTES);
             let piece = whole_chunks(data.split_to(count * CHUNK_BYTES));
-            let mut prepared = Prepared::new(&piece, key, &self.hasher);
-            let prints = prepared.fingerprints();
-            if !prints.is_empty() {
-                let survey = self
-                    .on_home(move |pool| async move { pool.survey(id, generation, &prints).await })
-                    .await?;
-                prepared.pack(&piece, &survey.0, survey.1, &mut core.compressor.borrow_mut());
+            let force = fua && data.is_empty();
+            let mut next = Some(Prepared::new(piece, key, &self.hasher));
+            while let Some(prepared) = next {
+                let back = self.on_home(move |pool| async move {
+                    let _busy = pool.enter();
+                    let back = pool.write_prepared(id, generation, lba, prepared).await?;
+                    if force && back.is_none() {
+                        pool.flush().await?;
+                    }
+                    Ok(back)
+                });
+                next = back.await?.map(|(mut prepared, setting)| {
+                    prepared.pack(setting, &mut core.compressor.borrow_mut());
+                    prepared
+                });
             }
-            let last = data.is_empty();
-            self.on_home(move |pool| async move {
-                let _busy = pool.enter();
-                pool.write_prepared(id, generation, lba, piece, key, prepared).await?;
-                if fua && last { pool.flush().await } else { Ok(()) }
-            })
-            .await?;
             lba += count as u64;
         }
         Ok(())
