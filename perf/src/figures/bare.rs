@@ -27,7 +27,7 @@ pub fn repeat(time: Duration, mut step: impl FnMut()) -> Sample {
         steps += BATCH;
         let took = start.elapsed();
         if took >= time {
-            return Sample { per_second: steps as f64 / took.as_secs_f64(), waited_pct: watch.waited_pct() };
+            return Sample::new(steps as f64 / took.as_secs_f64(), watch.waited_pct());
         }
     }
 }

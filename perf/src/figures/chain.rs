@@ -13,7 +13,7 @@ use cryptfold_reactor::{Handle, Runtime, RuntimeConfig};
 
 use super::machine::Watch;
 use super::{Rounds, Row, Sample, Subject, Unit, bare};
-use crate::load::{DataSource, Plan, Sink, run_worker};
+use crate::load::{DataSource, Latency, Plan, Sink, run_worker};
 
 /// Span of the RAM disk and of the bare loops. Bytes.
 pub const SPAN: u64 = 512 << 20;
@@ -61,7 +61,8 @@ pub async fn run_load(sink: impl Sink, plan: Plan) -> Result<Sample, String> {
         return Err(e);
     }
     let seconds = (report.measured_ns as f64 / 1e9).max(1e-9);
-    Ok(Sample { per_second: report.ios as f64 / seconds, waited_pct: watch.waited_pct() })
+    let p99_9_us = Some(Latency::of(&report.latency).p99_9);
+    Ok(Sample { p99_9_us, ..Sample::new(report.ios as f64 / seconds, watch.waited_pct()) })
 }
 
 fn device_load(handle: &Handle, device: &Arc<Descriptor>, plan: Plan) -> Result<Sample, String> {
@@ -103,6 +104,7 @@ pub fn null(rounds: Rounds<'_>) -> Result<Vec<Row>, String> {
         unit: Unit::Ops,
         bytes_per_op: 4096,
         of: None,
+        scales: None,
         goal: Some(8e6),
         measure: Box::new(|time| device_load(handle, &device, plan(SPAN, 4096, 100, true, 128, time))),
     };
@@ -147,6 +149,7 @@ pub fn crypto(rounds: Rounds<'_>) -> Result<Vec<Row>, String> {
         unit: Unit::Ops,
         bytes_per_op: 4096,
         of,
+        scales: None,
         goal: of.map(|_| 0.8),
         measure,
     };

@@ -49,6 +49,14 @@ struct Sample {
     per_second: f64,
     /// Share of the time in which the core was given to somebody else, percent.
     waited_pct: f64,
+    /// 99.9th percentile of the latencies, µs, where there are any.
+    p99_9_us: Option<f64>,
+}
+
+impl Sample {
+    fn new(per_second: f64, waited_pct: f64) -> Sample {
+        Sample { per_second, waited_pct, p99_9_us: None }
+    }
 }
 
 /// How a rate is shown.
@@ -71,6 +79,8 @@ struct Subject<'a> {
     bytes_per_op: usize,
     /// What it is compared with: a subject of the same group.
     of: Option<&'static str>,
+    /// The same on one core: the share is then divided by that one's share.
+    scales: Option<&'static str>,
     /// What is wanted: a rate, or with `of` a share of that.
     goal: Option<f64>,
     measure: Measure<'a>,
@@ -88,9 +98,14 @@ struct Row {
     #[serde(skip_serializing_if = "Option::is_none")]
     of: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    scales: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     ratio: Option<f64>,
     #[serde(skip_serializing_if = "Option::is_none")]
     goal: Option<f64>,
+    /// 99.9th percentile of the latencies, median over the rounds, µs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    p99_9_us: Option<f64>,
     /// Share of the time in which others had the core, percent, worst round.
     waited_pct: f64,
 }
@@ -130,23 +145,36 @@ fn round_to(x: f64, digits: i32) -> f64 {
 /// Measures all subjects in turns.
 fn alternate(args: &Args, group: &'static str, mut subjects: Vec<Subject<'_>>) -> Result<Vec<Row>, String> {
     let time = Duration::from_secs_f64(args.seconds);
-    let bases: Vec<_> = subjects.iter().filter(|s| args.wants(s.name)).filter_map(|s| s.of).collect();
-    subjects.retain(|s| args.wants(group) || args.wants(s.name) || bases.contains(&s.name));
+    let mut wanted: Vec<_> = subjects.iter().map(|s| s.name).filter(|name| args.wants(name)).collect();
+    for _ in 0..2 {
+        let of = subjects.iter().filter(|s| wanted.contains(&s.name)).flat_map(|s| [s.of, s.scales]);
+        wanted.extend(of.flatten().collect::<Vec<_>>());
+    }
+    subjects.retain(|s| args.wants(group) || wanted.contains(&s.name));
     let mut values = vec![Vec::new(); subjects.len()];
+    let mut latencies = vec![Vec::new(); subjects.len()];
     let mut waited = vec![0f64; subjects.len()];
     for _ in 0..args.rounds {
         for (i, s) in subjects.iter_mut().enumerate() {
             let sample = (s.measure)(time).map_err(|e| format!("{}: {e}", s.name))?;
             let scale = if s.unit == Unit::Ops { 1.0 } else { s.bytes_per_op as f64 / 1e6 };
             values[i].push(round_to(sample.per_second * scale, if s.unit == Unit::Ops { 0 } else { 1 }));
+            latencies[i].extend(sample.p99_9_us);
             waited[i] = waited[i].max(sample.waited_pct);
         }
     }
+    let place = |name| subjects.iter().position(|s| s.name == name);
+    let shares = |i: usize, of| -> Vec<f64> {
+        let base = place(of).map(|b| &values[b]);
+        values[i].iter().zip(base.into_iter().flatten()).map(|(v, base)| v / base.max(1e-9)).collect()
+    };
     let row = |(i, s): (usize, &Subject<'_>)| {
-        let base = s.of.and_then(|of| subjects.iter().position(|b| b.name == of));
-        let ratio = base.map(|b| {
-            let ratios: Vec<f64> =
-                values[i].iter().zip(&values[b]).map(|(v, base)| v / base.max(1e-9)).collect();
+        let ratios = s.of.map(|of| {
+            let mut ratios = shares(i, of);
+            if let Some(one) = s.scales.and_then(&place) {
+                let ones = subjects[one].of.map(|of| shares(one, of)).unwrap_or_default();
+                ratios.iter_mut().zip(ones).for_each(|(ratio, one)| *ratio /= one.max(1e-9));
+            }
             round_to(median(&ratios), 4)
         });
         Row {
@@ -157,8 +185,10 @@ fn alternate(args: &Args, group: &'static str, mut subjects: Vec<Subject<'_>>) -
             value: median(&values[i]),
             rounds: values[i].clone(),
             of: s.of,
-            ratio,
+            scales: s.scales,
+            ratio: ratios,
             goal: s.goal,
+            p99_9_us: (!latencies[i].is_empty()).then(|| median(&latencies[i])),
             waited_pct: round_to(waited[i], 1),
         }
     };
@@ -208,8 +238,9 @@ pub fn run(args: &Args) -> Result<(), String> {
 }
 
 fn text(report: &Report) -> String {
-    let mut rows =
-        vec![["figure", "rate", "unit", "of", "share", "goal", "core lost"].map(str::to_owned).to_vec()];
+    let mut rows = vec![
+        ["figure", "rate", "unit", "of", "share", "goal", "p99.9", "core lost"].map(str::to_owned).to_vec(),
+    ];
     for r in &report.results {
         let percent = |x: f64| format!("{:.1}%", 100.0 * x);
         let goal = match (r.goal, r.of) {
@@ -221,9 +252,13 @@ fn text(report: &Report) -> String {
             r.name.to_owned(),
             format!("{:.0}", r.value),
             if r.unit == Unit::Ops { "ops/s".into() } else { "MB/s".into() },
-            r.of.unwrap_or_default().to_owned(),
+            match r.scales {
+                Some(one) => format!("{one}'s share"),
+                None => r.of.unwrap_or_default().to_owned(),
+            },
             r.ratio.map(percent).unwrap_or_default(),
             goal,
+            r.p99_9_us.map(|us| format!("{us:.0} us")).unwrap_or_default(),
             format!("{:.1}%", r.waited_pct),
         ]);
     }
@@ -254,12 +289,13 @@ mod tests {
             unit: Unit::Ops,
             bytes_per_op: 4096,
             of: None,
+            scales: None,
             goal: None,
             // The machine is twice as slow in the second round.
             measure: Box::new(|_| {
                 turn += 1.0;
                 machine.set(if turn == 2.0 { 500.0 } else { 1000.0 });
-                Ok(Sample { per_second: machine.get(), waited_pct: turn })
+                Ok(Sample::new(machine.get(), turn))
             }),
         };
         let half = Subject {
@@ -267,8 +303,9 @@ mod tests {
             unit: Unit::Megabytes,
             bytes_per_op: 1_000_000,
             of: Some("base"),
+            scales: None,
             goal: Some(0.8),
-            measure: Box::new(|_| Ok(Sample { per_second: machine.get() / 2.0, waited_pct: 0.0 })),
+            measure: Box::new(|_| Ok(Sample::new(machine.get() / 2.0, 0.0))),
         };
         let rows = alternate(&args(), "g", vec![base, half]).expect("measures");
         assert_eq!((rows[0].value, rows[0].waited_pct, rows[0].ratio), (1000.0, 3.0, None));

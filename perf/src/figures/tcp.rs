@@ -64,6 +64,7 @@ pub fn tcp(rounds: Rounds<'_>) -> Result<Vec<Row>, String> {
         unit: if random { Unit::Ops } else { Unit::Megabytes },
         bytes_per_op: bytes,
         of: None,
+        scales: None,
         goal: None,
         measure: Box::new({
             let address = &address;

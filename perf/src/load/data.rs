@@ -20,6 +20,8 @@ pub enum DataSource {
     Repeat,
     /// These buffers of one I/O each, in order, from the start again at the end. Not empty.
     Buffers(Arc<[Buf]>),
+    /// These too, but each 4 KiB block with a number of its own in front, so that nothing repeats.
+    Stamped(Arc<[Buf]>),
     /// A file's bytes, from the start again at its end.
     File(PathBuf),
     /// Unique blocks.
@@ -34,7 +36,7 @@ pub enum DataSource {
 /// Makes the data of one worker's writes.
 pub struct Generator {
     source: DataSource,
-    /// Prepared buffers of one I/O each (`Repeat`, `Buffers`, `File`) or 4 KiB blocks to stamp (`Unique`).
+    /// Prepared buffers of one I/O each (all but `Unique`) or 4 KiB blocks to stamp (`Unique`).
     pool: Vec<Buf>,
     duplicates: Vec<Buf>,
     rng: Rng,
@@ -68,7 +70,7 @@ impl Generator {
         let ios = (POOL_BYTES / bytes).clamp(1, 256);
         let pool = match &source {
             DataSource::Repeat => (0..ios).map(|_| random_buf(&mut rng, bytes)).collect(),
-            DataSource::Buffers(bufs) => bufs.to_vec(),
+            DataSource::Buffers(bufs) | DataSource::Stamped(bufs) => bufs.to_vec(),
             DataSource::File(path) => file_bufs(path, bytes)?,
             DataSource::Unique { compress_ratio, .. } => (0..POOL_BYTES / BLOCK / 4)
                 .map(|_| Buf::from_slice(&block(&mut rng, *compress_ratio)))
@@ -90,12 +92,26 @@ impl Generator {
     pub fn produce(&mut self) -> Buf {
         match self.source {
             DataSource::Unique { dedupe_pct, .. } => self.unique(u64::from(dedupe_pct)),
+            DataSource::Stamped(_) => {
+                let mut buf = Buf::from_slice(&self.pool[self.next]);
+                self.advance();
+                for block in buf.make_mut().chunks_exact_mut(BLOCK) {
+                    self.stamp = self.stamp.wrapping_add(0x9E37_79B9_7F4A_7C15);
+                    block[..8].copy_from_slice(&self.stamp.to_le_bytes());
+                }
+                buf
+            }
             _ => {
                 let buf = self.pool[self.next].clone();
-                self.next = if self.next + 1 == self.pool.len() { 0 } else { self.next + 1 };
+                self.advance();
                 buf
             }
         }
+    }
+
+    #[inline]
+    fn advance(&mut self) {
+        self.next = if self.next + 1 == self.pool.len() { 0 } else { self.next + 1 };
     }
 
     fn unique(&mut self, dedupe_pct: u64) -> Buf {
