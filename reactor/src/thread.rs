@@ -276,8 +276,7 @@ impl Loop<'_> {
     /// True: there was work.
     fn turn(&mut self) -> bool {
         let core = self.core;
-        let local =
-            core.run_deferred(DEFERRED_BATCH) + core.run_ready_and_remote(READY_BATCH, REMOTE_FIRST);
+        let local = core.run_deferred(DEFERRED_BATCH) + core.run_ready_and_remote(READY_BATCH, REMOTE_FIRST);
         let remote = core.run_remote(REMOTE_BATCH);
         let (completions, clients) = self.ring.turn();
         let polled = core.run_pollers();
