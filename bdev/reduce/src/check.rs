@@ -25,7 +25,7 @@ use cryptfold_reduce_format::segment::Class;
 use crate::info::CheckReport;
 use crate::pool::Pool;
 use crate::read::decode_fragment;
-use crate::shard::Volume;
+use crate::shard::{Volume, live_bytes};
 use crate::tree::Found;
 
 /// Why a fragment is not usable.
@@ -285,8 +285,9 @@ impl Pool {
             }
             let segment = fragment.place.segment.segment.0;
             let span = (fragment.place.offset, fragment.place.offset + fragment.unit_bytes);
-            *stored += u64::from(fragment.unit_bytes);
-            *sums.live.entry(segment).or_default() += u64::from(fragment.unit_bytes);
+            let live = u64::from(live_bytes(container, &fragment));
+            *stored += live;
+            *sums.live.entry(segment).or_default() += live;
             sums.spans.entry(segment).or_default().push(span);
             if !shard.holds(id, &fragment) {
                 report.problem(format!(

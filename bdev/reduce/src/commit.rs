@@ -108,15 +108,15 @@ impl Pool {
         self.keep_budget();
         let journal = self.journal.borrow();
         let (used, all) = journal.usage();
-        let dirty = self.dirty_leaves();
-        if (used * 2 > all || dirty > self.dirty_limit)
+        let (dirty, limit) = (self.dirty_leaves(), self.dirty_limit());
+        if (used * 2 > all || dirty > limit)
             && !self.commits.checkpoint_wanted.get()
             && !self.commits.checkpointing.get()
         {
             self.commits.checkpoint_wanted.set(true);
             self.commits.wake.notify_one();
         }
-        let full = journal.pending_bytes() > MOST_BYTES || used * 8 > all * 7 || dirty > 2 * self.dirty_limit;
+        let full = journal.pending_bytes() > MOST_BYTES || used * 8 > all * 7 || dirty > 2 * limit;
         Ok(full || self.auditing.get())
     }
 

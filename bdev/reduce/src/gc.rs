@@ -4,8 +4,12 @@
 //! and empties it: live fragments of a data segment are sealed again elsewhere (`FragmentMove` records, volumes' maps do
 //! not change), live nodes of a metadata segment are marked changed so that the next checkpoint writes them elsewhere.
 //! What lives is found by the plain headers in the segment and decided by the container tables and trees, never by the
-//! headers alone.
+//! headers alone. Chunks of a fragment that are dead are left behind: what lives of it is sealed anew.
+//!
+//! Pace: between two looks at what hosts want, the collector moves as much as their writes since the last look need to be
+//! replaced by free space, and more the shorter space is; so they meet neither a long pause nor a full pool.
 
+use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -13,26 +17,59 @@ use cryptfold_bdev::Status;
 use cryptfold_reactor as reactor;
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reduce_format::block::BLOCK_BYTES;
+use cryptfold_reduce_format::codec::{Codec, Compression};
 use cryptfold_reduce_format::container::FragmentEntry;
 use cryptfold_reduce_format::entry::{FragmentRaw, Record};
-use cryptfold_reduce_format::fragment::{FRAGMENT_HEADER_BYTES, FragmentHeader, MAX_FRAGMENT_BYTES};
+use cryptfold_reduce_format::fragment::{
+    CHUNK_BYTES, FRAGMENT_HEADER_BYTES, FragmentHeader, MAX_FRAGMENT_BYTES,
+};
 use cryptfold_reduce_format::ids::{ChunkAddr, DomainId, POOL_DOMAIN};
 use cryptfold_reduce_format::journal::Scope;
 use cryptfold_reduce_format::node::{self, FANOUT, MAX_NODE_UNIT_BYTES, NODE_HEADER_BYTES, NodeHeader};
 use cryptfold_reduce_format::segment::Class;
 use cryptfold_reduce_format::segtable::{SEGMENTS_PER_LEAF, SegmentEntry};
 
-use crate::log::{NotAppended, bound};
+use smallvec::{SmallVec, smallvec};
+
+use crate::log::{Appended, DataLog, NotAppended, bound};
 use crate::pool::{Life, Pool};
+use crate::read::decode_fragment;
 use crate::segments::{Purpose, Segment};
 
 /// Bytes read at once from a segment that is collected: more than any unit has, wherever it begins in a block.
-const WINDOW_BYTES: usize = 1 << 20;
+const WINDOW_BYTES: usize = 320 << 10;
+/// What is moved in one go when hosts want nothing.
+const QUANTUM_BYTES: f64 = 64e3;
+/// Of a fragment with fewer dead chunks than this share, all chunks are moved: one in so many.
+const TRIM_SHARE: usize = 8;
 const _: () =
     assert!(WINDOW_BYTES >= MAX_FRAGMENT_BYTES + BLOCK_BYTES && MAX_FRAGMENT_BYTES > MAX_NODE_UNIT_BYTES);
 
 /// Segment handles kept in RAM (about 1 KiB each).
 const MOST_HANDLES: usize = 8192;
+
+/// How much the collector may move before it lets hosts go on. See the module's head.
+struct Pace {
+    /// Bytes; negative when more was moved.
+    left: f64,
+    /// [`Pool::host_bytes`] at the last look.
+    seen: u64,
+    /// Bytes to be moved for each byte that becomes free.
+    cost: f64,
+}
+
+impl Pace {
+    fn new(pool: &Pool, live: u32) -> Pace {
+        let dead = pool.segment_bytes.saturating_sub(live).max(pool.segment_bytes / 16);
+        Pace { left: QUANTUM_BYTES, seen: pool.host_bytes.get(), cost: f64::from(live) / f64::from(dead) }
+    }
+
+    fn renew(&mut self, pool: &Pool) {
+        let written = pool.host_bytes.get() - self.seen;
+        self.seen += written;
+        self.left = (written as f64 * self.cost * (1.0 + 3.0 * pool.shortage())).max(QUANTUM_BYTES);
+    }
+}
 
 /// Reads a segment front to back in windows.
 struct Scanner<'a> {
@@ -64,6 +101,26 @@ impl<'a> Scanner<'a> {
     }
 }
 
+/// Neighbouring slots.
+type Runs = SmallVec<[Range<u16>; 4]>;
+
+/// Why a fragment stays where it is.
+enum NotMoved {
+    /// It does not open.
+    Damaged(String),
+    /// The log has no room for it, which was made before.
+    Log,
+}
+
+impl From<NotAppended> for NotMoved {
+    fn from(why: NotAppended) -> NotMoved {
+        match why {
+            NotAppended::Failed(error) => NotMoved::Damaged(error.to_string()),
+            _ => NotMoved::Log,
+        }
+    }
+}
+
 fn next_block(at: u32) -> u32 {
     (at / BLOCK_BYTES as u32 + 1) * BLOCK_BYTES as u32
 }
@@ -74,6 +131,14 @@ impl Pool {
         let shard = self.shard.borrow();
         let (host, _) = shard.segments.reserve();
         shard.segments.free_count() < host + (shard.segments.usable() / 16).max(4)
+    }
+
+    /// How short space is: 0 where the collector begins, 1 where hosts have to wait.
+    fn shortage(&self) -> f64 {
+        let shard = self.shard.borrow();
+        let (host, _) = shard.segments.reserve();
+        let begin = (shard.segments.usable() / 16).max(4) as f64;
+        (1.0 - (shard.segments.free_count() as f64 - host as f64) / begin).clamp(0.0, 1.0)
     }
 
     /// The collector task.
@@ -151,7 +216,7 @@ impl Pool {
     ) -> Result<(), Status> {
         let mut scanner = Scanner::new(self, segment, entry.used_bytes.min(self.segment_bytes));
         let mut at = BLOCK_BYTES as u32;
-        let mut moved = 0u32;
+        let mut pace = Pace::new(self, entry.live_bytes);
         while at + (FRAGMENT_HEADER_BYTES as u32) < scanner.end {
             let head = scanner.bytes(at, FRAGMENT_HEADER_BYTES).await?;
             let Ok(header) = FragmentHeader::parse(head) else {
@@ -169,29 +234,48 @@ impl Pool {
             if self.fragment_at(entry.domain, segment, at, header.first).is_some() {
                 let mut sealed = scanner.bytes(at, unit).await?.to_vec();
                 self.move_fragment(entry.domain, segment, at, &header, &mut sealed).await?;
-                moved += 1;
-                if moved.is_multiple_of(16) {
-                    self.throttle_background().await?;
-                }
+                pace.left -= unit as f64;
+            } else {
+                pace.left -= unit.min(BLOCK_BYTES) as f64 / 8.0;
+            }
+            if pace.left < 0.0 {
+                self.throttle_background().await?;
+                pace.renew(self);
             }
             at += unit as u32;
         }
         Ok(())
     }
 
-    /// The fragment that lies at `at`, and whether it lives, by its container (which is in RAM): a header proves nothing.
+    /// The fragment that lies at `at`, and the runs of its slots that live, by its container (which is in RAM): a header
+    /// proves nothing. A fragment of which nearly all lives counts as one run.
     fn fragment_at(
         &self,
         domain: DomainId,
         segment: &Segment,
         at: u32,
         first: ChunkAddr,
-    ) -> Option<(FragmentEntry, bool)> {
+    ) -> Option<(FragmentEntry, Runs)> {
         let shard = self.shard.borrow();
         let container = shard.domains.get(&domain.0)?.containers.peek(first.container().get())?;
         let fragment = container.fragment_of(first.slot())?;
-        let here = fragment.first_slot == first.slot() && fragment.place == segment.key.place(at);
-        here.then(|| (fragment, container.live_in(&fragment) > 0))
+        if fragment.first_slot != first.slot() || fragment.place != segment.key.place(at) {
+            return None;
+        }
+        let all = usize::from(fragment.chunks);
+        let live = container.live_in(&fragment);
+        let mut runs = Runs::new();
+        if live > 0 && (all - live) * TRIM_SHARE < all {
+            runs.push(fragment.first_slot..fragment.end_slot());
+            return Some((fragment, runs));
+        }
+        for slot in (fragment.first_slot..fragment.end_slot()).filter(|&slot| container.refs(slot) > 0) {
+            match runs.last_mut().filter(|run| run.end == slot) {
+                Some(run) => run.end += 1,
+                None => runs.push(slot..slot + 1),
+            }
+        }
+        Some((fragment, runs))
     }
 
     async fn move_fragment(
@@ -203,39 +287,81 @@ impl Pool {
         sealed: &mut [u8],
     ) -> Result<(), Status> {
         let lane = self.lane(domain, Purpose::Collector);
-        self.make_ready(&lane, bound(header.chunks.into())).await?;
+        let chunks = usize::from(header.chunks);
+        // As many fragments as it may fall apart into.
+        self.make_ready(&lane, bound(chunks) + chunks / 2 * bound(0)).await?;
         self.check_alive()?;
         // Looked at again: hosts went on meanwhile.
-        let Some((old, live)) = self.fragment_at(domain, segment, at, header.first) else { return Ok(()) };
+        let Some((old, runs)) = self.fragment_at(domain, segment, at, header.first) else { return Ok(()) };
         let generation = self.shard.borrow().domains.get(&domain.0).map(|d| d.generation);
         let Some(generation) = generation else { return Ok(()) };
         let scope = Scope::Domain { domain, generation };
-        if !live {
-            // Its writer died before it was referenced.
-            return self.record(scope, &Record::FragmentMove { first: header.first, fragments: &[] });
-        }
-        match lane.log.append_moved(segment, at, sealed) {
-            Ok((_, appended)) => {
-                let new = FragmentEntry { place: appended.place, unit_bytes: appended.unit_bytes, ..old };
-                self.record(
-                    scope,
-                    &Record::FragmentMove { first: header.first, fragments: &[FragmentRaw::from(&new)] },
-                )
+        let whole = runs.first().is_some_and(|run| run.len() == chunks);
+        let moved = if whole {
+            lane.log.append_moved(segment, at, sealed).map_err(NotMoved::from).map(|(_, appended)| {
+                let Appended { place, unit_bytes, .. } = appended;
+                smallvec![FragmentRaw::from(&FragmentEntry { place, unit_bytes, ..old })]
+            })
+        } else {
+            self.append_runs(&lane.log, segment, (&old, header.first), &runs, sealed)
+        };
+        match moved {
+            // None when nothing lives: its writer died before it was referenced.
+            Ok(fragments) => {
+                self.moved_bytes.set(self.moved_bytes.get() + u64::from(old.unit_bytes));
+                self.record(scope, &Record::FragmentMove { first: header.first, fragments: &fragments })
             }
-            Err(NotAppended::Failed(error)) => {
+            Err(NotMoved::Damaged(error)) => {
                 // It stays where it is.
-                self.fragment_damaged(domain, &old, header.first, &error.to_string());
+                self.fragment_damaged(domain, &old, header.first, &error);
                 Ok(())
             }
-            Err(_) => Err(Status::INTERNAL_ERROR),
+            Err(NotMoved::Log) => Err(Status::INTERNAL_ERROR),
         }
+    }
+
+    /// Seals runs of a fragment's chunks anew, each as a fragment of its own.
+    fn append_runs(
+        &self,
+        log: &Rc<DataLog>,
+        segment: &Segment,
+        (old, first): (&FragmentEntry, ChunkAddr),
+        runs: &Runs,
+        sealed: &[u8],
+    ) -> Result<SmallVec<[FragmentRaw; 4]>, NotMoved> {
+        if runs.is_empty() {
+            return Ok(SmallVec::new());
+        }
+        let mut plain = Buf::alloc(usize::from(old.chunks) * CHUNK_BYTES);
+        let out = plain.get_mut().ok_or(NotMoved::Log)?;
+        let (mut scratch, mut codec) = (Vec::new(), self.core.decompressor.borrow_mut());
+        decode_fragment(segment, old, first, sealed, out, &mut scratch, &mut codec)
+            .map_err(NotMoved::Damaged)?;
+        let setting = match old.codec {
+            Codec::Raw => Compression::Off,
+            Codec::Lz4 => Compression::Lz4,
+            Codec::Zstd => Compression::Adaptive,
+        };
+        let mut compressor = self.core.compressor.borrow_mut();
+        let mut fragments = SmallVec::new();
+        for run in runs {
+            let from = usize::from(run.start - old.first_slot) * CHUNK_BYTES;
+            let bytes = &plain[from..from + run.len() * CHUNK_BYTES];
+            let addr = ChunkAddr::new(first.container(), run.start).ok_or(NotMoved::Log)?;
+            let Appended { place, unit_bytes, codec } =
+                log.append(addr, run.len() as u8, &[bytes], &mut compressor, setting)?;
+            let new =
+                FragmentEntry { first_slot: run.start, chunks: run.len() as u8, codec, place, unit_bytes };
+            fragments.push(FragmentRaw::from(&new));
+        }
+        Ok(fragments)
     }
 
     /// Background work waits while hosts have to wait.
     async fn throttle_background(self: &Rc<Self>) -> Result<(), Status> {
         self.check_alive()?;
         reactor::yield_now().await;
-        if self.dirty_leaves() > 2 * self.dirty_limit {
+        if self.dirty_leaves() > 2 * self.dirty_limit() {
             self.checkpoint().await?;
         }
         Ok(())
@@ -262,7 +388,7 @@ impl Pool {
                 continue;
             };
             self.touch_node(segment, at, &header).await?;
-            if self.dirty_leaves() > self.dirty_limit {
+            if self.dirty_leaves() > self.dirty_limit() {
                 self.checkpoint().await?;
             }
             at += unit as u32;

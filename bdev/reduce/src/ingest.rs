@@ -450,6 +450,7 @@ impl Pool {
             .fragment_add(target.domain, target.generation, container, &fragment, prints)
             .map_err(|error| self.inconsistent(&error))?;
         shard.index_fragment(target.domain, first, prints);
+        self.host_bytes.set(self.host_bytes.get() + u64::from(appended.unit_bytes));
         lane.container.set(Some((container, first.slot() + u16::from(chunks))));
         Ok(())
     }

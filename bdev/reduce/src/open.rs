@@ -128,7 +128,7 @@ fn default_segment_bytes(bytes: u64) -> u32 {
 
 /// Blocks of the journal ring for a device of `bytes`.
 fn journal_blocks(bytes: u64) -> u32 {
-    ((bytes / 64).clamp(1 << 20, 128 << 20) / BLOCK_BYTES as u64) as u32
+    ((bytes / 32).clamp(1 << 20, 128 << 20) / BLOCK_BYTES as u64) as u32
 }
 
 /// Writes a new, empty pool to a device.
@@ -359,9 +359,6 @@ fn assemble(
         damaged: Default::default(),
     };
     let empty = || Tree::new(TreeRoot::default(), Meter::default());
-    // A checkpoint may dirty at most what the space that is reserved for it can take, and a part of the cache.
-    let reserve = shard.segments.reserve().1 as u64 * u64::from(superblock.segment_bytes);
-    let dirty_limit = (reserve / 3).min(cache_bytes as u64 / 2) / 9000;
     let name = superblock.name.clone();
     Ok(Rc::new(Pool {
         handle: PoolRef::new(superblock.pool, reactor::current(), &name, descriptor),
@@ -387,12 +384,13 @@ fn assemble(
         locks: Default::default(),
         cache_bytes,
         eviction_pause: Cell::new(0),
-        dirty_limit: (dirty_limit as usize).max(64),
         memory_budget: budget,
         life: Cell::new(Life::Open),
         failure: Cell::new(None),
         damaged: Cell::new(0),
         collect: Notify::new(),
+        host_bytes: Cell::new(0),
+        moved_bytes: Cell::new(0),
         collections: Cell::new(0),
         emptied: Cell::new(0),
         busy: Cell::new(0),

@@ -31,6 +31,9 @@ use crate::meta::Meta;
 use crate::shard::{ApplyError, Shard};
 use crate::volume::Gathered;
 
+/// Bytes of a changed leaf on the device and in RAM, at most, with its share of interior nodes.
+const LEAF_BYTES: usize = 9000;
+
 /// How a pool is doing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Life {
@@ -124,13 +127,15 @@ pub(crate) struct Pool {
     pub cache_bytes: usize,
     /// Calls of [`Pool::keep_budget`] to pass before it looks again.
     pub eviction_pause: Cell<u32>,
-    /// Changed leaves at which a checkpoint is made.
-    pub dirty_limit: usize,
     pub memory_budget: u64,
     pub life: Cell<Life>,
     pub failure: Cell<Option<Status>>,
     /// Damaged nodes and fragments met since the pool was opened.
     pub damaged: Cell<u64>,
+    /// Bytes of fragments that hosts' writes have appended since the pool was opened.
+    pub host_bytes: Cell<u64>,
+    /// Bytes of fragments that the collector has moved.
+    pub moved_bytes: Cell<u64>,
     /// Wakes the collector.
     pub collect: Notify,
     pub collections: Cell<u64>,
@@ -173,6 +178,14 @@ impl Pool {
     /// Changed leaves, waiting for a checkpoint.
     pub fn dirty_leaves(&self) -> usize {
         self.shard.borrow().meter.dirty.get()
+    }
+
+    /// Changed leaves at which a checkpoint is made: a third of what the free space (the reserve at least, which hosts do not
+    /// take) and half of what the cache would hold. Changes wait at twice as many, and there is still room to write them.
+    pub fn dirty_limit(&self) -> usize {
+        let shard = self.shard.borrow();
+        let free = shard.segments.free_count() * self.segment_bytes as usize;
+        ((free / 3).min(self.cache_bytes / 2) / LEAF_BYTES).max(64)
     }
 
     /// Stops all changes: what is on the device is the last durable state.

@@ -6,8 +6,8 @@
 //! Invariants:
 //! - before a record is applied, every leaf that it touches is in RAM or absent ([`Shard::needs_of_fill`] and
 //!   [`Shard::needs_of_set`] say what is missing);
-//! - a slot has as many references as map entries point to it; a fragment counts as live bytes of its segment while one of
-//!   its slots has references, and leaves its container when the last one loses them;
+//! - a slot has as many references as map entries point to it; of a fragment the share of the slots that have references
+//!   counts as live bytes of its segment; it leaves its container when the last one loses them;
 //! - a fragment that was never referenced (its writer died in between) stays in its container, dead, and counts nowhere.
 
 use std::cell::RefCell;
@@ -586,23 +586,21 @@ impl Shard {
             .collect::<Result<_, _>>()?;
         let error = d.error(first.container());
         let c = d.containers.get_mut(first.container().get());
-        let live_before = c.fragment_of(first.slot()).is_some_and(|old| c.live_in(&old) > 0);
+        let before = c.fragment_of(first.slot()).map_or(0, |old| live_bytes(c, &old));
         let old = c.replace(first.slot(), &new).map_err(error)?;
-        let live: SmallVec<[bool; 4]> = new.iter().map(|fragment| c.live_in(fragment) > 0).collect();
-        if live_before {
-            d.stored_bytes = d.stored_bytes.saturating_sub(old.unit_bytes.into());
-            if !self.segments.apply_live(old.place.segment.segment.0, old.unit_bytes, false, now) {
+        if before > 0 {
+            d.stored_bytes = d.stored_bytes.saturating_sub(before.into());
+            if !self.segments.apply_live(old.place.segment.segment.0, before, false, now) {
                 return Err(ApplyError::Segment(old.place.segment));
             }
         }
-        for (fragment, live) in new.iter().zip(live) {
+        for fragment in &new {
             let number = fragment.place.segment.segment.0;
             self.segments.apply_used(number, fragment.place.offset + fragment.unit_bytes);
-            if live {
-                d.stored_bytes += u64::from(fragment.unit_bytes);
-                if !self.segments.apply_live(number, fragment.unit_bytes, true, now) {
-                    return Err(ApplyError::Segment(fragment.place.segment));
-                }
+            let live = live_bytes(c, fragment);
+            d.stored_bytes += u64::from(live);
+            if live > 0 && !self.segments.apply_live(number, live, true, now) {
+                return Err(ApplyError::Segment(fragment.place.segment));
             }
         }
         Ok(())
@@ -766,6 +764,17 @@ fn set_entry(v: &mut Volume, d: &mut Domain, index: u64, slot: usize, entry: Map
     }
 }
 
+/// Bytes of a fragment that count as living when `live` of its chunks do. The rest is what the collector wins by leaving the
+/// dead ones behind.
+fn share(fragment: &FragmentEntry, live: usize) -> u32 {
+    (u64::from(fragment.unit_bytes) * live as u64).div_ceil(u64::from(fragment.chunks)) as u32
+}
+
+/// Living bytes of a fragment of this container.
+pub(crate) fn live_bytes(container: &container::Container, fragment: &FragmentEntry) -> u32 {
+    share(fragment, container.live_in(fragment))
+}
+
 #[inline]
 pub(crate) fn take_reference(
     d: &mut Domain,
@@ -778,11 +787,11 @@ pub(crate) fn take_reference(
     let refs = c.change_refs(addr.slot(), 1).map_err(error)?;
     if refs == 1 {
         d.unique += 1;
-        if let Some(fragment) = c.fragment_of(addr.slot())
-            && c.live_in(&fragment) == 1
-        {
-            d.stored_bytes += u64::from(fragment.unit_bytes);
-            if !segments.apply_live(fragment.place.segment.segment.0, fragment.unit_bytes, true, now) {
+        if let Some(fragment) = c.fragment_of(addr.slot()) {
+            let live = c.live_in(&fragment);
+            let more = share(&fragment, live) - share(&fragment, live - 1);
+            d.stored_bytes += u64::from(more);
+            if !segments.apply_live(fragment.place.segment.segment.0, more, true, now) {
                 return Err(ApplyError::Segment(fragment.place.segment));
             }
         }
@@ -806,12 +815,14 @@ pub(crate) fn drop_reference(
         return Ok(());
     }
     d.unique = d.unique.saturating_sub(1);
-    if let Some(fragment) = c.fragment_of(addr.slot())
-        && c.live_in(&fragment) == 0
-    {
-        c.replace(fragment.first_slot, &[]).map_err(wrap)?;
-        d.stored_bytes = d.stored_bytes.saturating_sub(fragment.unit_bytes.into());
-        if !segments.apply_live(fragment.place.segment.segment.0, fragment.unit_bytes, false, now) {
+    if let Some(fragment) = c.fragment_of(addr.slot()) {
+        let live = c.live_in(&fragment);
+        let less = share(&fragment, live + 1) - share(&fragment, live);
+        if live == 0 {
+            c.replace(fragment.first_slot, &[]).map_err(wrap)?;
+        }
+        d.stored_bytes = d.stored_bytes.saturating_sub(less.into());
+        if !segments.apply_live(fragment.place.segment.segment.0, less, false, now) {
             return Err(ApplyError::Segment(fragment.place.segment));
         }
     }
