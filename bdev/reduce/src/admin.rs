@@ -15,7 +15,7 @@ use cryptfold_reduce_format::ids::{ChunkAddr, ContainerId, DomainId, HostKeyId, 
 use cryptfold_reduce_format::journal::Scope;
 use cryptfold_reduce_format::map::Target;
 use cryptfold_reduce_format::node;
-use cryptfold_reduce_format::record::{VolumeRecord, volume_flags};
+use cryptfold_reduce_format::record::{VolumeRecord, pool_flags, volume_flags};
 use uuid::Uuid;
 
 use crate::error::PoolError;
@@ -136,6 +136,7 @@ impl Pool {
                 block_bytes: v.record.block_bytes,
                 blocks: v.record.blocks,
                 flags: v.record.flags,
+                durable: shard.pool.flags & pool_flags::DURABLE != 0,
                 hasher: domain.hasher.clone(),
                 generation: domain.generation,
             },
@@ -248,6 +249,16 @@ impl Pool {
         self.flush().await.map_err(|status| self.stopped(status))
     }
 
+    /// Makes every completion durable, of volumes that are made or opened from now on.
+    pub(crate) async fn set_durable(&self) -> Result<(), PoolError> {
+        self.check_writable().map_err(|status| self.stopped(status))?;
+        let mut record = self.shard.borrow().pool.clone();
+        record.flags |= pool_flags::DURABLE;
+        let bytes = record.encode().map_err(|error| PoolError::Invalid(error.to_string()))?;
+        self.record(Scope::Pool, &Record::PoolUpdate { record: &bytes }).map_err(|s| self.stopped(s))?;
+        self.flush().await.map_err(|status| self.stopped(status))
+    }
+
     // ---- what there is
 
     pub(crate) fn volume_info(&self, id: VolumeId) -> Option<VolumeInfo> {
@@ -296,6 +307,9 @@ impl Pool {
             domains: shard.domains.len() as u64,
             compression: shard.pool.compression.to_string(),
             memory_budget_bytes: self.memory_budget,
+            durable: shard.pool.flags & pool_flags::DURABLE != 0,
+            written_bytes: self.host_bytes.get(),
+            moved_bytes: self.moved_bytes.get(),
             memory_bytes: (shard.meter.bytes.get() + shard.index.memory_bytes()) as u64
                 + self.logs.borrow().iter().map(|log| log.memory_bytes() as u64).sum::<u64>(),
             index_entries: shard.index.len() as u64,

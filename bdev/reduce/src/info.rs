@@ -41,12 +41,21 @@ pub struct CreateOptions {
     pub memory_budget: Option<u64>,
     /// Compression of volumes without a setting of their own; `None` = adaptive.
     pub compression: Option<Compression>,
+    /// Every completion is durable (by group commit), and volumes report no volatile cache.
+    pub durable: bool,
 }
 
 impl CreateOptions {
     /// The defaults, with this key.
     pub fn new(key: KeySource) -> CreateOptions {
-        CreateOptions { force: false, key, segment_bytes: None, memory_budget: None, compression: None }
+        CreateOptions {
+            force: false,
+            key,
+            segment_bytes: None,
+            memory_budget: None,
+            compression: None,
+            durable: false,
+        }
     }
 }
 
@@ -120,6 +129,10 @@ pub struct PoolInfo {
     pub free_bytes: u64,
     /// Bytes that garbage collection can win.
     pub dead_bytes: u64,
+    /// Bytes of fragments that hosts' writes have appended since the pool was opened.
+    pub written_bytes: u64,
+    /// Bytes of fragments that garbage collection has moved since then.
+    pub moved_bytes: u64,
     /// Data and its reduction.
     pub space: Space,
     /// Volumes.
@@ -128,6 +141,8 @@ pub struct PoolInfo {
     pub domains: u64,
     /// Compression of volumes without a setting.
     pub compression: String,
+    /// Whether every completion is durable.
+    pub durable: bool,
     /// RAM that the pool may take.
     pub memory_budget_bytes: u64,
     /// RAM that its caches, index and buffers take.

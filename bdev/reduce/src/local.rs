@@ -49,6 +49,9 @@ impl LocalPool {
         if let Some(compression) = options.compression {
             pool.set_compression(compression).await?;
         }
+        if options.durable {
+            pool.set_durable().await?;
+        }
         Ok(LocalPool { pool, registry: registry.clone() })
     }
 

@@ -130,7 +130,7 @@ impl PoolManager {
             label,
         };
         let opening = Opening { memory_bytes: options.memory_budget, ..Opening::default() };
-        let compression = options.compression;
+        let (compression, durable) = (options.compression, options.durable);
         let opened = self.home()?.block_on(move || async move {
             open::create(&claim, &making, &kek).await?;
             let Some(pool) = open::open(&claim, &kek, &opening).await? else {
@@ -138,6 +138,9 @@ impl PoolManager {
             };
             if let Some(compression) = compression {
                 pool.set_compression(compression).await?;
+            }
+            if durable {
+                pool.set_durable().await?;
             }
             Ok((pool.handle.clone(), pool.info()))
         });

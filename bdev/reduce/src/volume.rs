@@ -51,6 +51,8 @@ pub(crate) struct VolumeFacts<'a> {
     pub block_bytes: u32,
     pub blocks: u64,
     pub flags: u32,
+    /// Every completion is durable.
+    pub durable: bool,
     pub hasher: Arc<Hasher>,
     pub generation: Generation,
 }
@@ -72,7 +74,7 @@ impl VolumeDevice {
             // The map knows whole 4 KiB blocks: a part of one can not be uncorrectable while the rest is not.
             info.ops = info.ops.with(Op::WriteUncorrectable);
         }
-        info.write_cache = true;
+        info.write_cache = !facts.durable;
         info.atomic_blocks = per_chunk as u32;
         info.optimal_io_blocks = (128 << 10) / facts.block_bytes;
         info.reports_unmapped = true;
@@ -222,10 +224,15 @@ impl VolumeQueue {
     /// Whether a write can be gathered with others: small, and nothing to be read or made durable for it.
     fn is_small(&self, io: &Io) -> bool {
         io.op == Op::Write
-            && !io.fua
+            && !self.must_be_durable(io)
             && (1..=SMALL_BLOCKS).contains(&io.blocks)
             && self.device.info.block_size_bytes as usize == CHUNK_BYTES
             && io.data.iter().all(|buf| buf.len().is_multiple_of(CHUNK_BYTES))
+    }
+
+    /// Whether a change has to be durable when it completes: what comes meanwhile shares its commit.
+    fn must_be_durable(&self, io: &Io) -> bool {
+        io.fua || !self.device.info.write_cache
     }
 
     /// Does an I/O in a task of its own.
@@ -247,7 +254,7 @@ impl VolumeQueue {
         }
         let request = Request {
             op: io.op,
-            fua: io.fua,
+            fua: self.must_be_durable(&io),
             host_key: io.host_key,
             lba: io.lba,
             blocks: io.blocks,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cryptfold_bdev::{Access, Channel, Io, Op, Registry, Status};
-use cryptfold_bdev_sim::{DiskOptions, Image, Rng, SimDisk};
+use cryptfold_bdev_sim::{DiskOptions, Image, Rng, SimDisk, Survivors, Tear};
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{self as reactor, Sim};
 use cryptfold_reduce::{Compression, CreateOptions, KeySource, LocalPool, PoolError, VolumeOptions};
@@ -562,5 +562,40 @@ fn uncorrectable_blocks() {
         drop(channel);
         clean(&pool).await;
         pool.close().await.unwrap();
+    });
+}
+
+#[test]
+fn a_durable_pool_completes_what_survives() {
+    run(|| async {
+        let (registry, disk) = disk(64 * MIB, Image::zeroed());
+        let options = CreateOptions { durable: true, ..options() };
+        let pool = LocalPool::create(&registry, "disk", "p", &options).await.unwrap();
+        pool.create_volume(&volume("v", 8 * MIB)).await.unwrap();
+        let bdev = registry.get("p/v").unwrap();
+        assert!(pool.info().durable && !bdev.info().write_cache);
+        let channel = open(&registry, "p/v");
+        // Small and large, and several at once: they share a commit.
+        let writes = (0..8u64).map(|n| {
+            let channel = channel.clone();
+            reactor::spawn_local(async move { write(&channel, n * 64, &noise(n, 1 + n as usize * 5)).await })
+        });
+        for done in writes.collect::<Vec<_>>() {
+            done.await;
+        }
+        channel.unmap(0, 1).await.unwrap();
+        // Not flushed by anybody; all that was not made durable is lost.
+        disk.cut_power();
+        let image = disk.crash(Survivors::None, Tear::Whole, &mut Rng::new(5));
+        drop((channel, pool));
+        let (registry, _disk) = self::disk(64 * MIB, image);
+        let pool = reopen(&registry).await;
+        let channel = open(&registry, "p/v");
+        assert!(pool.info().durable);
+        for n in 1..8u64 {
+            assert_eq!(read(&channel, n * 64, 1 + n * 5).await, noise(n, 1 + n as usize * 5), "write {n}");
+        }
+        assert_eq!(read(&channel, 0, 1).await, vec![0; CHUNK]);
+        clean(&pool).await;
     });
 }

@@ -75,6 +75,8 @@ params! {
         memory_budget_mib: Option<u32>,
         /// Compression of its volumes. Ours.
         compression: Option<Codec>,
+        /// Every completion is durable, and its volumes report no volatile cache. Ours.
+        durable: bool = false,
         /// MiB in a segment, a power of two. Ours.
         segment_size_mib: Option<u32>,
         /// Open the pool if the device has it already. Ours.
@@ -377,6 +379,7 @@ fn create_store(c: &Control, p: CreateStore) -> RpcResult {
         segment_bytes,
         memory_budget: budget,
         compression: p.compression.map(|k| k.0),
+        durable: p.durable,
         ..CreateOptions::new(source)
     })?;
     c.watch.note("pool_open", &info.name);
