@@ -316,6 +316,8 @@ impl Pool {
             index_sampling: 1 << shard.index.hook_bits(),
             checkpoints: superblock.generation,
             damaged: self.damaged.get(),
+            healed: self.healed.get(),
+            scrub: self.scrub.borrow().clone(),
             failed: self.failure.get().map(|status| status.to_string()),
             created_ms: superblock.created_ms,
         }

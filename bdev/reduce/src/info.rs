@@ -155,6 +155,10 @@ pub struct PoolInfo {
     pub checkpoints: u64,
     /// Damaged nodes and fragments met since the pool was opened.
     pub damaged: u64,
+    /// Damaged chunks that later writes of the same data have healed since the pool was opened.
+    pub healed: u64,
+    /// The scrub.
+    pub scrub: ScrubInfo,
     /// Why the pool stopped, if it did.
     pub failed: Option<String>,
     /// When it was made, ms since 1970.
@@ -217,6 +221,38 @@ pub struct DomainInfo {
     pub volumes: u64,
     /// Data of its volumes.
     pub space: Space,
+}
+
+/// How a scrub stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ScrubState {
+    /// None since the pool was opened.
+    #[default]
+    Never,
+    /// It goes on.
+    Running,
+    /// Everything was verified.
+    Done,
+    /// It was ended before its time.
+    Stopped,
+}
+
+/// The scrub of this opening of the pool.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct ScrubInfo {
+    /// How it stands.
+    pub state: ScrubState,
+    /// Stored bytes to verify, as of its start.
+    pub total_bytes: u64,
+    /// Stored bytes verified.
+    pub bytes: u64,
+    /// Fragments verified.
+    pub fragments: u64,
+    /// Of these, damaged ones; and tables that could not be read.
+    pub damaged: u64,
+    /// Bytes per second at most.
+    pub bytes_per_s: u64,
 }
 
 /// What an audit found.

@@ -283,7 +283,7 @@ impl Pool {
 
     /// Stores a piece in one step, or says what is missing (and has changed nothing then).
     fn attempt(
-        &self,
+        self: &Rc<Self>,
         target: &Target4k,
         lane: &Lane,
         lba: u64,
@@ -332,6 +332,7 @@ impl Pool {
                 found.map_or(Target::Uncorrectable, Target::Chunk);
         }
         self.set_blocks(target, lba, scratch)?;
+        self.heal_soon();
         Ok(Attempt::Done)
     }
 

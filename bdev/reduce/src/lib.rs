@@ -7,7 +7,8 @@
 //!      |-- read     read path: resolve, fetch, verify, decode
 //!   shard    the state, and the fold of journal records over it                   tree, segments, index, family: its parts
 //!   load     brings nodes to RAM     commit  group commit     checkpoint, meta  state to disk
-//!   open, anchors, owner, replay     making, opening, recovery                    gc, check, repair, admin, snapshots
+//!   open, anchors, owner, replay     making, opening, recovery
+//!   gc, check, repair, scrub, heal, grow, admin, snapshots                        what goes on behind, and what is asked for
 //! ```
 //!
 //! Write order, in one line: data, flush, journal batch, flush, completion of the flush; a checkpoint is nodes, flush,
@@ -27,7 +28,9 @@ mod damage;
 mod error;
 mod family;
 mod gc;
+mod grow;
 mod hash;
+mod heal;
 mod index;
 mod info;
 mod ingest;
@@ -43,6 +46,7 @@ mod pool;
 mod read;
 mod repair;
 mod replay;
+mod scrub;
 mod segments;
 mod shard;
 mod snapshots;
@@ -55,8 +59,10 @@ pub use cryptfold_reduce_format::ids::{DomainId, VolumeId};
 pub use damage::{Falsify, Part};
 pub use error::PoolError;
 pub use info::{
-    CheckReport, CreateOptions, DomainInfo, KeySource, PoolInfo, Space, VolumeInfo, VolumeOptions,
+    CheckReport, CreateOptions, DomainInfo, KeySource, PoolInfo, ScrubInfo, ScrubState, Space, VolumeInfo,
+    VolumeOptions,
 };
 pub use local::LocalPool;
 pub use manager::PoolManager;
 pub use open::{DEFAULT_DOMAIN, MIN_MEMORY_BYTES, MIN_POOL_BYTES};
+pub use scrub::DEFAULT_SCRUB_BYTES_PER_S;

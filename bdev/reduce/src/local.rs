@@ -9,7 +9,9 @@ use cryptfold_bdev::{Access, BdevError, Registry, Removal, Status};
 
 use crate::damage::{Falsify, Part};
 use crate::error::PoolError;
-use crate::info::{CheckReport, CreateOptions, DomainInfo, KeySource, PoolInfo, VolumeInfo, VolumeOptions};
+use crate::info::{
+    CheckReport, CreateOptions, DomainInfo, KeySource, PoolInfo, ScrubInfo, VolumeInfo, VolumeOptions,
+};
 use crate::manager::kek;
 use crate::open::{self, Making, Opening};
 use crate::pool::Pool;
@@ -221,6 +223,28 @@ impl LocalPool {
         let report = pool.check(data).await;
         let report = report.map_err(|status| PoolError::Stopped { pool: pool.name(), status })?;
         Ok(Some((pool.info(), report)))
+    }
+
+    /// Starts a scrub; see [`crate::PoolManager::start_scrub`].
+    ///
+    /// # Errors
+    /// The pool takes no changes.
+    pub fn start_scrub(&self, bytes_per_s: u64) -> Result<ScrubInfo, Status> {
+        self.pool.start_scrub(bytes_per_s)
+    }
+
+    /// Ends a scrub.
+    pub fn stop_scrub(&self) -> ScrubInfo {
+        self.pool.stop_scrub()
+    }
+
+    /// Takes the rest of a base device that has become larger; see [`crate::PoolManager::grow`].
+    ///
+    /// # Errors
+    /// The device is smaller than it was, or failed.
+    pub async fn grow(&self) -> Result<PoolInfo, PoolError> {
+        self.pool.grow().await?;
+        Ok(self.pool.info())
     }
 
     /// Writes a checkpoint.

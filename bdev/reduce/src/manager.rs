@@ -16,7 +16,9 @@ use cryptfold_reduce_format::slots::SlotKind;
 use uuid::Uuid;
 
 use crate::error::PoolError;
-use crate::info::{CheckReport, CreateOptions, DomainInfo, KeySource, PoolInfo, VolumeInfo, VolumeOptions};
+use crate::info::{
+    CheckReport, CreateOptions, DomainInfo, KeySource, PoolInfo, ScrubInfo, VolumeInfo, VolumeOptions,
+};
 use crate::local::LocalPool;
 use crate::open::{self, Making, Opening};
 use crate::pool::{Pool, PoolRef};
@@ -546,6 +548,36 @@ impl PoolManager {
     pub fn repair(&self, pool: &str, data: bool) -> Result<CheckReport, PoolError> {
         self.on_home(&self.find(pool)?, move |pool| async move {
             pool.repair(data).await.map_err(|status| PoolError::Stopped { pool: pool.name(), status })
+        })
+    }
+
+    /// Starts to read and verify all stored data in the background, at most `bytes_per_s` stored bytes a second; a scrub that
+    /// runs gets this rate. [`PoolInfo::scrub`] shows how it stands.
+    ///
+    /// # Errors
+    /// There is no such pool, or it takes no changes.
+    pub fn start_scrub(&self, pool: &str, bytes_per_s: u64) -> Result<ScrubInfo, PoolError> {
+        self.on_home(&self.find(pool)?, move |pool| async move {
+            pool.start_scrub(bytes_per_s).map_err(|status| PoolError::Stopped { pool: pool.name(), status })
+        })
+    }
+
+    /// Ends a scrub, if one runs.
+    ///
+    /// # Errors
+    /// There is no such pool.
+    pub fn stop_scrub(&self, pool: &str) -> Result<ScrubInfo, PoolError> {
+        self.on_home(&self.find(pool)?, |pool| async move { Ok(pool.stop_scrub()) })
+    }
+
+    /// Takes the rest of a base device that has become larger, while hosts go on.
+    ///
+    /// # Errors
+    /// There is no such pool; the device is smaller than it was, or failed.
+    pub fn grow(&self, pool: &str) -> Result<PoolInfo, PoolError> {
+        self.on_home(&self.find(pool)?, |pool| async move {
+            pool.grow().await?;
+            Ok(pool.info())
         })
     }
 

@@ -357,6 +357,7 @@ fn assemble(
         meter: meter.clone(),
         emptied: Vec::new(),
         damaged: Default::default(),
+        wanted: RefCell::default(),
     };
     let empty = || Tree::new(TreeRoot::default(), Meter::default());
     let name = superblock.name.clone();
@@ -388,6 +389,8 @@ fn assemble(
         life: Cell::new(Life::Open),
         failure: Cell::new(None),
         damaged: Cell::new(0),
+        healed: Cell::new(0),
+        scrub: RefCell::default(),
         collect: Notify::new(),
         host_bytes: Cell::new(0),
         moved_bytes: Cell::new(0),
@@ -421,7 +424,8 @@ impl Pool {
                 segtable::decode_leaf(&page).map_err(|e| self.damage(format!("segment table: {e}")))?,
             );
         }
-        if entries.len() != geometry.segments as usize {
+        // Fewer: it grew, and no checkpoint was made since.
+        if entries.len() > geometry.segments as usize {
             return Err(self.damage(format!(
                 "the segment table has {} entries, the device {} segments",
                 entries.len(),

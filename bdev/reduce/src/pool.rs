@@ -23,6 +23,7 @@ use crate::chunklock::ChunkLocks;
 use crate::commit::Commits;
 use crate::core::Core;
 use crate::hash::FastMap;
+use crate::info::ScrubInfo;
 use crate::ingest::{Lane, Scratch};
 use crate::journal::Journal;
 use crate::load::LoadKey;
@@ -136,6 +137,9 @@ pub(crate) struct Pool {
     pub host_bytes: Cell<u64>,
     /// Bytes of fragments that the collector has moved.
     pub moved_bytes: Cell<u64>,
+    /// Chunks healed since the pool was opened.
+    pub healed: Cell<u64>,
+    pub scrub: RefCell<ScrubInfo>,
     /// Wakes the collector.
     pub collect: Notify,
     pub collections: Cell<u64>,

@@ -100,6 +100,13 @@ pub(crate) struct Segments {
     pub live_meta_bytes: u64,
 }
 
+/// The entry of a segment that was never opened.
+fn fresh(geometry: &Geometry, number: u32) -> SegmentEntry {
+    let reserved = geometry.is_reserved(SegmentNo(number));
+    let state = if reserved { SegmentState::Reserved } else { SegmentState::Free };
+    SegmentEntry { state, ..SegmentEntry::default() }
+}
+
 fn addr(number: u32) -> SegmentAddr {
     SegmentAddr { device: DeviceIx(0), segment: SegmentNo(number) }
 }
@@ -107,20 +114,17 @@ fn addr(number: u32) -> SegmentAddr {
 impl Segments {
     /// The table of a new pool.
     pub fn new(geometry: Geometry, epoch: OwnerEpoch) -> Segments {
-        let entries = (0..geometry.segments)
-            .map(|n| {
-                let reserved = geometry.is_reserved(SegmentNo(n));
-                let state = if reserved { SegmentState::Reserved } else { SegmentState::Free };
-                SegmentEntry { state, ..SegmentEntry::default() }
-            })
-            .collect();
+        let entries = (0..geometry.segments).map(|number| fresh(&geometry, number)).collect();
         Segments::from_entries(geometry, entries, epoch)
     }
 
-    /// The table as a checkpoint has it. Nothing is open; what is free now may be opened at once.
+    /// The table as a checkpoint has it; what a device that has grown since has more is free. Nothing is open; what is free now may be opened at once.
     pub fn from_entries(geometry: Geometry, entries: Vec<SegmentEntry>, epoch: OwnerEpoch) -> Segments {
+        let known = entries.len() as u32;
+        let more = (known..geometry.segments).map(|number| fresh(&geometry, number));
         let rows: Vec<Row> = entries
             .into_iter()
+            .chain(more)
             .map(|entry| Row {
                 entry,
                 handle: None,
@@ -233,6 +237,31 @@ impl Segments {
             row.queued
         });
         self.free_count = self.free.len();
+    }
+
+    /// The device has become larger: `geometry` has more segments, of the same size.
+    pub fn grow(&mut self, geometry: Geometry) {
+        let first = self.rows.len() as u32;
+        for number in first..geometry.segments {
+            self.rows.push(Row {
+                entry: fresh(&geometry, number),
+                handle: None,
+                free_since: Sequence(0),
+                open: false,
+                queued: false,
+                spoilt: false,
+                damaged: false,
+            });
+            if self.rows[number as usize].entry.state == SegmentState::Free {
+                self.usable += 1;
+            }
+            self.settle(number, Sequence(0));
+        }
+        // The page that was the last one is longer now.
+        let page = first as usize / SEGMENTS_PER_LEAF;
+        self.dirty_pages.resize(self.rows.len().div_ceil(SEGMENTS_PER_LEAF), true);
+        self.touch_page(page);
+        self.geometry = geometry;
     }
 
     fn touch(&mut self, number: u32) {

@@ -11,7 +11,7 @@
 //! - a fragment that was never referenced (its writer died in between) stays in its container, dead, and counts nowhere.
 
 use std::cell::RefCell;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use cryptfold_reduce_format::container::{ContainerError, FragmentEntry};
@@ -144,6 +144,8 @@ pub(crate) struct Shard {
     /// Fragments (by their first chunk) that were found damaged: nothing new refers to them, so that a later write of the
     /// same data stores it again.
     pub damaged: HashSet<(DomainId, ChunkAddr)>,
+    /// Of these, those whose data look-ups have asked for: it is being written again.
+    pub wanted: RefCell<BTreeSet<(DomainId, ChunkAddr)>>,
 }
 
 impl Domain {
@@ -421,12 +423,18 @@ impl Shard {
         Ok(())
     }
 
+    /// Whether the chunk is in a damaged fragment; remembers that its data was asked for.
     fn is_damaged(&self, domain: DomainId, container: &container::Container, addr: ChunkAddr) -> bool {
-        !self.damaged.is_empty()
-            && container
-                .fragment_of(addr.slot())
-                .and_then(|fragment| ChunkAddr::new(addr.container(), fragment.first_slot))
-                .is_some_and(|first| self.damaged.contains(&(domain, first)))
+        if self.damaged.is_empty() {
+            return false;
+        }
+        let fragment = container.fragment_of(addr.slot());
+        let first = fragment.and_then(|fragment| ChunkAddr::new(addr.container(), fragment.first_slot));
+        let Some(first) = first.filter(|first| self.damaged.contains(&(domain, *first))) else {
+            return false;
+        };
+        self.wanted.borrow_mut().insert((domain, first));
+        true
     }
 
     /// Whether a fragment's place is in a data segment of its domain.

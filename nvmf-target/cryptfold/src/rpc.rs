@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use cryptfold_control::client::Client;
 use cryptfold_control::keys::default_key_dir;
 use cryptfold_control::offline::{self, OfflineCheck};
@@ -103,6 +103,26 @@ pub enum PoolCommand {
         #[command(flatten)]
         socket: SocketArgs,
     },
+    /// Read and verify all data of a pool in the background; prints how that stands.
+    Scrub {
+        /// Name of the pool.
+        name: String,
+        /// What to do.
+        #[arg(value_enum, default_value_t = ScrubAction::Start)]
+        action: ScrubAction,
+        /// MB (10^6) of stored data per second at most [default: 100].
+        #[arg(long, value_name = "MB/S", value_parser = clap::value_parser!(u32).range(1..))]
+        rate: Option<u32>,
+        #[command(flatten)]
+        socket: SocketArgs,
+    },
+    /// Give a pool the rest of its device, which has become larger. Hosts go on.
+    Grow {
+        /// Name of the pool.
+        name: String,
+        #[command(flatten)]
+        socket: SocketArgs,
+    },
     /// Check everything that a pool's metadata says; exit code 1 when something is wrong.
     Check {
         /// Name of a pool of the running target, or path (with a /) of a file or block device with a pool that no target has open
@@ -124,6 +144,16 @@ pub enum PoolCommand {
         #[command(flatten)]
         socket: SocketArgs,
     },
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum ScrubAction {
+    /// Start one, or give the one that runs another rate.
+    Start,
+    /// End it.
+    Stop,
+    /// Show how it stands.
+    Status,
 }
 
 #[derive(Subcommand)]
@@ -219,6 +249,18 @@ pub fn pool(command: PoolCommand) -> Result<(), Failure> {
                 "create_key": create_key, "force": force, "memory_budget_mib": memory_budget.map(|b| b >> 20),
             }));
             print(&call(&mut connect(&socket)?, "bdev_lvol_create_lvstore", Some(params))?);
+        }
+        PoolCommand::Scrub { name, action, rate, socket } => {
+            let action = match action {
+                ScrubAction::Start => "start",
+                ScrubAction::Stop => "stop",
+                ScrubAction::Status => "status",
+            };
+            let params = given(json!({"lvs_name": name, "action": action, "rate_mb_s": rate}));
+            print(&call(&mut connect(&socket)?, "cryptfold_pool_scrub", Some(params))?);
+        }
+        PoolCommand::Grow { name, socket } => {
+            call(&mut connect(&socket)?, "bdev_lvol_grow_lvstore", Some(json!({"lvs_name": name})))?;
         }
         PoolCommand::Check { name, data, repair, key_file, keys, socket } => {
             let report = if name.contains('/') {

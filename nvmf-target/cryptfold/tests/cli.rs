@@ -205,6 +205,22 @@ fn a_pool_is_checked_online_and_offline() {
         let out = check(more);
         assert!(out.status.success() && String::from_utf8_lossy(&out.stdout).contains("\"clean\": true"));
     }
+    let pool = |more: &[&str]| {
+        let out = run(&[&["pool"], more, &["-r", &sock]].concat());
+        assert!(out.status.success(), "{more:?}: {}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    };
+    assert!(pool(&["scrub", "p", "status"]).contains("\"never\""));
+    assert!(pool(&["scrub", "p", "--rate", "50"]).contains("\"bytes_per_s\": 50000000"));
+    let limit = Instant::now() + Duration::from_secs(20);
+    while !pool(&["scrub", "p", "status"]).contains("\"done\"") {
+        assert!(Instant::now() < limit, "the scrub of an empty pool does not end");
+    }
+    // The file grows under the running target.
+    std::fs::OpenOptions::new().write(true).open(&disk).unwrap().set_len(192 << 20).unwrap();
+    assert!(run(&["rpc", "bdev_uring_rescan", r#"{"name":"u"}"#, "-r", &sock]).status.success());
+    pool(&["grow", "p"]);
+    assert!(pool(&["list", "--json"]).contains(&format!("\"max_growable_size\": {}", 192u64 << 20)));
     // The running target holds the file.
     let out = check(&[&disk]);
     assert!(out.status.code() == Some(1) && String::from_utf8_lossy(&out.stderr).contains("lock"));

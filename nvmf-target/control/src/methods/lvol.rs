@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use cryptfold_reduce::{CheckReport, Compression, CreateOptions, PoolInfo, VolumeInfo, VolumeOptions};
+use cryptfold_reduce::{CheckReport, Compression, CreateOptions, DEFAULT_SCRUB_BYTES_PER_S, PoolInfo, VolumeInfo, VolumeOptions};
 use serde_json::{Value, json};
 
 use super::crypto::absolute;
@@ -21,6 +21,15 @@ choices! {
         Unmap = "unmap",
         /// Zeros.
         Zeroes = "write_zeroes",
+    }
+    /// What to do about a scrub.
+    pub enum ScrubAction {
+        /// Start one, or give the one that runs another rate.
+        Start = "start",
+        /// End it.
+        Stop = "stop",
+        /// Only show how it stands.
+        Status = "status",
     }
     /// SPDK's ways to clear a volume.
     pub enum VolumeClear {
@@ -179,6 +188,17 @@ params! {
         /// Put right what can be put right without guessing, and check again.
         repair: bool = false,
     }
+    /// `cryptfold_pool_scrub`.
+    pub struct Scrub {
+        /// UUID of the pool.
+        uuid: Option<String>,
+        /// Name of the pool.
+        lvs_name: Option<String>,
+        /// What to do.
+        action: ScrubAction = ScrubAction::Start,
+        /// Megabytes (10^6) of stored data per second at most; 100 when not given.
+        rate_mb_s: Option<u32>,
+    }
     /// `cryptfold_pool_create_domain`.
     pub struct CreateDomain {
         /// Name of the pool.
@@ -196,6 +216,15 @@ pub fn methods() -> Vec<Method> {
             "bdev_lvol_get_lvstores",
             "Pools. A cluster is a segment; `logical_bytes` and what follows are the pool's accounting.",
             get_stores,
+        ),
+        Method::new(
+            "bdev_lvol_grow_lvstore",
+            "Gives a pool the rest of its device, which has become larger (bdev_uring_rescan finds that out). Hosts go on.",
+            |c, p: Store| {
+                let (pools, info) = find_store(c, p)?;
+                pools.manager().grow(&info.name)?;
+                Ok(json!(true))
+            },
         ),
         Method::new("bdev_lvol_rename_lvstore", "Renames a pool.", |c, p: Rename| {
             let pools = c.pools()?;
@@ -288,6 +317,12 @@ pub fn methods() -> Vec<Method> {
              fingerprint lists again from what they derive from; blocks whose data is gone become errors until they are \
              written again; nothing that can be read is lost. Ours.",
             check,
+        ),
+        Method::new(
+            "cryptfold_pool_scrub",
+            "Reads and verifies all stored data in the background. Blocks whose data is damaged read as errors; a later write \
+             of the same data, anywhere in the domain, heals all of them. Replies how it stands. Ours.",
+            scrub,
         ),
         Method::new(
             "cryptfold_pool_create_domain",
@@ -446,6 +481,8 @@ fn describe_store(pools: &Pools, p: &PoolInfo) -> Value {
         "index_entries": p.index_entries,
         "index_sampling": p.index_sampling,
         "damaged": p.damaged,
+        "healed": p.healed,
+        "scrub": p.scrub,
         "failed": p.failed,
         "key_file": pools.key_file(p.uuid),
     })
@@ -572,6 +609,22 @@ pub(crate) fn describe_check(pool: &str, r: &CheckReport, started: Instant) -> V
         "verified": r.verified, "nodes": r.nodes, "orphans": r.orphans,
         "seconds": (started.elapsed().as_secs_f64() * 100.0).round() / 100.0,
     })
+}
+
+fn scrub(c: &Control, p: Scrub) -> RpcResult {
+    let (pools, info) = find_store(c, Store { uuid: p.uuid, lvs_name: p.lvs_name })?;
+    if p.rate_mb_s == Some(0) {
+        return Err(RpcError::params("rate_mb_s: at least 1 is needed"));
+    }
+    let scrub = match p.action {
+        ScrubAction::Status => info.scrub,
+        ScrubAction::Stop => pools.manager().stop_scrub(&info.name)?,
+        ScrubAction::Start => {
+            let rate = p.rate_mb_s.map_or(DEFAULT_SCRUB_BYTES_PER_S, |mb| u64::from(mb) * 1_000_000);
+            pools.manager().start_scrub(&info.name, rate)?
+        }
+    };
+    Ok(json!(scrub))
 }
 
 fn get_domains(c: &Control, p: Store) -> RpcResult {
