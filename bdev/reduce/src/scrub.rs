@@ -146,10 +146,11 @@ impl Pool {
             if !fine {
                 self.scrub_again(domain, number, entry, first).await?;
             }
-            let mut scrub = self.scrub.borrow_mut();
-            scrub.fragments += 1;
-            scrub.bytes += u64::from(entry.unit_bytes);
-            drop(scrub);
+            {
+                let mut scrub = self.scrub.borrow_mut();
+                scrub.fragments += 1;
+                scrub.bytes += u64::from(entry.unit_bytes);
+            }
             reactor::yield_now().await;
         }
         Ok(u64::from(end - start))

@@ -2,7 +2,9 @@
 
 use std::time::Instant;
 
-use cryptfold_reduce::{CheckReport, Compression, CreateOptions, DEFAULT_SCRUB_BYTES_PER_S, PoolInfo, VolumeInfo, VolumeOptions};
+use cryptfold_reduce::{
+    CheckReport, Compression, CreateOptions, DEFAULT_SCRUB_BYTES_PER_S, PoolInfo, VolumeInfo, VolumeOptions,
+};
 use serde_json::{Value, json};
 
 use super::crypto::absolute;
