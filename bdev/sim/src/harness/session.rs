@@ -87,11 +87,12 @@ impl Session {
         mut history: History,
         volumes: &mut Vec<Entry>,
     ) -> (History, Result<bool, String>) {
+        // The moment of the power cut: what follows are moments of its own.
+        let now = history.now();
         // What was being made when the power failed may be there.
         for entry in &*volumes {
             history.copy_ended(entry.id);
         }
-        let now = history.now();
         match self.step("open", |stack, machine| stack.open(machine)) {
             Ok(Some(())) => {}
             Ok(None) => return (history, Ok(false)),
