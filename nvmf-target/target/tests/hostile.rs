@@ -3,6 +3,7 @@
 
 mod common;
 
+use common::witness::Witness;
 use common::*;
 use cryptfold_nvmf_spec::fabrics::{Connect, ConnectReject};
 use cryptfold_nvmf_spec::opcode::{Admin, Io};
@@ -34,6 +35,7 @@ fn terminated(c: &mut Client, fes: Fes, fei: u32) {
 #[test]
 fn bad_initialization() {
     let rig = Rig::new();
+    let _good = Witness::beside(&rig);
     let with = |change: fn(&mut [u8; 128])| {
         let mut c = Client::raw(rig.addr);
         let mut req = ic_req();
@@ -95,6 +97,7 @@ fn silence_has_a_deadline() {
 #[test]
 fn lengths_and_offsets_that_lie() {
     let rig = Rig::new();
+    let _good = Witness::beside(&rig);
     let admin = rig.admin();
     let lie = |change: &dyn Fn(&mut Vec<u8>), fes, fei| {
         let mut io = rig.io(&admin, 1, false, false);
@@ -124,6 +127,7 @@ fn lengths_and_offsets_that_lie() {
 #[test]
 fn data_nobody_asked_for() {
     let rig = Rig::new();
+    let _good = Witness::beside(&rig);
     let admin = rig.admin();
     let attempt = |part: &dyn Fn(Cid, Ttag) -> (DataPart, Ttag), fes, fei| {
         let mut io = rig.io(&admin, 1, false, false);
@@ -170,6 +174,7 @@ fn data_nobody_asked_for() {
 #[test]
 fn digests() {
     let rig = Rig::new();
+    let _good = Witness::beside(&rig);
     let admin = rig.admin();
     // Data digests: the command fails, nothing else.
     let mut io = rig.io(&admin, 1, true, true);
@@ -208,6 +213,7 @@ fn digests() {
 #[test]
 fn identifiers_twice_and_too_many_commands() {
     let rig = Rig::new();
+    let _good = Witness::beside(&rig);
     let admin = rig.admin();
     let mut io = rig.io(&admin, 1, false, false);
     // Two with the same identifier: the first waits for its data.
@@ -240,6 +246,7 @@ fn identifiers_twice_and_too_many_commands() {
 #[test]
 fn connect_with_lies_in_its_data() {
     let rig = Rig::new();
+    let _good = Witness::beside(&rig);
     let attempt = |change: &dyn Fn(&mut [u8]), want: ConnectReject| {
         let mut c = Client::open(rig.addr, false, false);
         let mut data = connect_data(NQN, Cntlid::DYNAMIC);
@@ -269,6 +276,7 @@ fn connect_with_lies_in_its_data() {
 #[test]
 fn streams_cut_anywhere() {
     let rig = Rig::new();
+    let _good = Witness::beside(&rig);
     let admin = rig.admin();
     let mut io = rig.io(&admin, 1, true, true);
     let mut stream = Vec::new();
@@ -293,6 +301,7 @@ fn streams_cut_anywhere() {
 #[test]
 fn connections_cut_at_every_moment() {
     let rig = Rig::new();
+    let _good = Witness::beside(&rig);
     let watch = AtomicBool::new(true);
     std::thread::scope(|s| {
         let good = s.spawn(|| {
@@ -363,6 +372,7 @@ fn connections_cut_at_every_moment() {
 #[test]
 fn an_end_right_behind_the_bytes() {
     let rig = Rig::new();
+    let _good = Witness::beside(&rig);
     let admin = rig.admin();
     for round in 0..50 {
         let mut io = rig.io(&admin, 1, false, false);
@@ -381,6 +391,7 @@ fn an_end_right_behind_the_bytes() {
 #[test]
 fn every_opcode_in_every_state() {
     let rig = Rig::new();
+    let _good = Witness::beside(&rig);
     let mut seed = 0x9e37_79b9_7f4a_7c15u64;
     let mut random = move || {
         seed ^= seed << 13;
