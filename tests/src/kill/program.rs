@@ -78,6 +78,11 @@ impl Place {
         options
     }
 
+    /// Where it listens.
+    pub fn port(&self) -> u16 {
+        self.port
+    }
+
     fn spawn(&self) -> Result<Program, String> {
         let open = |name: &str| File::options().create(true).append(true).open(self.dir.join(name));
         let spawn = || -> std::io::Result<Child> {
@@ -164,6 +169,57 @@ impl Program {
         let text = String::from_utf8_lossy(&log);
         let lines: Vec<&str> = text.lines().collect();
         lines[lines.len().saturating_sub(20)..].join("\n")
+    }
+
+    /// Its RPC socket.
+    pub fn socket(&self) -> PathBuf {
+        self.dir.join("rpc.sock")
+    }
+
+    /// Its process.
+    pub fn id(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// How many descriptors it has open.
+    pub fn descriptors(&self) -> Result<usize, String> {
+        let dir = format!("/proc/{}/fd", self.id());
+        std::fs::read_dir(&dir).map(Iterator::count).map_err(|e| format!("{dir}: {e}; {}", self.log_end()))
+    }
+
+    /// Waits until no more than so many descriptors are open: a socket lives a moment longer than its connection.
+    pub fn returns_to(&self, descriptors: usize) -> Result<(), String> {
+        let begin = Instant::now();
+        while self.descriptors()? > descriptors {
+            if begin.elapsed() > Duration::from_secs(30) {
+                return Err(format!("{descriptors} descriptors became {}", self.descriptors()?));
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        Ok(())
+    }
+
+    /// A limit of its process: `resource` as prlimit(1) calls it.
+    pub fn limit(&self, resource: &str, value: &str) -> Result<(), String> {
+        let status = Command::new("prlimit")
+            .args(["--pid", &self.id().to_string(), &format!("--{resource}={value}")])
+            .status()
+            .map_err(|e| format!("prlimit: {e}"))?;
+        if status.success() { Ok(()) } else { Err(format!("prlimit --{resource}={value}: {status}")) }
+    }
+
+    /// (processor time used so far, resident bytes).
+    pub fn usage(&self) -> Result<(Duration, u64), String> {
+        let read = |name: &str| {
+            std::fs::read_to_string(format!("/proc/{}/{name}", self.id())).map_err(|e| e.to_string())
+        };
+        let stat = read("stat")?;
+        // After the name in parentheses; utime and stime are fields 14 and 15, in hundredths of a second.
+        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
+        let number = |n: usize| fields.get(n).and_then(|f| f.parse::<u64>().ok());
+        let ticks = number(11).zip(number(12)).map(|(u, s)| u + s).ok_or("/proc has another format")?;
+        let pages = read("statm")?.split(' ').nth(1).and_then(|n| n.parse::<u64>().ok()).ok_or("no RSS")?;
+        Ok((Duration::from_millis(ticks * 10), pages * 4096))
     }
 
     /// SIGKILL, and its end awaited. An error if it had ended by itself.

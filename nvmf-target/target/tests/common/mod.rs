@@ -215,7 +215,9 @@ impl Client {
                 self.input.extend_from_slice(&buf[..n]);
                 true
             }
-            Err(e) if matches!(e.kind(), std::io::ErrorKind::ConnectionReset) => false,
+            Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => false,
+            // The machine or the process was stopped and goes on.
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => true,
             Err(e) => panic!("nothing from the target: {e}"),
         }
     }
