@@ -1,12 +1,15 @@
 //! What the subcommands that talk NVMe/TCP share: how a namespace is named, and the association with its controller.
 
 use std::cell::RefCell;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use cryptfold_nvmf_initiator::{ConnectOptions, Connector, Controller, NamespaceInfo};
+use cryptfold_nvmf_initiator::{ConnectOptions, Connector, Controller, NamespaceInfo, Psk, TlsKey, Version};
 use cryptfold_nvmf_spec::Nsid;
 use cryptfold_reactor::{Handle, Runtime, RuntimeConfig};
+
+use zeroize::Zeroizing;
 
 use crate::load::Cores;
 
@@ -34,6 +37,12 @@ pub struct Namespace {
     /// Data digests
     #[arg(long)]
     pub ddgst: bool,
+    /// TLS, by the key in this file (NVMeTLSkey-1:...)
+    #[arg(long, requires = "hostnqn")]
+    pub psk: Option<PathBuf>,
+    /// Version of the TLS identity: 1, or 0 for older targets
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=1))]
+    pub psk_version: u8,
     /// Keep Alive timeout, ms; 0 = none
     #[arg(long, default_value_t = 15_000)]
     pub kato: u32,
@@ -71,6 +80,7 @@ impl Session {
         options.queue_size = (depth + 1).clamp(2, 4096) as u16;
         (options.hdgst, options.ddgst) = (ns.hdgst, ns.ddgst);
         options.kato_ms = ns.kato;
+        options.tls = ns.psk.as_deref().map(|file| tls_key(file, ns.psk_version)).transpose()?;
         options.io_timeout = Duration::from_secs(ns.io_timeout);
         let nsid = Nsid(ns.nsid);
         let connected = handle.block_on(move || async move {
@@ -99,6 +109,13 @@ impl Drop for Session {
             }
         });
     }
+}
+
+fn tls_key(file: &Path, version: u8) -> Result<TlsKey, String> {
+    let said = |e: &dyn std::fmt::Display| format!("{}: {e}", file.display());
+    let text = Zeroizing::new(std::fs::read_to_string(file).map_err(|e| said(&e))?);
+    let psk = Psk::parse(&text).map_err(|e| said(&e))?;
+    Ok(TlsKey { psk, version: if version == 0 { Version::V0 } else { Version::V1 } })
 }
 
 /// Starts a reactor on each of these CPUs.

@@ -60,7 +60,7 @@ fn rig() -> Rig {
     let any = ListenAddr::parse("TCP", Some("IPv4"), "127.0.0.1", "0").expect("an address");
     let port = target.add_listener(NQN, &any).expect("a free port").port;
     let options = ConnectOptions::new("127.0.0.1", port.to_string(), NQN);
-    let access = HostAccess { dhchap: named(1), dhchap_ctrlr: named(2) };
+    let access = HostAccess { dhchap: named(1), dhchap_ctrlr: named(2), ..Default::default() };
     target.add_host(NQN, &options.hostnqn, access).expect("a new host");
     Rig { target, options, host: runtime.handles()[0].clone(), _runtime: runtime }
 }

@@ -1,7 +1,8 @@
-//! Who is there: DH-HMAC-CHAP for both sides. No I/O, no clock, no source of randomness.
+//! Who is there: DH-HMAC-CHAP for both sides, and the pre-shared keys of TLS. No I/O, no clock, no source of randomness.
 //!
 //! `secret` owns the format in which secrets are handed around (`DHHC-1:...`), `dh` the Diffie-Hellman groups, `chap` the
-//! two state machines. Messages are those of `nvmf-spec`.
+//! two state machines; messages are those of `nvmf-spec`. `psk` owns keys for TLS (`NVMeTLSkey-1:...`), their identities
+//! and what is derived from them; the handshake is `nvmf-tls`'s.
 //!
 //! Invariants: key bytes are zeroed when dropped and printed by nothing; responses are compared in constant time; one
 //! failure ends a machine for good.
@@ -9,8 +10,10 @@
 pub mod chap;
 pub mod dh;
 mod mac;
+pub mod psk;
 pub mod secret;
 
 pub use chap::{Controller, Entropy, Host, HostNext, Names, Offer, Progress};
 pub use cryptfold_nvmf_spec::auth::{DhGroup, Failure, HashId};
+pub use psk::{Identity, Psk, PskError, TlsPsk, Version};
 pub use secret::{Secret, SecretError};

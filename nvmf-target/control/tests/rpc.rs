@@ -522,6 +522,47 @@ fn hosts_with_keys() {
 }
 
 #[test]
+fn hosts_with_tls_keys() {
+    let t = start();
+    let (nqn, h1) = ("nqn.2026-01.io.cryptfold:s1", "nqn.2026-01.io.cryptfold:h1");
+    let text = "NVMeTLSkey-1:01:VRLbtnN9AQb2WXW3c9+wEf/DRLz0QuLdbYvEhwtdWwNf9LrZ:";
+    for (name, text) in [("k", text.to_owned()), ("bad", text.replace(":01:", ":02:"))] {
+        let path = t.path(name);
+        std::fs::write(&path, text).unwrap();
+        std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+        t.call("keyring_file_add_key", json!({"name": name, "path": path}));
+    }
+    t.call("nvmf_create_transport", json!({"trtype": "TCP"}));
+    t.call("nvmf_create_subsystem", json!({"nqn": nqn}));
+    let bad = json!({"nqn": nqn, "host": h1, "psk": "bad"});
+    let (code, what) = t.refused("nvmf_subsystem_add_host", bad);
+    assert!(code == -32602 && what.contains("32 bytes") && !what.contains("VRLb"), "{what}");
+    assert_eq!(t.refused("nvmf_subsystem_add_host", json!({"nqn": nqn, "host": h1, "psk": "none"})).0, -2);
+    t.call("nvmf_subsystem_add_host", json!({"nqn": nqn, "host": h1, "psk": "k"}));
+    t.call("nvmf_subsystem_add_host", json!({"nqn": "discovery", "host": h1, "psk": "k"}));
+    let addr =
+        |port: &str| json!({"trtype": "TCP", "adrfam": "IPv4", "traddr": "127.0.0.1", "trsvcid": port});
+    t.call(
+        "nvmf_subsystem_add_listener",
+        json!({"nqn": nqn, "listen_address": addr("0"), "secure_channel": true}),
+    );
+    let listener = &t.call("nvmf_subsystem_get_listeners", json!({"nqn": nqn}))[0];
+    assert_eq!(listener["secure_channel"], true);
+    let same = json!({"nqn": "discovery", "listen_address": listener["address"]});
+    assert!(t.refused("nvmf_subsystem_add_listener", same).1.contains("secure_channel"));
+    let hosts = json!([{"nqn": h1, "psk": "k"}]);
+    assert_eq!(t.call("nvmf_get_subsystems", json!({"nqn": nqn}))[0]["hosts"], hosts);
+    assert_eq!(t.call("keyring_get_keys", Value::Null)[0]["refcnt"], 3);
+    let saved = t.call("save_config", Value::Null);
+    assert!(!saved.to_string().contains("VRLb"), "references only");
+    t.call("nvmf_subsystem_remove_listener", json!({"nqn": nqn, "listen_address": listener["address"]}));
+    let again = uninitialised();
+    again.call("load_config", json!({"config": saved}));
+    assert_eq!(again.call("save_config", Value::Null), saved);
+    again.call("nvmf_subsystem_remove_host", json!({"nqn": "discovery", "host": h1}));
+}
+
+#[test]
 fn crypto_devices() {
     let t = start();
     t.malloc("M0");

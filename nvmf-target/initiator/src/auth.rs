@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU16, Ordering};
 
-use cryptfold_nvmf_auth::{Entropy, Host, HostNext, Names, Offer, Secret};
+use cryptfold_nvmf_auth::{Entropy, Host, HostNext, Names, Offer, Psk, Secret, Version};
 use cryptfold_nvmf_spec::fabrics::Authentication;
 use cryptfold_nvmf_spec::{Cid, Sqe};
 use cryptfold_reactor as reactor;
@@ -23,6 +23,15 @@ pub struct Credentials {
     pub controller: Option<Secret>,
     /// Hash functions and groups, by preference.
     pub offer: Offer,
+}
+
+/// What this host connects with TLS by.
+#[derive(Clone, Debug)]
+pub struct TlsKey {
+    /// The configured key.
+    pub psk: Psk,
+    /// How identity and key are derived from it.
+    pub version: Version,
 }
 
 /// Runs one transaction on a queue.

@@ -1,13 +1,17 @@
 //! Opening the streams of connections.
 
 use std::future::Future;
+use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use crate::{ConnectOptions, Error, TcpWire, Wire};
+use cryptfold_nvmf_auth::TlsPsk;
+use cryptfold_nvmf_tls::{Raw, Session};
+
+use crate::{ConnectOptions, Error, TcpWire, TlsWire, Wire};
 
 /// A stream that is being opened.
 pub type Dialing<'a> = Pin<Box<dyn Future<Output = Result<Box<dyn Wire>, Error>> + 'a>>;
@@ -18,12 +22,13 @@ pub trait Dial: Send + Sync {
     fn dial(&self) -> Dialing<'_>;
 }
 
-/// TCP to an address.
+/// TCP to an address, with TLS if the options have a key.
 pub struct TcpDial {
     traddr: String,
     trsvcid: String,
     address: String,
     limit: Duration,
+    tls: Option<TlsPsk>,
 }
 
 impl TcpDial {
@@ -34,6 +39,7 @@ impl TcpDial {
             trsvcid: options.trsvcid.clone(),
             address: options.address(),
             limit: options.connect_timeout,
+            tls: options.tls_psk(),
         }
     }
 }
@@ -42,13 +48,23 @@ impl Dial for TcpDial {
     fn dial(&self) -> Dialing<'_> {
         let (host, port) = (self.traddr.clone(), self.trsvcid.clone());
         let (address, limit) = (self.address.clone(), self.limit);
+        let tls = self.tls.clone();
         Box::pin(async move {
-            let stream = off_reactor(move || connect(&host, &port, &address, limit)).await;
+            let opened = off_reactor(move || {
+                let stream = connect(&host, &port, &address, limit)?;
+                let session = tls.map(|key| secure(&stream, &key, limit)).transpose();
+                let session = session.map_err(|e| Error::Connect { address, why: e.to_string() })?;
+                Ok((stream, session))
+            });
             let address = || self.address.clone();
-            let stream = stream.unwrap_or_else(|why| Err(Error::Connect { address: address(), why }))?;
+            let opened = opened.await.unwrap_or_else(|why| Err(Error::Connect { address: address(), why }));
+            let (stream, session) = opened?;
             let wire = TcpWire::new(stream);
             let wire = wire.map_err(|e| Error::Connect { address: address(), why: e.to_string() })?;
-            Ok(Box::new(wire) as Box<dyn Wire>)
+            Ok(match session {
+                Some(session) => Box::new(TlsWire::new(session, Box::new(wire))) as Box<dyn Wire>,
+                None => Box::new(wire),
+            })
         })
     }
 }
@@ -66,6 +82,33 @@ fn connect(host: &str, port: &str, address: &str, limit: Duration) -> Result<Tcp
         }
     }
     Err(Error::Connect { address: address.to_owned(), why })
+}
+
+/// A stream that still blocks, for as long as its time-out lets it.
+struct Blocking<'a>(&'a TcpStream);
+
+impl Raw for Blocking<'_> {
+    fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
+        (&mut &*self.0).read(buf)
+    }
+    fn write(&self, buf: &[u8]) -> io::Result<usize> {
+        (&mut &*self.0).write(buf)
+    }
+}
+
+/// The handshake: done here, where waiting is possible.
+fn secure(stream: &TcpStream, key: &TlsPsk, limit: Duration) -> io::Result<Session> {
+    let start = Instant::now();
+    let mut session = Session::client(key)?;
+    loop {
+        let left = limit.checked_sub(start.elapsed()).filter(|d| !d.is_zero());
+        let left = left.ok_or_else(|| io::Error::new(io::ErrorKind::TimedOut, "TLS: no answer in time"))?;
+        stream.set_read_timeout(Some(left))?;
+        stream.set_write_timeout(Some(left))?;
+        if session.handshake(&Blocking(stream))? {
+            return Ok(session);
+        }
+    }
 }
 
 struct Slot<T> {

@@ -1,7 +1,9 @@
 //! Asking a discovery controller what there is.
 
 use cryptfold_nvmf_spec as spec;
-use spec::log::{DiscoveryEntry, DiscoveryHeader, GetLogPage, Lid, SubsystemType, TransportType};
+use spec::log::{
+    DiscoveryEntry, DiscoveryHeader, GetLogPage, Lid, SubsystemType, TransportType, sectype, treq,
+};
 use spec::{Cid, Nsid, nqn};
 use zerocopy::FromBytes;
 
@@ -28,6 +30,8 @@ pub struct DiscoveredSubsystem {
     pub portid: u16,
     /// It leads to another discovery service.
     pub referral: bool,
+    /// It takes TLS only.
+    pub secure: bool,
 }
 
 /// The TCP subsystems that the discovery controller at this address reports. Of `options`, the subsystem does not count.
@@ -114,5 +118,6 @@ fn usable(entry: &DiscoveryEntry) -> Option<DiscoveredSubsystem> {
         trsvcid: entry.trsvcid()?.to_owned(),
         portid: entry.portid.get(),
         referral: entry.subtype == SubsystemType::Referral as u8,
+        secure: entry.treq & 3 == treq::SECURE_REQUIRED && entry.tsas[0] == sectype::TLS13,
     })
 }

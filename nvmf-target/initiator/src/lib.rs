@@ -30,14 +30,14 @@ mod slots;
 mod watch;
 mod wire;
 
-pub use auth::Credentials;
+pub use auth::{Credentials, TlsKey};
 pub use controller::{Connector, Controller, NamespaceInfo};
 pub use dial::{Dial, TcpDial};
 pub use discover::{DiscoveredSubsystem, discover};
 pub use error::{CloseReason, Error};
 pub use options::ConnectOptions;
 pub use queue::{IoQueue, NamespaceQueue};
-pub use wire::{TcpWire, Wire};
+pub use wire::{TcpWire, TlsWire, Wire};
 
-pub use cryptfold_nvmf_auth::{DhGroup, HashId, Offer, Secret};
+pub use cryptfold_nvmf_auth::{DhGroup, HashId, Offer, Psk, PskError, Secret, Version};
 pub use cryptfold_nvmf_spec::features::AsyncEvent;

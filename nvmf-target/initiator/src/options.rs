@@ -2,11 +2,12 @@
 
 use std::time::Duration;
 
+use cryptfold_nvmf_auth::{Names, TlsPsk};
 use cryptfold_nvmf_spec::nqn::Nqn;
 use cryptfold_reactor as reactor;
 use uuid::{Builder, Uuid};
 
-use crate::{Credentials, Error};
+use crate::{Credentials, Error, TlsKey};
 
 /// Largest number of entries of a queue that can be asked for.
 pub(crate) const MAX_QUEUE_SIZE: u16 = 4096;
@@ -40,6 +41,8 @@ pub struct ConnectOptions {
     pub io_timeout: Duration,
     /// What to authenticate with where the target asks for it, or where it has to prove itself.
     pub credentials: Option<Credentials>,
+    /// Connect with TLS, by this key.
+    pub tls: Option<TlsKey>,
 }
 
 impl ConnectOptions {
@@ -65,6 +68,7 @@ impl ConnectOptions {
             connect_timeout: Duration::from_secs(10),
             io_timeout: Duration::from_secs(30),
             credentials: None,
+            tls: None,
         }
     }
 
@@ -75,6 +79,13 @@ impl ConnectOptions {
         } else {
             format!("{}:{}", self.traddr, self.trsvcid)
         }
+    }
+
+    /// Identity and key for TLS with this subsystem; `None` without TLS, or where they can not be derived.
+    pub(crate) fn tls_psk(&self) -> Option<TlsPsk> {
+        let names = Names { host: self.hostnqn.clone(), subsystem: self.subnqn.clone() };
+        let tls = self.tls.as_ref()?;
+        tls.psk.tls(&names, tls.version)
     }
 
     pub(crate) fn check(&self) -> Result<(), Error> {
@@ -95,6 +106,12 @@ impl ConnectOptions {
         }
         if self.io_queues == u16::MAX {
             return bad("io_queues", "65534 at most".into());
+        }
+        if self.tls.is_some() && self.tls_psk().is_none() {
+            return bad(
+                "tls",
+                "hostnqn and subnqn are too long for version 0, or the version does not fit the key".into(),
+            );
         }
         if self.io_timeout.is_zero() || self.connect_timeout.is_zero() {
             return bad("timeout", "must not be zero".into());

@@ -1,9 +1,12 @@
 //! The byte stream under a connection: TCP, or whatever a simulation puts there.
 
+use std::cell::RefCell;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::rc::Rc;
+
+use cryptfold_nvmf_tls::{Raw, Session};
 
 /// A non-blocking, ordered byte stream. Errors other than `WouldBlock` and `Interrupted` end it.
 pub trait Wire {
@@ -55,5 +58,48 @@ impl Wire for TcpWire {
     }
     fn descriptor(&self) -> Option<Rc<dyn AsFd>> {
         Some(self.0.clone())
+    }
+}
+
+struct RawWire<'a>(&'a dyn Wire);
+
+impl Raw for RawWire<'_> {
+    fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
+        self.0.recv(&mut [IoSliceMut::new(buf)])
+    }
+    fn write(&self, buf: &[u8]) -> io::Result<usize> {
+        self.0.send(&[IoSlice::new(buf)])
+    }
+}
+
+/// A wire with TLS on it.
+pub struct TlsWire {
+    session: RefCell<Session>,
+    below: Box<dyn Wire>,
+}
+
+impl TlsWire {
+    /// A session that is established over this wire.
+    pub fn new(session: Session, below: Box<dyn Wire>) -> TlsWire {
+        TlsWire { session: RefCell::new(session), below }
+    }
+}
+
+impl Wire for TlsWire {
+    fn recv(&self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        self.session.borrow_mut().recv(&RawWire(&*self.below), bufs)
+    }
+    fn send(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.session.borrow_mut().send(&RawWire(&*self.below), bufs)
+    }
+    fn shutdown(&self, how: Shutdown) {
+        self.session.borrow_mut().close(&RawWire(&*self.below));
+        self.below.shutdown(how);
+    }
+    fn descriptor(&self) -> Option<Rc<dyn AsFd>> {
+        self.below.descriptor()
+    }
+    fn on_ready(&self, wake: Rc<dyn Fn()>) {
+        self.below.on_ready(wake);
     }
 }

@@ -6,7 +6,7 @@
 use std::sync::OnceLock;
 use std::sync::mpsc::{Sender, channel};
 
-use cryptfold_nvmf_auth::Secret;
+use cryptfold_nvmf_auth::{Psk, Secret};
 
 /// A key and the name under which a configuration refers to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -24,6 +24,8 @@ pub struct HostAccess {
     pub dhchap: Option<Named<Secret>>,
     /// DH-HMAC-CHAP: the controller's own secret, for hosts that ask who it is.
     pub dhchap_ctrlr: Option<Named<Secret>>,
+    /// TLS: the host's key. With it, the host can connect at listeners with TLS, and only there.
+    pub psk: Option<Named<Psk>>,
 }
 
 type Job = Box<dyn FnOnce() + Send>;

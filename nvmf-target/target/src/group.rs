@@ -22,6 +22,7 @@ use crate::port::Port;
 use crate::stats::Totals;
 use crate::subsystem::{Namespace, NsChannel, unique};
 use crate::target::Shared;
+use crate::tls::{TargetKeys, TlsWire};
 use crate::watch::{Ready, WatchId, Watcher, Watches};
 use crate::wire::Wire;
 
@@ -154,8 +155,20 @@ impl Group {
         self.conns.borrow().values().cloned().collect()
     }
 
-    /// Takes a new stream in. `peer`: the host's address, for people.
-    pub fn adopt(self: &Rc<Self>, wire: Box<dyn Wire>, port: Arc<Port>, peer: String) -> Rc<Conn> {
+    /// Takes a new stream in, which [`Seat::load`] counts already. `peer`: the host's address, for people.
+    pub fn adopt(self: &Rc<Self>, wire: Box<dyn Wire>, port: Arc<Port>, peer: String) {
+        let wire = match port.secure {
+            false => Ok(wire),
+            true => TlsWire::new(wire, Arc::new(TargetKeys(Arc::downgrade(&self.target))))
+                .map(|w| Box::new(w) as Box<dyn Wire>),
+        };
+        let wire = match wire {
+            Ok(wire) => wire,
+            Err(e) => {
+                tracing::warn!("{peer}: refused: {e}");
+                return self.load(-(LOAD_CONNECTION as i32));
+            }
+        };
         let id = unique();
         self.target.connections.fetch_add(1, Ordering::Relaxed);
         let descriptor = wire.descriptor();
@@ -174,7 +187,6 @@ impl Group {
         }));
         conn.ready(Ready::MAYBE);
         self.start_ticking();
-        conn
     }
 
     /// Accepts connections on `socket` (non-blocking) from now on.

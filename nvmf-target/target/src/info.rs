@@ -37,6 +37,8 @@ pub struct ListenerInfo {
     pub addr: ListenAddr,
     /// State of each ANA group, 1 to the number of namespaces at most.
     pub ana_states: Vec<(u32, AnaState)>,
+    /// Only TLS is spoken there.
+    pub secure: bool,
 }
 
 /// A host of a subsystem's list, with the names of its keys.
@@ -48,6 +50,8 @@ pub struct HostInfo {
     pub dhchap_key: Option<String>,
     /// DH-HMAC-CHAP secret of the controller.
     pub dhchap_ctrlr_key: Option<String>,
+    /// TLS key of the host.
+    pub psk: Option<String>,
 }
 
 /// A subsystem.
@@ -103,6 +107,8 @@ pub struct QpairInfo {
     pub totals: Totals,
     /// How the host was last authenticated on it, if it was.
     pub auth: Option<(HashId, DhGroup)>,
+    /// Cipher suite of TLS; `None` without TLS.
+    pub cipher: Option<String>,
 }
 
 /// A reactor's share.

@@ -8,7 +8,7 @@
 //!                                     |
 //!   reactor: Group ---- Conn (one stream, one queue, its command slots) ---- NsChannel -> Channel of the device
 //!               |         |
-//!            Watches    Wire (TCP, or memory in simulations)
+//!            Watches    Wire (TCP, with or without TLS, or memory in simulations)
 //! ```
 //!
 //! One connection belongs to one reactor, from accept to close, and everything one command needs happens there. What
@@ -34,6 +34,7 @@ mod stats;
 mod subsystem;
 mod sys;
 mod target;
+mod tls;
 mod watch;
 pub mod wire;
 

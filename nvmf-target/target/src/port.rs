@@ -8,4 +8,6 @@ pub struct Port {
     pub id: u16,
     /// Address, with the port number that the system chose if 0 was asked for.
     pub addr: ListenAddr,
+    /// Only TLS is spoken there.
+    pub secure: bool,
 }

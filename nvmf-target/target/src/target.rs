@@ -12,7 +12,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use cryptfold_bdev::Registry;
-use cryptfold_nvmf_auth::{Offer, Secret};
+use cryptfold_nvmf_auth::{Names, Offer, Psk, Secret};
 use cryptfold_nvmf_spec::fabrics::{Connect, ConnectData, ConnectReject, ipo};
 use cryptfold_nvmf_spec::log::{
     AddressFamily, AnaState, DiscoveryEntry, DiscoveryHeader, SubsystemType, sectype, treq,
@@ -33,7 +33,7 @@ use crate::info::{
 use crate::port::Port;
 use crate::stats::Totals;
 use crate::subsystem::{Listener, Subsystem, locked, unique};
-use crate::wire::{TcpWire, Wire};
+use crate::wire::{TcpWire, TlsPeer, Wire};
 use crate::{HostAccess, Named};
 use crate::{ListenAddr, NsOptions, SubsystemOptions, TargetError, TransportOptions, sys};
 
@@ -106,6 +106,17 @@ impl Shared {
 
     fn find(&self, nqn: &str) -> Option<Arc<Subsystem>> {
         self.state().subsystems.iter().find(|s| s.nqn() == nqn).cloned()
+    }
+
+    /// The TLS key of a host of a subsystem.
+    pub fn psk(&self, subnqn: &str, hostnqn: &str) -> Option<Psk> {
+        self.find(subnqn)?.access(hostnqn).psk.map(|k| k.key)
+    }
+
+    /// Why TLS (or that there is none) keeps this host from connecting.
+    pub fn tls_refuses(&self, names: &Names, tls: Option<&TlsPeer>) -> Option<&'static str> {
+        let has_key = self.psk(&names.subsystem, &names.host).is_some();
+        TlsPeer::refuses(tls, &names.host, &names.subsystem, has_key)
     }
 
     /// Gives an accepted socket to the least loaded reactor.
@@ -198,6 +209,10 @@ impl Shared {
                 let entry = DiscoveryEntry::tcp(SubsystemType::Nvm, family, &traddr, &trsvcid, port.id, name);
                 if let Some(mut entry) = entry {
                     entry.asqsz = asqsz.into();
+                    if port.secure {
+                        entry.treq = treq::SECURE_REQUIRED;
+                        entry.tsas[0] = sectype::TLS13;
+                    }
                     entry.treq |= treq::DISABLE_SQ_FLOW_CONTROL;
                     entries.push(entry);
                 }
@@ -405,6 +420,19 @@ impl Target {
     /// # Errors
     /// Unknown subsystem, no transport, listens there already, or the system's refusal (port in use).
     pub fn add_listener(&self, nqn: &str, addr: &ListenAddr) -> Result<ListenAddr, TargetError> {
+        self.listen(nqn, addr, false)
+    }
+
+    /// As [`Target::add_listener`], for TLS only: hosts need a key (`psk`), the one of the host and subsystem of their
+    /// Connect.
+    ///
+    /// # Errors
+    /// As [`Target::add_listener`]; the port is one without TLS already, or the other way round.
+    pub fn add_tls_listener(&self, nqn: &str, addr: &ListenAddr) -> Result<ListenAddr, TargetError> {
+        self.listen(nqn, addr, true)
+    }
+
+    fn listen(&self, nqn: &str, addr: &ListenAddr, secure: bool) -> Result<ListenAddr, TargetError> {
         let subsystem = self.subsystem(nqn)?;
         let port = {
             let mut s = self.running()?;
@@ -412,8 +440,13 @@ impl Target {
                 return Err(TargetError::NoTransport("TCP".into()));
             }
             match s.ports.iter().find(|p| p.port.addr == *addr && addr.port != 0) {
+                Some(p) if p.port.secure != secure => {
+                    let now = if secure { "without TLS" } else { "for TLS only" };
+                    let why = format!("{addr} is used {now} already; choose another trsvcid");
+                    return Err(TargetError::Invalid("secure_channel", why));
+                }
                 Some(p) => p.port.clone(),
-                None => self.bind(&mut s, addr)?,
+                None => self.bind(&mut s, addr, secure)?,
             }
         };
         self.join_port(&subsystem, &port)?;
@@ -429,7 +462,7 @@ impl Target {
         let port = {
             let mut s = self.running()?;
             let known = s.ports.iter().find(|p| p.port.addr == *addr).map(|p| p.port.clone());
-            known.unwrap_or_else(|| add_port(&mut s, addr.clone(), None))
+            known.unwrap_or_else(|| add_port(&mut s, addr.clone(), None, false))
         };
         self.join_port(&subsystem, &port)
     }
@@ -460,7 +493,7 @@ impl Target {
         Ok(())
     }
 
-    fn bind(&self, s: &mut State, addr: &ListenAddr) -> Result<Arc<Port>, TargetError> {
+    fn bind(&self, s: &mut State, addr: &ListenAddr, secure: bool) -> Result<Arc<Port>, TargetError> {
         let what = || format!("listen on {addr}");
         let hint = |e: &std::io::Error| match e.kind() {
             std::io::ErrorKind::AddrInUse => "stop what listens there, or choose another trsvcid",
@@ -473,7 +506,7 @@ impl Target {
         socket.set_nonblocking(true).map_err(fail)?;
         let actual = ListenAddr { ip: addr.ip, port: socket.local_addr().map_err(fail)?.port() };
         let key = unique();
-        let port = add_port(s, actual, Some(key));
+        let port = add_port(s, actual, Some(key), secure);
         let (id, listening) = (self.shared.id, port.clone());
         let first = self.shared.seats.first().ok_or(TargetError::Stopped)?;
         first.handle.send(move || {
@@ -577,8 +610,9 @@ impl Target {
         let subsystem = self.subsystem(nqn)?;
         Nqn::parse(host).map_err(|reason| TargetError::Nqn { nqn: host.into(), reason })?;
         check_access(&access)?;
-        if subsystem.discovery && access != HostAccess::default() {
-            return Err(TargetError::Invalid("host", "the discovery subsystem takes no keys".into()));
+        if subsystem.discovery && access.dhchap.is_some() {
+            let why = "the discovery subsystem takes no DH-HMAC-CHAP keys";
+            return Err(TargetError::Invalid("dhchap_key", why.into()));
         }
         match subsystem.tables().hosts.entry(host.into()) {
             Entry::Occupied(_) => {
@@ -605,7 +639,7 @@ impl Target {
         let mut t = subsystem.tables();
         let access = t.hosts.get_mut(host);
         let access = access.ok_or_else(|| TargetError::NoHost { nqn: nqn.into(), host: host.into() })?;
-        let fresh = HostAccess { dhchap, dhchap_ctrlr };
+        let fresh = HostAccess { dhchap, dhchap_ctrlr, psk: access.psk.clone() };
         check_access(&fresh)?;
         *access = fresh;
         Ok(())
@@ -711,6 +745,7 @@ impl Target {
                 reactor: q.conn.handle.id().0,
                 totals: q.stats.totals(),
                 auth: q.stats.auth(),
+                cipher: q.cipher,
             }));
         }
         Ok(all)
@@ -856,8 +891,8 @@ impl Drop for Target {
     }
 }
 
-fn add_port(s: &mut State, addr: ListenAddr, key: Option<u64>) -> Arc<Port> {
-    let port = Arc::new(Port { id: s.next_port, addr });
+fn add_port(s: &mut State, addr: ListenAddr, key: Option<u64>, secure: bool) -> Arc<Port> {
+    let port = Arc::new(Port { id: s.next_port, addr, secure });
     s.next_port = s.next_port.wrapping_add(1);
     s.ports.push(Listening { port: port.clone(), key });
     port
@@ -913,11 +948,13 @@ fn describe(s: &Subsystem) -> SubsystemInfo {
             .iter()
             .map(|g| (*g, l.ana.get(g).copied().unwrap_or(AnaState::Optimized)))
             .collect(),
+        secure: l.port.secure,
     };
     let host = |(nqn, a): (&String, &HostAccess)| HostInfo {
         nqn: nqn.clone(),
         dhchap_key: a.dhchap.as_ref().map(|k| k.name.clone()),
         dhchap_ctrlr_key: a.dhchap_ctrlr.as_ref().map(|k| k.name.clone()),
+        psk: a.psk.as_ref().map(|k| k.name.clone()),
     };
     let namespace = |n: &Arc<crate::Namespace>| NsInfo {
         nsid: n.nsid.0,

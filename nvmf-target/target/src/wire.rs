@@ -7,6 +7,8 @@ use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::rc::Rc;
 
+pub use crate::tls::TlsPeer;
+
 /// A non-blocking, ordered byte stream. Errors other than `WouldBlock` and `Interrupted` end it.
 pub trait Wire {
     /// Receives into the buffers in order; `Ok(0)` is the end of the stream. With a descriptor, less than
@@ -24,6 +26,10 @@ pub trait Wire {
     fn shutdown(&self, how: Shutdown);
     /// What to watch for readiness. Without one, the wire calls what [`Wire::on_ready`] gave it.
     fn descriptor(&self) -> Option<Rc<dyn AsFd>> {
+        None
+    }
+    /// What TLS says about the other side; `None` without TLS.
+    fn tls(&self) -> Option<TlsPeer> {
         None
     }
     /// Called once: `wake` is to be called whenever bytes or room may have come.

@@ -54,7 +54,7 @@ fn keys(c: &Control) -> RpcResult {
         let all = c.target().map(|t| t.subsystems()).unwrap_or_default();
         let hosts = all.iter().flat_map(|s| &s.hosts);
         hosts
-            .flat_map(|h| [&h.dhchap_key, &h.dhchap_ctrlr_key])
+            .flat_map(|h| [&h.dhchap_key, &h.dhchap_ctrlr_key, &h.psk])
             .filter(|k| k.as_deref() == Some(name))
             .count()
     };

@@ -1,6 +1,6 @@
 //! The target: transport, subsystems, namespaces, listeners, hosts, statistics.
 
-use cryptfold_nvmf_auth::{DhGroup, HashId, Offer, Secret};
+use cryptfold_nvmf_auth::{DhGroup, HashId, Offer, Psk, Secret};
 use cryptfold_nvmf_target::{
     AnaState, DiscoveryFilter, HostAccess, HostInfo, ListenAddr, Named, NsOptions, Referral, SubsystemInfo,
     SubsystemOptions, Target, TargetError, TransportOptions,
@@ -263,8 +263,8 @@ params! {
         tgt_name: Option<TargetName>,
         /// Where to listen.
         listen_address: Address,
-        /// TLS.
-        secure_channel: Option<OnlyFalse>,
+        /// TLS only: hosts need a key (`psk` of `nvmf_subsystem_add_host`).
+        secure_channel: bool = false,
         /// ANA state of all groups there.
         ana_state: Option<Ana>,
         /// No effect.
@@ -367,6 +367,8 @@ params! {
         dhchap_key: Option<String>,
         /// Key of the keyring that the controller authenticates with where the host asks.
         dhchap_ctrlr_key: Option<String>,
+        /// Key of the keyring for TLS (`NVMeTLSkey-1:...`): the host connects at listeners with `secure_channel`, and only there.
+        psk: Option<String>,
     }
     /// `nvmf_subsystem_set_keys`.
     pub struct SetKeys {
@@ -517,8 +519,9 @@ pub fn methods() -> Vec<Method> {
             let access = HostAccess {
                 dhchap: secret(c, "dhchap_key", p.dhchap_key)?,
                 dhchap_ctrlr: secret(c, "dhchap_ctrlr_key", p.dhchap_ctrlr_key)?,
+                psk: ring_key(c, "psk", p.psk, Psk::parse)?,
             };
-            c.target()?.add_host(&p.nqn, &p.host, access)?;
+            c.target()?.add_host(nqn(&p.nqn), &p.host, access)?;
             Ok(TRUE)
         }),
         Method::new(
@@ -535,7 +538,7 @@ pub fn methods() -> Vec<Method> {
             "nvmf_subsystem_remove_host",
             "Takes a host out of the list and ends its connections.",
             |c, p: RemoveHost| {
-                c.target()?.remove_host(&p.nqn, &p.host)?;
+                c.target()?.remove_host(nqn(&p.nqn), &p.host)?;
                 Ok(TRUE)
             },
         ),
@@ -584,10 +587,20 @@ fn referral(r: &Referral) -> Value {
 
 /// A DH-HMAC-CHAP secret of the keyring, read from its file now.
 fn secret(c: &Control, param: &str, name: Option<String>) -> Result<Option<Named<Secret>>, RpcError> {
+    ring_key(c, param, name, Secret::parse)
+}
+
+/// A key of the keyring, read from its file now.
+fn ring_key<T, E: std::fmt::Display>(
+    c: &Control,
+    param: &str,
+    name: Option<String>,
+    parse: impl Fn(&str) -> Result<T, E>,
+) -> Result<Option<Named<T>>, RpcError> {
     let Some(name) = name else { return Ok(None) };
     let text = c.ring.read(&name)?;
-    let key = Secret::parse(&text)
-        .map_err(|e| RpcError::params(format!("{param}: key \"{name}\" of the keyring: {e}")))?;
+    let key =
+        parse(&text).map_err(|e| RpcError::params(format!("{param}: key \"{name}\" of the keyring: {e}")))?;
     Ok(Some(Named { name, key }))
 }
 
@@ -794,7 +807,7 @@ fn hex(bytes: &[u8]) -> String {
 
 /// A host of the list; its keys by name.
 fn host(h: &HostInfo) -> Value {
-    let keys = json!({"dhchap_key": h.dhchap_key, "dhchap_ctrlr_key": h.dhchap_ctrlr_key});
+    let keys = json!({"dhchap_key": h.dhchap_key, "dhchap_ctrlr_key": h.dhchap_ctrlr_key, "psk": h.psk});
     let mut v = object(json!({"nqn": h.nqn}));
     v.extend(object(keys));
     Value::Object(v)
@@ -871,7 +884,8 @@ fn add_ns(c: &Control, p: AddNs) -> RpcResult {
 fn add_listener(c: &Control, p: AddListener) -> RpcResult {
     let t = c.target()?;
     let (name, addr) = (nqn(&p.nqn), p.listen_address.parse()?);
-    let bound = t.add_listener(name, &addr)?;
+    let bound =
+        if p.secure_channel { t.add_tls_listener(name, &addr)? } else { t.add_listener(name, &addr)? };
     if let Some(state) = p.ana_state.filter(|s| *s != Ana::Optimized)
         && let Err(e) = t.set_ana_state(name, &bound, state.state(), None)
     {
@@ -888,7 +902,7 @@ fn get_listeners(c: &Control, p: Subsystem) -> RpcResult {
         let states: Vec<Value> =
             l.ana_states.iter().map(|(g, s)| json!({"ana_group": g, "ana_state": ana_word(*s)})).collect();
         let first = l.ana_states.first().map_or("optimized", |(_, s)| ana_word(*s));
-        json!({"address": address(&l.addr), "ana_state": first, "ana_states": states})
+        json!({"address": address(&l.addr), "secure_channel": l.secure, "ana_state": first, "ana_states": states})
     };
     Ok(all.iter().map(one).collect())
 }
@@ -924,6 +938,9 @@ fn get_qpairs(c: &Control, p: Subsystem) -> RpcResult {
             });
             if let Some((hash, group)) = q.auth {
                 v["auth"] = json!({"state": "completed", "digest": hash.name(), "dhgroup": group.name()});
+            }
+            if let Some(cipher) = &q.cipher {
+                v["tls"] = json!({"version": 13, "cipher": cipher});
             }
             v
         })
@@ -994,7 +1011,11 @@ pub fn config(c: &Control) -> Vec<(String, Value)> {
             }
         }
         for l in &s.listeners {
-            add("nvmf_subsystem_add_listener", json!({"nqn": name, "listen_address": address(&l.addr)}));
+            let mut p = json!({"nqn": name, "listen_address": address(&l.addr)});
+            if l.secure {
+                p["secure_channel"] = true.into();
+            }
+            add("nvmf_subsystem_add_listener", p);
             for (group, state) in l.ana_states.iter().filter(|(_, s)| *s != AnaState::Optimized) {
                 let p = json!({"nqn": name, "listen_address": address(&l.addr), "ana_state": ana_word(*state),
                     "anagrpid": group});

@@ -4,6 +4,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use cryptfold_bdev::{Complete, Frame, Io, Op};
+use cryptfold_nvmf_auth::Names;
 use cryptfold_nvmf_spec::fabrics::{Command, ConnectData, ConnectReject, ConnectResult};
 use cryptfold_nvmf_spec::opcode::FABRICS;
 use cryptfold_nvmf_spec::pdu::build::{self, DataPart};
@@ -25,6 +26,7 @@ use crate::reservation::Access;
 use crate::stats::QueueStats;
 use crate::subsystem::NsChannel;
 use crate::target::NewQueue;
+use crate::wire::TlsPeer;
 
 /// Header, digest and padding of a PDU to the host.
 const HEAD_MAX_BYTES: usize = MAX_HDR_BYTES + 4;
@@ -95,6 +97,15 @@ impl Conn {
         }
     }
 
+    /// Whether a Connect fits what TLS has proven, and why not.
+    fn tls_refuses(&self, data: &ConnectData, tls: Option<&TlsPeer>) -> Option<&'static str> {
+        let names = data.names().ok()?;
+        let both = Names { host: names.hostnqn.into(), subsystem: names.subnqn.into() };
+        let why = self.group.upgrade()?.target.tls_refuses(&both, tls)?;
+        audit::refused(&self.peer, names.hostnqn, names.subnqn, "tls", why);
+        Some(why)
+    }
+
     fn connect(&self, inner: &mut Inner, index: u16) {
         let sqe = inner.slots[index].sqe;
         let data = std::mem::take(&mut inner.slots[index].data);
@@ -104,10 +115,17 @@ impl Conn {
             return self.complete(inner, index, Status::DATA_SGL_LENGTH_INVALID.with_dnr(), 0);
         };
         let (Some(group), Some(conn)) = (self.group.upgrade(), self.reference()) else { return };
+        let tls = inner.wire.as_ref().and_then(|w| w.tls());
+        if let Some(why) = self.tls_refuses(data, tls.as_ref()) {
+            tracing::warn!("{}: {why}", self.peer);
+            let (status, dw0) = ConnectReject::Host.completion();
+            return self.complete(inner, index, status, dw0.into());
+        }
         let stats = Arc::new(QueueStats::default());
         // Below 65,536 entries: Connect checks SQSIZE against the limits before it is used.
         let size = u32::from(command.sqsize.get()) + 1;
-        let queue = QueueRef { conn, stats: stats.clone(), size, peer: self.peer.clone() };
+        let cipher = tls.map(|t| t.cipher);
+        let queue = QueueRef { conn, stats: stats.clone(), size, peer: self.peer.clone(), cipher };
         let new = NewQueue { command, data, port: &self.port, options: &self.options, queue };
         match group.target.connect(new) {
             Ok((controller, place)) => {

@@ -272,7 +272,16 @@ impl Conn {
     /// The stream has failed.
     fn lost(&self, inner: &mut Inner, error: &std::io::Error) {
         tracing::debug!("{}: connection lost: {error}", self.peer);
+        self.audit_handshake(inner, error);
         self.advance(inner, Event::PeerGone);
+    }
+
+    /// Whoever fails at TLS has been turned away.
+    fn audit_handshake(&self, inner: &Inner, why: &dyn std::fmt::Display) {
+        let tls = inner.wire.as_ref().and_then(|w| w.tls());
+        if let Some(peer) = tls.filter(|t| !t.proven) {
+            audit::refused(&self.peer, &peer.host, &peer.subsystem, "tls", &why.to_string());
+        }
     }
 
     /// The only way from one state to the next.
@@ -380,6 +389,7 @@ impl Conn {
             State::Draining | State::Closed => false,
         };
         if expired {
+            self.audit_handshake(&inner, &"not finished in time");
             tracing::warn!(
                 "{}: a deadline passed while {:?}; ending the connection",
                 self.peer,

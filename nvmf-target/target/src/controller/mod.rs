@@ -68,6 +68,8 @@ pub(crate) struct QueueRef {
     pub size: u32,
     /// Address of the host's end.
     pub peer: String,
+    /// Cipher suite of TLS.
+    pub cipher: Option<String>,
 }
 
 /// What an admin command ends with.
