@@ -342,6 +342,52 @@ fn openssl_gets_in_with_the_key_and_not_without() {
     assert_eq!(rig.connect(&rig.tls), Ok(()));
 }
 
+/// Our initiator against OpenSSL's server: the greeting arrives there in the clear.
+#[test]
+fn our_host_speaks_with_openssl() {
+    let rig = rig(TransportOptions::default());
+    for version in [Version::V0, Version::V1] {
+        let (identity, key) = rig.identity(version);
+        let free = std::net::TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = free.local_addr().expect("bound");
+        drop(free);
+        let mut server = Command::new("openssl")
+            .args([
+                "s_server",
+                "-quiet",
+                "-nocert",
+                "-tls1_3",
+                "-naccept",
+                "1",
+                "-accept",
+                &address.to_string(),
+            ])
+            .args(["-psk_identity", &identity, "-psk", &key])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("openssl is installed");
+        let mut options = rig.tls.clone();
+        (options.trsvcid, options.connect_timeout) = (address.port().to_string(), Duration::from_millis(500));
+        options.tls = tls_key(1, HashId::Sha256, version);
+        let mut tries = 0;
+        let error = loop {
+            match rig.connect(&options).expect_err("it is no target") {
+                // It does not listen yet.
+                Error::Connect { why, .. } if why.contains("refused") && tries < 500 => tries += 1,
+                e => break e.to_string(),
+            }
+            std::thread::sleep(Duration::from_millis(10));
+        };
+        assert!(error.contains("no answer to the connection request"), "{error}");
+        let mut got = [0; 128];
+        server.stdout.take().expect("a pipe").read_exact(&mut got).expect("ICReq");
+        assert_eq!((got[0], got[2], got[4]), (0, 128, 128), "ICReq of 128 bytes");
+        server.kill().expect("it still runs, or has not been waited for");
+        server.wait().expect("it ends");
+    }
+}
+
 #[test]
 fn garbage_and_silence_harm_nobody() {
     let log = audit();

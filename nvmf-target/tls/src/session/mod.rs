@@ -243,7 +243,7 @@ impl Session {
                 Poll::Ready(Some(e)) => return Err(self.handshake_failed(raw, &e)),
                 Poll::Pending => {
                     self.flush(raw)?;
-                    if !self.fill(raw)? {
+                    if self.fill(raw)?.is_none() {
                         return Ok(false);
                     }
                 }
@@ -305,13 +305,11 @@ impl Session {
                         return if late { Ok(total) } else { Err(e) };
                     }
                     Poll::Pending if dry && total > 0 => return Ok(total),
-                    Poll::Pending => {
-                        if !self.fill(raw)? {
-                            return if total > 0 { Ok(total) } else { Err(io::ErrorKind::WouldBlock.into()) };
-                        }
-                        let pipe = self.pipe.borrow();
-                        dry = pipe.buffered() < self.receive_bytes && !pipe.ended;
-                    }
+                    Poll::Pending => match self.fill(raw)? {
+                        Some(short) => dry = short,
+                        None if total > 0 => return Ok(total),
+                        None => return Err(io::ErrorKind::WouldBlock.into()),
+                    },
                 }
             }
         }
@@ -404,15 +402,15 @@ impl Session {
         }
     }
 
-    /// Takes records from the stream; `false`: there are none now.
-    fn fill(&mut self, raw: &dyn Raw) -> io::Result<bool> {
+    /// Takes records from the stream: whether they were fewer than there was room for. `None`: there are none now.
+    fn fill(&mut self, raw: &dyn Raw) -> io::Result<Option<bool>> {
         let mut pipe = self.pipe.borrow_mut();
         let n = if self.established { self.receive_bytes } else { pipe.wanted.clamp(1, RECORD_BYTES) };
         let got = loop {
             match raw.read(pipe.room(n)) {
                 Ok(got) => break got,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
                 Err(e) => return Err(e),
             }
         };
@@ -431,8 +429,10 @@ impl Session {
         }
         if self.established && got == n {
             self.receive_bytes = (2 * n).min(RECEIVE_BYTES.1);
+        } else if self.established && got < n / 8 {
+            self.receive_bytes = (n / 2).max(RECEIVE_BYTES.0);
         }
-        Ok(true)
+        Ok(Some(got < n && got > 0))
     }
 
     /// Has the stream take the records that wait; `false`: not all of them.

@@ -39,6 +39,11 @@ impl Pipe {
 
     /// Room for `n` more bytes, to be followed by [`Pipe::filled`].
     pub fn room(&mut self, n: usize) -> &mut [u8] {
+        if self.buffered() == 0 && self.incoming.len() > 2 * n {
+            // It was busier once.
+            self.incoming = vec![0; n];
+            (self.start, self.end) = (0, 0);
+        }
         if self.start > 0 {
             self.incoming.copy_within(self.start..self.end, 0);
             (self.start, self.end) = (0, self.end - self.start);

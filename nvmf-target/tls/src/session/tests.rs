@@ -182,6 +182,27 @@ fn a_cut_is_not_a_good_bye() {
     }
 }
 
+/// Readiness comes as edges: less than there was room for has to mean that the stream was empty.
+#[test]
+fn a_short_receive_leaves_nothing_behind() {
+    let psk = key(7, HashId::Sha256);
+    let (mut server, mut client) = pair(&psk, &psk, Version::V1);
+    let (se, ce) = ends(4 << 20);
+    assert!(matches!(shake((&mut server, &se), (&mut client, &ce)), (Ok(true), Ok(true))));
+    for len in [1, 20_000, 32 << 10, 40_000, 100_000, 600_000, 5, 300_000, 10] {
+        let data: Vec<u8> = (0..len).map(|i| (i * 31) as u8).collect();
+        assert_eq!(client.send(&ce, &[IoSlice::new(&data)]).expect("room"), len);
+        let (mut got, mut buf) = (Vec::new(), vec![0; 256 << 10]);
+        while let Ok(n) = server.recv(&se, &mut [IoSliceMut::new(&mut buf)]) {
+            got.extend_from_slice(&buf[..n]);
+            if n < buf.len() {
+                break;
+            }
+        }
+        assert!(got == data, "{len} bytes: {} came", got.len());
+    }
+}
+
 #[test]
 fn a_changed_record_ends_the_session() {
     let psk = key(7, HashId::Sha384);
