@@ -18,8 +18,12 @@
 //!   is stored.
 //! - A block holds whole units: with units of 4096 bytes the device has blocks of 4096 bytes.
 //!
+//! The key comes from a [`KeyGate`]: while it is shut, all I/O ends with the gate's status and nothing goes down; a read that
+//! is below when it shuts ends with that status too.
+//!
 //! Writes carry the host key's id ([`Io::host_key`]); those of the raw part carry 0.
 
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -33,8 +37,9 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::KeyRef;
-use crate::crypto::{context, passed_through};
-use crate::engine::{Direction, XtsContext, XtsKey};
+use crate::crypto::passed_through;
+use crate::engine::{Direction, XtsContext};
+use crate::gate::KeyGate;
 use crate::transform::{self, Numbering};
 
 /// dm-crypt numbers sectors of this size.
@@ -48,7 +53,7 @@ pub struct HostcryptOptions {
     /// The device below.
     pub base_bdev_name: String,
     /// The host's volume key: AES-256-XTS or AES-128-XTS by its length.
-    pub key: Arc<XtsKey>,
+    pub key: Arc<KeyGate>,
     /// Where the key can be found again.
     pub key_ref: KeyRef,
     /// Identifies the key in the base's map, for [`Io::host_key`]; not 0.
@@ -155,8 +160,11 @@ impl Device for Hostcrypt {
 
     fn open_queue(self: Arc<Self>) -> Result<Rc<dyn Queue>, BdevError> {
         let o = &self.options;
-        Ok(Rc::new(HostcryptQueue {
-            context: context(&o.key)?,
+        let queue = Rc::new(HostcryptQueue {
+            gate: o.key.clone(),
+            epoch: Cell::new(0),
+            context: RefCell::new(Err(Status::NAMESPACE_NOT_READY)),
+            watch: RefCell::new(None),
             numbering: Numbering {
                 origin: o.payload_offset_bytes,
                 first: o.iv_offset,
@@ -168,7 +176,12 @@ impl Device for Hostcrypt {
             key_id: o.key_id,
             reports_unmapped: self.info.reports_unmapped,
             base: self.base.channel()?,
-        }))
+        });
+        queue.look().map_err(|e| BdevError::NoResources(e.to_string()))?;
+        if !o.key.is_fixed() {
+            *queue.watch.borrow_mut() = Some(watch(&queue));
+        }
+        Ok(queue)
     }
 
     fn destruct(&self) {
@@ -180,7 +193,9 @@ impl Device for Hostcrypt {
     }
 
     fn driver_specific(&self) -> Value {
-        json!({"hostcrypt": self.params()})
+        let mut params = self.params();
+        params["access"] = self.options.key.access().word().into();
+        json!({"hostcrypt": params})
     }
 
     fn config(&self) -> Vec<(String, Value)> {
@@ -208,7 +223,13 @@ impl Hostcrypt {
 
 struct HostcryptQueue {
     base: Channel,
-    context: XtsContext,
+    gate: Arc<KeyGate>,
+    /// The gate's epoch that `context` belongs to.
+    epoch: Cell<u64>,
+    /// The key, set up; or what I/O ends with.
+    context: RefCell<Result<XtsContext, Status>>,
+    /// Looks at the gate when it changes; ends with the queue.
+    watch: RefCell<Option<reactor::Task<()>>>,
     numbering: Numbering,
     /// Bytes in one of our blocks.
     block_bytes: u64,
@@ -217,7 +238,43 @@ struct HostcryptQueue {
     reports_unmapped: bool,
 }
 
+/// Wipes the queue's copy of the key when it is taken away, also while there is no I/O.
+fn watch(queue: &Rc<HostcryptQueue>) -> reactor::Task<()> {
+    let (gate, queue) = (queue.gate.clone(), Rc::downgrade(queue));
+    reactor::spawn_local(async move {
+        let mut seen = queue.upgrade().map_or(0, |q| q.epoch.get());
+        loop {
+            gate.changed(seen).await;
+            let Some(queue) = queue.upgrade() else { return };
+            seen = gate.epoch();
+            // A failure shows with the next I/O, which tries again.
+            let _ = queue.look();
+        }
+    })
+}
+
 impl HostcryptQueue {
+    /// Takes over what the gate says now.
+    #[cold]
+    fn look(&self) -> Result<(), crate::engine::EngineError> {
+        let (epoch, access) = self.gate.look();
+        let context = match access.key() {
+            Ok(key) => Ok(XtsContext::new(key)?),
+            Err(status) => Err(status),
+        };
+        *self.context.borrow_mut() = context;
+        self.epoch.set(epoch);
+        Ok(())
+    }
+
+    /// Runs `f` with the key if hosts may use it now.
+    fn with_key<T>(&self, f: impl FnOnce(&XtsContext) -> Result<T, Status>) -> Result<T, Status> {
+        if self.epoch.get() != self.gate.epoch() {
+            self.look().map_err(|_| Status::INTERNAL_ERROR)?;
+        }
+        f(self.context.borrow().as_ref().map_err(|status| *status)?)
+    }
+
     /// Hands an I/O to the base, in the base's blocks; it comes back to us.
     fn down(self: &Rc<Self>, mut io: Box<Io>, into: SgList) {
         let (lba, blocks) = (io.lba, io.blocks);
@@ -237,7 +294,9 @@ impl HostcryptQueue {
         let len = data.len_bytes();
         let block = self.block_bytes as usize;
         let spans = transform::spans(self.numbering.origin, start, len, block, &[]);
-        transform::apply(&self.context, Direction::Decrypt, &self.numbering, start, &spans, &mut data, None)?;
+        self.with_key(|context| {
+            transform::apply(context, Direction::Decrypt, &self.numbering, start, &spans, &mut data, None)
+        })?;
         Ok((data, self.key_id))
     }
 
@@ -300,7 +359,9 @@ impl HostcryptQueue {
         let block = self.block_bytes as usize;
         let spans = transform::spans(self.numbering.origin, start, len, block, &io.unmapped);
         let into = Some(into).filter(|d| !d.is_empty());
-        transform::apply(&self.context, Direction::Encrypt, &self.numbering, start, &spans, &mut data, into)?;
+        self.with_key(|context| {
+            transform::apply(context, Direction::Encrypt, &self.numbering, start, &spans, &mut data, into)
+        })?;
         io.data = data;
         Ok(())
     }
@@ -328,6 +389,9 @@ impl HostcryptQueue {
 
 impl Queue for HostcryptQueue {
     fn submit(self: Rc<Self>, mut io: Box<Io>) {
+        if let Err(status) = self.with_key(|_| Ok(())) {
+            return io.finish(status);
+        }
         match io.op {
             Op::Write => self.write(io),
             Op::Read => {

@@ -7,6 +7,7 @@
 
 pub mod crypto;
 pub mod engine;
+pub mod gate;
 pub mod hostcrypt;
 mod transform;
 
@@ -21,14 +22,18 @@ pub enum KeyRef {
     Name(String),
     /// A key file.
     File(PathBuf),
+    /// A key of a key server (`keyring_kmip_add_key`).
+    Kms(String),
 }
 
 impl KeyRef {
-    /// Writes the reference into the parameters of a create call: `key_name` or `key_file`.
+    /// Writes the reference into the parameters of a create call: `key_name`, `key_file` or
+    /// `kms_key_name`.
     fn put(&self, params: &mut Value) {
         match self {
             KeyRef::Name(name) => params["key_name"] = name.as_str().into(),
             KeyRef::File(path) => params["key_file"] = path.to_string_lossy().into(),
+            KeyRef::Kms(name) => params["kms_key_name"] = name.as_str().into(),
         }
     }
 }

@@ -5,9 +5,10 @@
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use cryptfold_kmip::{Client, ClientConfig, Identity, ServerAddress};
+use cryptfold_kmip::{Client, ClientConfig, Identity, ServerAddress, State};
 use tempfile::TempDir;
 
 /// Name of the policy under which everybody may read keys, and their owner alone may end them.
@@ -126,6 +127,9 @@ impl KeyServer {
     /// Starts it again after [`KeyServer::stop`], with the same address and database.
     pub fn resume(&mut self) {
         assert!(self.process.is_none(), "it runs");
+        // One at a time: a loaded machine needs long enough to start one Python.
+        static STARTING: Mutex<()> = Mutex::new(());
+        let _starting = STARTING.lock().unwrap_or_else(PoisonError::into_inner);
         let program = "import sys\nfrom kmip.services.server.server import main\n\
                        sys.argv = ['pykmip-server'] + sys.argv[1:]\nmain()";
         let log = self.dir.path().join("server.log");
@@ -144,7 +148,7 @@ impl KeyServer {
             .spawn()
             .expect("PyKMIP");
         self.process = Some(child);
-        let deadline = Instant::now() + Duration::from_secs(30);
+        let deadline = Instant::now() + Duration::from_secs(90);
         // Policies are read a second after the start.
         let ready = || {
             let said = std::fs::read_to_string(&log).unwrap_or_default();
@@ -168,6 +172,25 @@ impl KeyServer {
             let _ = Command::new("kill").args(["-KILL", "--", &group]).status();
             let _ = child.wait();
         }
+    }
+
+    /// Puts a key into a state that no client could ask for (a deactivated key is never active again), as an administrator
+    /// of the server's database can.
+    pub fn force_state(&self, id: &str, state: State) {
+        let program = "import sqlite3, sys\n\
+                       with sqlite3.connect(sys.argv[1], timeout=10) as db:\n\
+                       \x20   n = db.execute('UPDATE crypto_objects SET state = ? WHERE uid = ?',\n\
+                       \x20       (int(sys.argv[3]), int(sys.argv[2]))).rowcount\n\
+                       assert n == 1, 'no such object'";
+        let database = self.dir.path().join("kmip.db");
+        let done = Command::new(python())
+            .args(["-c", program])
+            .arg(database)
+            .arg(id)
+            .arg(state.code().to_string())
+            .output();
+        let done = done.expect("python");
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     }
 
     /// Our client, as `name`.

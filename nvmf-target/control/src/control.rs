@@ -18,6 +18,7 @@ use serde_json::{Value, json};
 use crate::jsonrpc::{Handler, RpcError, RpcResult};
 use crate::keyring::Keyring;
 use crate::keys::KeyStore;
+use crate::kms::Kms;
 use crate::logging::LogControl;
 use crate::options::Options;
 use crate::pools::Pools;
@@ -97,6 +98,7 @@ pub struct Control {
     pub(crate) registry: Arc<Registry>,
     pub(crate) keys: KeyStore,
     pub(crate) ring: Keyring,
+    pub(crate) kms: Kms,
     pub(crate) options: Mutex<Options>,
     pub(crate) log: LogControl,
     pub(crate) watch: Watch,
@@ -123,6 +125,7 @@ impl Control {
             registry: Registry::new(),
             keys: KeyStore::default(),
             ring: Keyring::default(),
+            kms: Kms::default(),
             options: Mutex::default(),
             log: config.log.clone(),
             watch: Watch::default(),
@@ -295,6 +298,7 @@ impl Control {
     /// The first thing that did not end as it should; the rest is ended all the same.
     pub fn shutdown(&self) -> Result<(), RpcError> {
         self.end_waits();
+        self.kms.end();
         let Some(running) = self.running.get() else { return Ok(()) };
         let Some(runtime) = lock(&running.runtime).take() else { return Ok(()) };
         let drained = running.target.stop().map_err(RpcError::from);

@@ -14,6 +14,7 @@ mod control;
 pub mod jsonrpc;
 pub mod keyring;
 pub mod keys;
+pub mod kms;
 pub mod logging;
 mod methods;
 pub mod offline;

@@ -9,6 +9,7 @@ use cryptfold_bdev::{
     Access, Bdev, BdevError, BlockRange, Channel, Device, DeviceInfo, Io, Op, OpSet, Queue, Registry, Status,
 };
 use cryptfold_bdev_crypto::engine::{EngineKind, XtsContext, XtsEngine, XtsKey};
+use cryptfold_bdev_crypto::gate::{Access as KeyAccess, KeyGate};
 use cryptfold_reactor::Sim;
 use cryptfold_reactor::memory::{Buf, SgList};
 
@@ -20,6 +21,8 @@ pub struct State {
     /// Reads return one block too few.
     pub short_reads: bool,
     pub fail: Option<Status>,
+    /// Shut when the next I/O arrives.
+    pub shut: Option<Arc<KeyGate>>,
 }
 
 pub struct Thin {
@@ -55,6 +58,9 @@ impl Queue for ThinQueue {
         let bs = self.0.info.block_size_bytes as usize;
         let mut s = self.0.state.lock().unwrap();
         s.ops.push((io.op, io.lba, io.blocks, io.fua));
+        if let Some(gate) = s.shut.take() {
+            gate.set(KeyAccess::Fenced);
+        }
         if let Some(status) = s.fail {
             return io.finish(status);
         }

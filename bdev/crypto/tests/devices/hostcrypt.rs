@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex};
 
 use cryptfold_bdev::{Access, Bdev, BdevError, Io, Op, Registry, Status};
 use cryptfold_bdev_crypto::KeyRef;
+use cryptfold_bdev_crypto::gate::{Access as KeyAccess, KeyGate};
 use cryptfold_bdev_crypto::hostcrypt::{HostcryptOptions, create};
 use cryptfold_reactor::memory::{Buf, SgList};
 
@@ -14,7 +15,7 @@ fn options(base: &str) -> HostcryptOptions {
     HostcryptOptions {
         name: "h0".into(),
         base_bdev_name: base.into(),
-        key: key(64),
+        key: KeyGate::fixed(key(64)),
         key_ref: KeyRef::File("/keys/h0".into()),
         key_id: 3,
         sector_size_bytes: 4096,
@@ -105,7 +106,7 @@ fn a_host_sees_the_disk_that_it_wrote_and_a_thin_base_holds_its_plaintext() {
             let bdev = create(
                 &r,
                 HostcryptOptions {
-                    key: key(key_bytes),
+                    key: KeyGate::fixed(key(key_bytes)),
                     sector_size_bytes: unit,
                     payload_offset_bytes: offset,
                     iv_offset,
@@ -288,5 +289,49 @@ fn configurations_that_do_not_fit_are_refused_and_leave_the_base_free() {
         );
         r.get("t0").unwrap().set_blocks(130);
         assert_eq!((b.blocks(), b.block_size_bytes()), (16, 4096), "a rest that is no block is left out");
+    });
+}
+
+#[test]
+fn a_shut_gate_lets_nothing_through_and_an_open_one_everything() {
+    sim(|r| async move {
+        let below = Thin::create(&r, "t0", 4096, 64);
+        let gate = KeyGate::waiting();
+        create(&r, HostcryptOptions { key: gate.clone(), payload_offset_bytes: 4096, ..options("t0") })
+            .unwrap();
+        let h = open(&r, "h0", Access::ReadWrite);
+        let data = vec![7; 8192];
+        let shut = |status: Status| {
+            let (h, data, below) = (h.clone(), data.clone(), below.clone());
+            async move {
+                let before = below.lock().unwrap().ops.len();
+                // The raw part, the seam, the payload.
+                for lba in 0..2 {
+                    assert_eq!(h.read(lba, 2).await.unwrap_err(), status);
+                    assert_eq!(h.write(lba, Buf::from_slice(&data), true).await.unwrap_err(), status);
+                }
+                assert_eq!(h.flush().await.unwrap_err(), status);
+                assert_eq!(h.unmap(2, 2).await.unwrap_err(), status);
+                assert_eq!(h.write_zeroes(2, 2).await.unwrap_err(), status);
+                assert_eq!(below.lock().unwrap().ops.len(), before, "nothing went down");
+            }
+        };
+        assert!(!Status::NAMESPACE_NOT_READY.dnr());
+        shut(Status::NAMESPACE_NOT_READY).await;
+        gate.set(KeyAccess::Open(key(64)));
+        h.write(3, Buf::from_slice(&data), false).await.unwrap();
+        assert_eq!(bytes(&h.read(3, 2).await.unwrap()), data);
+        gate.set(KeyAccess::Fenced);
+        assert_eq!(h.bdev().device().driver_specific()["hostcrypt"]["access"], "fenced");
+        shut(Status::ACCESS_DENIED.do_not_retry()).await;
+        gate.set(KeyAccess::Waiting);
+        shut(Status::NAMESPACE_NOT_READY).await;
+        gate.set(KeyAccess::Open(key(64)));
+        assert_eq!(bytes(&h.read(3, 2).await.unwrap()), data);
+        // A read that is below when the gate shuts.
+        below.lock().unwrap().shut = Some(gate.clone());
+        let before = below.lock().unwrap().ops.len();
+        assert_eq!(h.read(3, 2).await.unwrap_err(), Status::ACCESS_DENIED.do_not_retry());
+        assert_eq!(below.lock().unwrap().ops.len(), before + 1);
     });
 }

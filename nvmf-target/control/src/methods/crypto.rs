@@ -6,6 +6,7 @@ use std::sync::Arc;
 use cryptfold_bdev_crypto::KeyRef;
 use cryptfold_bdev_crypto::crypto::CryptoOptions;
 use cryptfold_bdev_crypto::engine::XtsKey;
+use cryptfold_bdev_crypto::gate::KeyGate;
 use cryptfold_bdev_crypto::hostcrypt::HostcryptOptions;
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -114,6 +115,8 @@ params! {
         key_file: Option<String>,
         /// Name of the key, in place of key_file.
         key_name: Option<String>,
+        /// Name of a key of a key server (keyring_kmip_add_key), in place of key_file. The device is made also when the server does not answer; it serves when it has its key.
+        kms_key_name: Option<String>,
         /// Number of the key in the map of the volume below, 1 to 65535.
         key_id: u16 = 1,
         /// Bytes in a data unit of the host's dm-crypt: 512 or 4096.
@@ -184,7 +187,16 @@ fn crypto_create(c: &Control, p: CryptoCreate) -> RpcResult {
 }
 
 fn hostcrypt_create(c: &Control, p: HostcryptCreate) -> RpcResult {
-    let (key, key_ref) = device_key(c, p.key_name, p.key_file)?;
+    let (key, key_ref) = match p.kms_key_name {
+        None => {
+            let (key, key_ref) = device_key(c, p.key_name, p.key_file)?;
+            (KeyGate::fixed(key), key_ref)
+        }
+        Some(name) if p.key_name.is_none() && p.key_file.is_none() => {
+            (c.kms.bind(&name, &p.name)?, KeyRef::Kms(name))
+        }
+        Some(_) => return Err(RpcError::params("kms_key_name: not together with key_name or key_file")),
+    };
     let options = HostcryptOptions {
         name: p.name,
         base_bdev_name: p.base_bdev_name,
@@ -235,9 +247,9 @@ pub fn absolute(path: &str) -> Result<PathBuf, RpcError> {
     std::path::absolute(Path::new(path)).map_err(|e| RpcError::params(format!("\"{path}\": {e}")))
 }
 
-/// Devices made with a named key.
-fn users(c: &Control, key: &str) -> Vec<String> {
-    let uses = |v: &Value| v["key_name"].as_str() == Some(key);
+/// Devices made with a named key; `parameter` is `key_name` or `kms_key_name`.
+pub fn users(c: &Control, parameter: &str, key: &str) -> Vec<String> {
+    let uses = |v: &Value| v[parameter].as_str() == Some(key);
     c.registry
         .list()
         .iter()
@@ -248,7 +260,7 @@ fn users(c: &Control, key: &str) -> Vec<String> {
 
 fn key_destroy(c: &Control, p: KeyDestroy) -> RpcResult {
     c.keys.get(&p.key_name)?;
-    if let Some(user) = users(c, &p.key_name).first() {
+    if let Some(user) = users(c, "key_name", &p.key_name).first() {
         return Err(RpcError::busy(format!("crypto key \"{}\" is used by \"{user}\"", p.key_name)));
     }
     c.keys.remove(&p.key_name)?;

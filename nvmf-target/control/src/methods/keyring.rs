@@ -4,8 +4,10 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use super::kms;
 use crate::control::Control;
 use crate::jsonrpc::RpcResult;
+use crate::keyring::RingKey;
 use crate::params::params;
 use crate::table::{Method, When};
 
@@ -58,20 +60,15 @@ fn keys(c: &Control) -> RpcResult {
             .filter(|k| k.as_deref() == Some(name))
             .count()
     };
-    Ok(c.ring
-        .list()
-        .iter()
-        .map(|k| {
-            json!({"name": k.name, "module": "keyring_file", "removed": false, "probed": true,
-                "refcnt": 1 + users(&k.name), "path": k.path})
-        })
-        .collect())
+    let file = |k: &RingKey| {
+        json!({"name": k.name, "module": "keyring_file", "removed": false, "probed": true,
+            "refcnt": 1 + users(&k.name), "path": k.path})
+    };
+    Ok(c.ring.list().iter().map(file).chain(kms::ring_entries(c)).collect())
 }
 
 /// The calls that name the keys again.
 pub fn config(c: &Control) -> Vec<(String, Value)> {
-    let call = |k: &crate::keyring::RingKey| {
-        ("keyring_file_add_key".into(), json!({"name": k.name, "path": k.path}))
-    };
-    c.ring.list().iter().map(call).collect()
+    let call = |k: &RingKey| ("keyring_file_add_key".into(), json!({"name": k.name, "path": k.path}));
+    c.ring.list().iter().map(call).chain(kms::config(c)).collect()
 }

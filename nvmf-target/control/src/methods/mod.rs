@@ -7,6 +7,7 @@ mod devices;
 mod framework;
 mod histogram;
 mod keyring;
+mod kms;
 mod log;
 mod lvol;
 mod nvmf;
@@ -47,6 +48,7 @@ pub fn all() -> Vec<Method> {
         devices::methods(),
         crypto::methods(),
         keyring::methods(),
+        kms::methods(),
         lvol::methods(),
         nvmf::methods(),
         options::methods(),
