@@ -1,0 +1,137 @@
+//! The back-up of a pool's key slots: a JSON file that a password of its own protects.
+//!
+//! `{"format": "cryptfold key slots 1", "pool": UUID, "created_ms": N, "kdf": {...}, "slots": BASE64}`. `slots` is, under AES key
+//! wrap with padding (RFC 5649), which also proves it whole:
+//!
+//! ```text
+//! 0      pool UUID [16]
+//! 16     generation of the key block u64
+//! 24     12 slots of 320 bytes, as in the key block
+//! ```
+
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
+use cryptfold_reduce_format::keys::{unwrap_padded, wrap_padded};
+use cryptfold_reduce_format::slots::{Kdf, KeyBlock, KeySlot, MAX_KEY_SLOTS, SLOT_BYTES};
+use serde_json::{Value, json};
+use thiserror::Error;
+use uuid::Uuid;
+use zeroize::Zeroizing;
+
+use crate::password::{Cost, Limits, Password, PasswordError, derive};
+
+const FORMAT: &str = "cryptfold key slots 1";
+const CONTENT_BYTES: usize = 24 + MAX_KEY_SLOTS * SLOT_BYTES;
+/// No back-up is longer.
+const MAX_TEXT_BYTES: usize = 16 << 10;
+
+/// Why a back-up was not written or not read.
+#[derive(Clone, PartialEq, Eq, Debug, Error)]
+pub enum ExportError {
+    /// No back-up of this version.
+    #[error("no back-up of key slots: {0}")]
+    Format(&'static str),
+    /// The password can not be used.
+    #[error(transparent)]
+    Password(#[from] PasswordError),
+    /// Another password, or a damaged file.
+    #[error("the back-up does not open: another password, or the file is damaged")]
+    DoesNotOpen,
+    /// A slot can not be stored.
+    #[error("key slot {at}: {why}")]
+    Slot {
+        /// Its number.
+        at: usize,
+        /// What is wrong.
+        why: String,
+    },
+}
+
+/// The back-up's text. `salt`: 32 fresh random bytes; `created_ms`: since 1970.
+///
+/// # Errors
+/// Slots that can not be stored, a cost that is impossible.
+pub fn export(
+    block: &KeyBlock,
+    password: &Password,
+    cost: Cost,
+    salt: [u8; 32],
+    created_ms: u64,
+) -> Result<String, ExportError> {
+    let mut content = Zeroizing::new(Vec::with_capacity(CONTENT_BYTES));
+    content.extend_from_slice(block.pool.as_bytes());
+    content.extend_from_slice(&block.generation.to_le_bytes());
+    for (at, slot) in block.slots.iter().enumerate() {
+        let encoded = match slot {
+            Some(slot) => slot.encode().map_err(|e| ExportError::Slot { at, why: e.to_string() })?,
+            None => [0; SLOT_BYTES],
+        };
+        content.extend_from_slice(&encoded);
+    }
+    let kek = derive(password, &cost.with_salt(salt), &Limits::default())?;
+    let wrapped = wrap_padded(&kek.0, &content).map_err(|_| ExportError::Format("it is too long"))?;
+    let salt = STANDARD.encode(salt);
+    let kdf = match cost {
+        Cost::Argon2id { memory_kib, passes, lanes } => {
+            json!({"name": "argon2id", "memory_kib": memory_kib, "passes": passes, "lanes": lanes, "salt": salt})
+        }
+        Cost::Pbkdf2 { iterations } => {
+            json!({"name": "pbkdf2-sha256", "iterations": iterations, "salt": salt})
+        }
+    };
+    let file = json!({
+        "format": FORMAT, "pool": block.pool.to_string(), "created_ms": created_ms, "kdf": kdf,
+        "slots": STANDARD.encode(wrapped),
+    });
+    Ok(format!("{file:#}\n"))
+}
+
+fn kdf(file: &Value) -> Option<Kdf> {
+    let kdf = &file["kdf"];
+    let number = |name: &str| kdf[name].as_u64().and_then(|n| u32::try_from(n).ok());
+    let salt = <[u8; 32]>::try_from(STANDARD.decode(kdf["salt"].as_str()?).ok()?).ok()?;
+    Some(match kdf["name"].as_str()? {
+        "argon2id" => Kdf::Argon2id {
+            memory_kib: number("memory_kib")?,
+            passes: number("passes")?,
+            lanes: number("lanes")?,
+            salt,
+        },
+        "pbkdf2-sha256" => Kdf::Pbkdf2 { iterations: number("iterations")?, salt },
+        _ => return None,
+    })
+}
+
+/// The key block of a back-up. Its keys are still wrapped, each by its own slot's key.
+///
+/// # Errors
+/// See [`ExportError`].
+pub fn import(text: &str, password: &Password, limits: &Limits) -> Result<KeyBlock, ExportError> {
+    if text.len() > MAX_TEXT_BYTES {
+        return Err(ExportError::Format("it is too long"));
+    }
+    let file: Value = serde_json::from_str(text).map_err(|_| ExportError::Format("it is no JSON"))?;
+    if file["format"] != FORMAT {
+        return Err(ExportError::Format("\"format\" is another one"));
+    }
+    let kdf = kdf(&file).ok_or(ExportError::Format("\"kdf\" is none that is known"))?;
+    let slots = file["slots"].as_str().and_then(|s| STANDARD.decode(s).ok());
+    let wrapped = slots.ok_or(ExportError::Format("\"slots\" is no base64"))?;
+    let kek = derive(password, &kdf, limits)?;
+    let content = unwrap_padded(&kek.0, &wrapped).map_err(|_| ExportError::DoesNotOpen)?;
+    let (Some((pool, rest)), CONTENT_BYTES) = (content.split_first_chunk::<16>(), content.len()) else {
+        return Err(ExportError::Format("\"slots\" has another length"));
+    };
+    let Some((generation, rest)) = rest.split_first_chunk::<8>() else {
+        return Err(ExportError::Format("\"slots\" has another length"));
+    };
+    let mut block = KeyBlock {
+        pool: Uuid::from_bytes(*pool),
+        generation: u64::from_le_bytes(*generation),
+        slots: [const { None }; MAX_KEY_SLOTS],
+    };
+    for (at, bytes) in rest.chunks_exact(SLOT_BYTES).enumerate() {
+        block.slots[at] = KeySlot::decode(bytes).map_err(|e| ExportError::Slot { at, why: e.to_string() })?;
+    }
+    Ok(block)
+}
