@@ -30,16 +30,22 @@ fn run<Fut: Future<Output = ()> + 'static>(test: impl FnOnce(Arc<Registry>) -> F
 
 #[test]
 fn a_lent_page_never_changes_under_its_reader() {
-    run(|registry| async move {
-        ram(&registry, "m", 512, 64);
+    // Parts of pages, and many whole ones at once.
+    lent_pages(512, 64, 20);
+    lent_pages(4096, 48, 40);
+}
+
+fn lent_pages(block: usize, count: u64, most: u64) {
+    run(move |registry| async move {
+        ram(&registry, "m", block as u32, count);
         let c = open(&registry, "m");
         let mut rng = Rng::new(4);
-        let mut model = vec![0u8; 64 * 512];
+        let mut model = vec![0u8; count as usize * block];
         let mut lent: Vec<(SgList, Vec<u8>)> = Vec::new();
         for _ in 0..2000 {
-            let blocks = 1 + rng.below(20);
-            let lba = rng.below(64 - blocks + 1);
-            let range = lba as usize * 512..(lba + blocks) as usize * 512;
+            let blocks = 1 + rng.below(most);
+            let lba = rng.below(count - blocks + 1);
+            let range = lba as usize * block..(lba + blocks) as usize * block;
             match rng.below(4) {
                 0 => {
                     let data = c.read(lba, blocks).await.unwrap();
@@ -54,10 +60,10 @@ fn a_lent_page_never_changes_under_its_reader() {
                 }
                 _ => {
                     // Whole buffers, and slices that somebody else holds too.
-                    let mut buf = Buf::alloc(range.len() + 512);
+                    let mut buf = Buf::alloc(range.len() + block);
                     rng.fill(buf.make_mut());
                     let kept = rng.one_in(2).then(|| buf.clone());
-                    let piece = buf.slice(512..range.len() + 512);
+                    let piece = buf.slice(block..range.len() + block);
                     drop(buf);
                     model[range].copy_from_slice(&piece);
                     c.write(lba, piece, false).await.unwrap();
@@ -69,7 +75,7 @@ fn a_lent_page_never_changes_under_its_reader() {
             }
         }
         let mut all = vec![0; model.len()];
-        c.read(0, 64).await.unwrap().copy_to_slice(&mut all);
+        c.read(0, count).await.unwrap().copy_to_slice(&mut all);
         assert!(all == model);
     });
 }

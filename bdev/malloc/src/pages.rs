@@ -45,8 +45,9 @@ impl Page {
         Buf::prefetch_raw(self.0.load(Ordering::Relaxed).map_addr(|a| a & !LOCKED));
     }
 
+    /// Takes the page's buffer, and the lock with it: [`Page::unlock`] has to put one back.
     #[inline]
-    fn with<R>(&self, f: impl FnOnce(&mut Buf) -> R) -> R {
+    fn lock(&self) -> ManuallyDrop<Buf> {
         let mut spins = 0;
         let word = loop {
             let word = self.0.load(Ordering::Relaxed);
@@ -59,10 +60,21 @@ impl Page {
             self.wait(&mut spins);
         };
         let raw = NonNull::new(word).expect("a page has a buffer");
-        // SAFETY: the word is from `into_raw`. It is ours until the store below, which puts one back for it.
-        let mut buf = ManuallyDrop::new(unsafe { Buf::from_raw(raw) });
-        let result = f(&mut buf);
+        // SAFETY: the word is from `into_raw`. It is ours until `unlock` puts one back for it.
+        ManuallyDrop::new(unsafe { Buf::from_raw(raw) })
+    }
+
+    /// Puts a buffer into a page that is locked by the caller.
+    #[inline]
+    fn unlock(&self, buf: ManuallyDrop<Buf>) {
         self.0.store(word_of(ManuallyDrop::into_inner(buf)), Ordering::Release);
+    }
+
+    #[inline]
+    fn with<R>(&self, f: impl FnOnce(&mut Buf) -> R) -> R {
+        let mut buf = self.lock();
+        let result = f(&mut buf);
+        self.unlock(buf);
         result
     }
 
@@ -147,14 +159,20 @@ impl Pages {
 
     /// Replaces the bytes from `at`.
     pub fn write(&self, at: usize, data: SgList) {
-        let end = (at + data.len_bytes()).div_ceil(PAGE);
-        by_page(at, data, |page, offset, piece| {
-            // A long transfer's later pages were not hinted.
-            if let Some(later) = self.0[..end].get(page + HINTED_PAGES) {
-                later.hint_count();
+        let mut at = at;
+        for mut buf in data {
+            let whole = buf.len() / PAGE;
+            if at.is_multiple_of(PAGE) && whole > 1 {
+                let bytes = buf.split_to(whole * PAGE);
+                let pages = &self.0[at / PAGE..at / PAGE + whole];
+                let (contents, _) = bytes.as_chunks::<PAGE>();
+                pages.chunks(RUN).zip(contents.chunks(RUN)).for_each(|(pages, new)| copy_run(pages, new));
+                at += bytes.len();
             }
-            self.write_piece(page, offset, piece);
-        });
+            let len = buf.len();
+            by_page(at, buf.into(), |page, offset, piece| self.write_piece(page, offset, piece));
+            at += len;
+        }
     }
 
     /// Replaces the bytes from `at`: the usual case, a page.
@@ -181,13 +199,42 @@ impl Pages {
     }
 }
 
+/// Pages that are copied together.
+const RUN: usize = 16;
+
+/// Replaces whole neighbouring pages, at most [`RUN`]. They are locked together, in ascending order: a lock or a count between
+/// two copies would wait for the first to reach memory.
+fn copy_run(pages: &[Page], new: &[[u8; PAGE]]) {
+    pages.iter().for_each(Page::hint_count);
+    let mut held: [Option<ManuallyDrop<Buf>>; RUN] = [const { None }; RUN];
+    // What was lent out, and goes when nobody holds a lock.
+    let mut old: [Option<Buf>; RUN] = [const { None }; RUN];
+    for (held, page) in held.iter_mut().zip(pages) {
+        *held = Some(page.lock());
+    }
+    for (at, new) in new.iter().enumerate() {
+        let Some(buf) = &mut held[at] else { continue };
+        match buf.get_mut().map(|bytes| bytes.try_into()) {
+            Some(Ok(page)) => copy_page(page, new),
+            _ => old[at] = Some(std::mem::replace(&mut **buf, Buf::from_slice(new))),
+        }
+    }
+    fence_copies();
+    for (held, page) in held.into_iter().zip(pages) {
+        held.into_iter().for_each(|buf| page.unlock(buf));
+    }
+}
+
 /// Puts a piece into a page; returns what is no longer needed.
 fn put(page: &mut Buf, offset: usize, piece: &mut Option<Buf>) -> Option<Buf> {
     let mut new = piece.take()?;
     let range = offset..offset + new.len();
     if let Some(bytes) = page.get_mut() {
         match <&mut [u8; PAGE]>::try_from(&mut *bytes).ok().zip(<&[u8; PAGE]>::try_from(&*new).ok()) {
-            Some((page, new)) => copy_page(page, new),
+            Some((page, new)) => {
+                copy_page(page, new);
+                fence_copies();
+            }
             None => bytes[range].copy_from_slice(&new),
         }
         return Some(new);
@@ -204,10 +251,10 @@ fn put(page: &mut Buf, offset: usize, piece: &mut Option<Buf>) -> Option<Buf> {
 }
 
 /// Copies a whole page past the caches: a disk's page is seldom read soon, and fetching what is overwritten would cost as much
-/// as writing it.
+/// as writing it. [`fence_copies`] has to follow before others may see it.
 #[cfg(target_arch = "x86_64")]
 fn copy_page(to: &mut [u8; PAGE], from: &[u8; PAGE]) {
-    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_sfence, _mm_stream_si128};
+    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
     if !to.as_ptr().addr().is_multiple_of(64) {
         return to.copy_from_slice(from);
     }
@@ -221,9 +268,19 @@ fn copy_page(to: &mut [u8; PAGE], from: &[u8; PAGE]) {
             }
         }
     }
-    // SAFETY: no memory is touched. Orders the page before the release of its lock.
-    unsafe { _mm_sfence() };
 }
+
+/// Orders what [`copy_page`] has written before the release of its page's lock.
+#[cfg(target_arch = "x86_64")]
+#[inline]
+fn fence_copies() {
+    // SAFETY: no memory is touched.
+    unsafe { std::arch::x86_64::_mm_sfence() };
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+#[inline]
+fn fence_copies() {}
 
 #[cfg(not(target_arch = "x86_64"))]
 fn copy_page(to: &mut [u8; PAGE], from: &[u8; PAGE]) {
