@@ -231,6 +231,10 @@ impl Compressor {
 
     /// Compresses a metadata node with zstd level 1 if it gets smaller.
     pub fn compress_node(&mut self, plain: &[u8]) -> (Codec, Vec<u8>) {
+        if looks_incompressible(&[plain]) {
+            // Fingerprints.
+            return (Codec::Raw, plain.to_vec());
+        }
         let mut out = vec![0; plain.len().saturating_sub(1)];
         match self.zstd(1, plain, &mut out) {
             Some((codec, len)) => {

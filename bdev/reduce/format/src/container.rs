@@ -139,6 +139,17 @@ impl Refs {
     }
 }
 
+/// Most bytes of a fragment in a container's leaf: gap, chunks, codec, device, segment, offset, unit.
+const FRAGMENT_BOUND: usize = 2 + 1 + 1 + 3 + 5 + 5 + 3;
+
+/// Appends runs of equal values: length | value.
+fn put_runs<T: Copy + PartialEq + Into<u64>>(out: &mut Vec<u8>, values: &[T]) {
+    for run in values.chunk_by(|a, b| a == b) {
+        put_varint(out, run.len() as u64);
+        put_varint(out, run[0].into());
+    }
+}
+
 /// Why a container refuses a change. On replay it means that journal and container do not belong together.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
 pub enum ContainerError {
@@ -267,8 +278,16 @@ impl Container {
 
     /// The fragment that holds `slot`.
     pub fn fragment_of(&self, slot: u16) -> Option<FragmentEntry> {
-        let after = self.fragments.partition_point(|packed| packed.first_slot() <= slot);
-        let entry = self.fragments[..after].last()?.entry();
+        // The one that begins at `slot` is not behind this; with fragments of one chunk it mostly is this one.
+        let last = usize::from(slot).min(self.fragments.len().checked_sub(1)?);
+        let guess = &self.fragments[last];
+        let packed = if guess.first_slot() == slot {
+            guess
+        } else {
+            let after = self.fragments[..=last].partition_point(|packed| packed.first_slot() <= slot);
+            self.fragments[..after].last()?
+        };
+        let entry = packed.entry();
         entry.holds(slot).then_some(entry)
     }
 
@@ -364,15 +383,24 @@ impl Container {
             segment = entry.place.segment.segment.0.into();
             offset = i64::from(entry.place.offset) + i64::from(entry.unit_bytes);
         }
-        let mut slot = 0;
-        while slot < self.used {
-            let value = self.refs(slot);
-            let run = (slot..self.used).take_while(|&slot| self.refs(slot) == value).count() as u16;
-            put_varint(&mut out, run.into());
-            put_varint(&mut out, value.into());
-            slot += run;
+        let used = usize::from(self.used);
+        match &self.refs {
+            Refs::Narrow(refs) => put_runs(&mut out, &refs[..used]),
+            Refs::Wide(refs) => put_runs(&mut out, &refs[..used]),
         }
         out
+    }
+
+    /// Bytes that [`Container::encode`] makes, at most, now and after fragments have lost chunks, moved or been split.
+    pub fn encoded_bound(&self) -> usize {
+        // As many fragments as now, or one for each living slot.
+        let fragments = self.fragments.len().max(self.live.into());
+        let value = match self.refs {
+            Refs::Narrow(_) => 2,
+            Refs::Wide(_) => 5,
+        };
+        let runs = (2 * usize::from(self.live) + 1).min(self.used.into());
+        8 + FRAGMENT_BOUND * fragments + (2 + value) * runs
     }
 
     /// Parses a leaf's content. Accepts exactly what [`Container::encode`] makes.

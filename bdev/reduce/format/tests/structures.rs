@@ -138,6 +138,7 @@ proptest! {
             let mut back = Container::decode(&container.encode()).unwrap();
             prop_assert_eq!(back.encode(), container.encode());
             prop_assert_eq!(back.live(), container.live());
+            prop_assert!(container.encode().len() <= container.encoded_bound());
             if container.used() > 0 {
                 back.close();
                 prop_assert!(back.is_closed());
