@@ -5,6 +5,7 @@
 use cryptfold_bdev::{Bdev, BdevError, Channel, Descriptor, Io, IoFuture, Op, Status};
 use cryptfold_reactor::memory::{Buf, SgList};
 use cryptfold_reduce_format::block::{BLOCK_BYTES, Block};
+use std::ops::Range;
 use std::sync::Arc;
 
 /// See the module's head.
@@ -62,6 +63,12 @@ impl Base {
 
     /// Waits for a read.
     pub async fn finish_read(reading: Reading) -> Result<Buf, Status> {
+        let (data, wanted) = Base::finish_list(reading).await?;
+        Ok(data.to_contiguous().slice(wanted))
+    }
+
+    /// What was read, and where in it what was asked for is.
+    async fn finish_list(reading: Reading) -> Result<(SgList, Range<usize>), Status> {
         let mut io = reading.io.await;
         let data = std::mem::take(&mut io.data);
         let status = io.status();
@@ -70,7 +77,12 @@ impl Base {
         if data.len_bytes() != reading.whole {
             return Err(Status::INTERNAL_ERROR);
         }
-        Ok(data.to_contiguous().slice(reading.skip..reading.skip + reading.len))
+        Ok((data, reading.skip..reading.skip + reading.len))
+    }
+
+    /// Reads the whole blocks around `len` bytes, in the buffers that the device gives.
+    pub async fn read_list(&self, offset_bytes: u64, len: usize) -> Result<SgList, Status> {
+        Base::finish_list(self.start_read(offset_bytes, len)).await.map(|(data, ..)| data)
     }
 
     /// Reads one block.

@@ -108,7 +108,7 @@ impl Pool {
         self.keep_budget();
         let journal = self.journal.borrow();
         let (used, all) = journal.usage();
-        let (dirty, limit) = (self.dirty_leaves(), self.dirty_limit());
+        let (dirty, limit) = (self.dirty_bytes(), self.dirty_limit());
         if (used * 2 > all || dirty > limit)
             && !self.commits.checkpoint_wanted.get()
             && !self.commits.checkpointing.get()

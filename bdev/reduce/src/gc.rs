@@ -2,7 +2,8 @@
 //!
 //! Owns the collector task, which sleeps until free segments run short, takes the closed segment with the least live bytes
 //! and empties it: live fragments of a data segment are sealed again elsewhere (`FragmentMove` records, volumes' maps do
-//! not change), live nodes of a metadata segment are marked changed so that the next checkpoint writes them elsewhere.
+//! not change), live nodes of a metadata segment are marked changed so that the next checkpoint writes them elsewhere
+//! (which it is not asked to do at once, unless space is short: most of them would have changed anyway).
 //! What lives is found by the plain headers in the segment and decided by the container tables and trees, never by the
 //! headers alone. Chunks of a fragment that are dead are left behind: what lives of it is sealed anew.
 //!
@@ -15,7 +16,7 @@ use std::sync::Arc;
 
 use cryptfold_bdev::Status;
 use cryptfold_reactor as reactor;
-use cryptfold_reactor::memory::Buf;
+use cryptfold_reactor::memory::{Buf, SgList};
 use cryptfold_reduce_format::block::BLOCK_BYTES;
 use cryptfold_reduce_format::codec::{Codec, Compression};
 use cryptfold_reduce_format::container::FragmentEntry;
@@ -23,7 +24,7 @@ use cryptfold_reduce_format::entry::{FragmentRaw, Record};
 use cryptfold_reduce_format::fragment::{
     CHUNK_BYTES, FRAGMENT_HEADER_BYTES, FragmentHeader, MAX_FRAGMENT_BYTES,
 };
-use cryptfold_reduce_format::ids::{ChunkAddr, DomainId, POOL_DOMAIN};
+use cryptfold_reduce_format::ids::{ChunkAddr, DomainId, Incarnation, POOL_DOMAIN};
 use cryptfold_reduce_format::journal::Scope;
 use cryptfold_reduce_format::node::{self, FANOUT, MAX_NODE_UNIT_BYTES, NODE_HEADER_BYTES, NodeHeader};
 use cryptfold_reduce_format::segment::Class;
@@ -77,27 +78,30 @@ struct Scanner<'a> {
     segment: &'a Segment,
     end: u32,
     start: u32,
-    window: Buf,
+    window: SgList,
+    /// Bytes in the window.
+    have: usize,
 }
 
 impl<'a> Scanner<'a> {
     fn new(pool: &'a Pool, segment: &'a Segment, end: u32) -> Self {
-        Scanner { pool, segment, end, start: 0, window: Buf::empty() }
+        Scanner { pool, segment, end, start: 0, window: SgList::new(), have: 0 }
     }
 
     /// Up to `len` bytes at `at`; fewer at the end.
-    async fn bytes(&mut self, at: u32, len: usize) -> Result<&[u8], Status> {
+    async fn bytes(&mut self, at: u32, len: usize) -> Result<Buf, Status> {
         let len = len.min((self.end.saturating_sub(at)) as usize);
-        let have = self.start as usize + self.window.len();
+        let have = self.start as usize + self.have;
         if at < self.start || at as usize + len > have {
             // Whole blocks, so that the window is a buffer of the pool's size.
             let start = at / BLOCK_BYTES as u32 * BLOCK_BYTES as u32;
             let take = WINDOW_BYTES.min((self.end - start) as usize);
-            self.window = self.pool.base.read(self.segment.start_bytes + u64::from(start), take).await?;
-            self.start = start;
+            self.window = self.pool.base.read_list(self.segment.start_bytes + u64::from(start), take).await?;
+            (self.start, self.have) = (start, self.window.len_bytes());
         }
         let from = (at - self.start) as usize;
-        Ok(&self.window[from..from + len])
+        // What is dead is passed over: it is not copied together.
+        Ok(self.window.slice(from..from + len).to_contiguous())
     }
 }
 
@@ -181,7 +185,17 @@ impl Pool {
     /// Empties one segment. False: there is none of which enough is dead.
     async fn collect_one(self: &Rc<Self>) -> Result<bool, Status> {
         let gain = self.segment_bytes / 8;
-        let Some(number) = self.shard.borrow().segments.emptiest(gain) else { return Ok(false) };
+        let beside = self.emptying_metadata.get();
+        let metadata = !beside && self.commits.checkpoints.get() >= self.metadata_after.get();
+        let victim = self.shard.borrow().segments.emptiest(gain, metadata);
+        let Some(number) = victim else {
+            self.metadata_urgent.set(beside);
+            while self.emptying_metadata.get() {
+                self.check_alive()?;
+                self.wait_progress().await;
+            }
+            return Ok(beside);
+        };
         let Some(entry) = self.shard.borrow().segments.entry(number).copied() else { return Ok(false) };
         let segment = match self.segment(number).await {
             Ok(segment) => segment,
@@ -191,12 +205,59 @@ impl Pool {
                 return if status == Status::UNRECOVERED_READ { Ok(true) } else { Err(status) };
             }
         };
-        match entry.class {
-            Some(Class::Metadata) => self.collect_metadata(&segment, &entry).await?,
-            _ => self.collect_data(&segment, &entry).await?,
+        if entry.class == Some(Class::Metadata) {
+            self.collect_metadata(&segment, &entry).await?;
+            drop(segment);
+            self.finish_metadata(number, entry.incarnation);
+            return Ok(true);
         }
+        self.collect_data(&segment, &entry).await?;
         drop(segment);
-        let left = self.shard.borrow().segments.entry(number).map_or(0, |entry| entry.live_bytes);
+        self.finish_segment(number, entry.incarnation);
+        Ok(true)
+    }
+
+    /// Nodes of a metadata segment have been marked: the next checkpoint, which others wait for as well, empties it. Data goes
+    /// on being collected meanwhile.
+    fn finish_metadata(self: &Rc<Self>, number: u32, incarnation: Incarnation) {
+        self.emptying_metadata.set(true);
+        self.metadata_urgent.set(false);
+        let commits = &self.commits;
+        let target = commits.checkpoints.get() + 1 + u64::from(commits.checkpointing.get());
+        let failures = commits.failures.get();
+        let pool = self.clone();
+        self.background(async move {
+            let commits = &pool.commits;
+            let ended = || {
+                commits.checkpoints.get() >= target
+                    || commits.failures.get() > failures + 1
+                    || !matches!(pool.life.get(), Life::Open)
+            };
+            while !ended() {
+                if pool.metadata_urgent.get() || pool.shortage() > 0.5 {
+                    commits.checkpoint_wanted.set(true);
+                    pool.wait_progress().await;
+                } else {
+                    commits.done.notified().await;
+                }
+            }
+            if commits.checkpoints.get() >= target {
+                pool.finish_segment(number, incarnation);
+            } else {
+                pool.metadata_after.set(commits.checkpoints.get() + 1);
+            }
+            pool.emptying_metadata.set(false);
+            pool.wake_waiters();
+        });
+    }
+
+    /// A segment has been gone through: what is left in it can not be moved. It may be in use again already.
+    fn finish_segment(&self, number: u32, incarnation: Incarnation) {
+        let left = {
+            let shard = self.shard.borrow();
+            let entry = shard.segments.entry(number).filter(|entry| entry.incarnation == incarnation);
+            entry.map_or(0, |entry| entry.live_bytes)
+        };
         if left > 0 {
             tracing::warn!(
                 pool = %self.name(), segment = number, left_bytes = left,
@@ -206,7 +267,6 @@ impl Pool {
         } else {
             self.emptied.set(self.emptied.get() + 1);
         }
-        Ok(true)
     }
 
     async fn collect_data(
@@ -219,7 +279,7 @@ impl Pool {
         let mut pace = Pace::new(self, entry.live_bytes);
         while at + (FRAGMENT_HEADER_BYTES as u32) < scanner.end {
             let head = scanner.bytes(at, FRAGMENT_HEADER_BYTES).await?;
-            let Ok(header) = FragmentHeader::parse(head) else {
+            let Ok(header) = FragmentHeader::parse(&head) else {
                 at = next_block(at);
                 continue;
             };
@@ -232,8 +292,8 @@ impl Pool {
             let container = header.first.container().get();
             self.load_leaf(node::Tree::Containers, entry.domain.0, container, &mut pins).await?;
             if self.fragment_at(entry.domain, segment, at, header.first).is_some() {
-                let mut sealed = scanner.bytes(at, unit).await?.to_vec();
-                self.move_fragment(entry.domain, segment, at, &header, &mut sealed).await?;
+                let mut sealed = scanner.bytes(at, unit).await?;
+                self.move_fragment(entry.domain, segment, at, &header, sealed.make_mut()).await?;
                 pace.left -= unit as f64;
             } else {
                 pace.left -= unit.min(BLOCK_BYTES) as f64 / 8.0;
@@ -361,7 +421,7 @@ impl Pool {
     async fn throttle_background(self: &Rc<Self>) -> Result<(), Status> {
         self.check_alive()?;
         reactor::yield_now().await;
-        if self.dirty_leaves() > 2 * self.dirty_limit() {
+        if self.dirty_bytes() > 2 * self.dirty_limit() {
             self.checkpoint().await?;
         }
         Ok(())
@@ -382,19 +442,19 @@ impl Pool {
         let mut at = BLOCK_BYTES as u32;
         while at + (NODE_HEADER_BYTES as u32) < scanner.end {
             let head = scanner.bytes(at, NODE_HEADER_BYTES).await?;
-            let parsed = NodeHeader::parse(head).ok().map(|header| (header.unit_bytes(&segment.key), header));
+            let parsed =
+                NodeHeader::parse(&head).ok().map(|header| (header.unit_bytes(&segment.key), header));
             let Some((unit, header)) = parsed.filter(|(unit, _)| *unit <= MAX_NODE_UNIT_BYTES) else {
                 at = next_block(at);
                 continue;
             };
             self.touch_node(segment, at, &header).await?;
-            if self.dirty_leaves() > self.dirty_limit() {
+            if self.dirty_bytes() > self.dirty_limit() {
                 self.checkpoint().await?;
             }
             at += unit as u32;
         }
-        // Twice: the first moves the nodes, and frees the segment only in the table that the second writes.
-        self.checkpoint().await
+        Ok(())
     }
 
     /// Makes the next checkpoint write the node anew, if it is the current one.

@@ -34,6 +34,8 @@ use crate::shard::{FIRST_CONTAINER, Needs};
 
 /// Blocks that are written in one step.
 pub(crate) const PIECE: usize = 32;
+/// Chunks that are hashed at once.
+const LANES: usize = 16;
 /// Small writes that are hashed together, at most.
 pub(crate) const HASHED: usize = 16;
 /// Chunks that are compressed together: more of them compress better and faster, but a read of one decodes them all.
@@ -164,7 +166,13 @@ impl Pool {
                 classify(&piece, host_key, &mut scratch, &mut chunks);
                 scratch.fingerprints.clear();
                 scratch.fingerprints.resize(chunks.len(), Fingerprint::NONE);
-                target.hasher.hash_chunks(&chunks, &mut scratch.fingerprints);
+                for (chunks, prints) in chunks.chunks(LANES).zip(scratch.fingerprints.chunks_mut(LANES)) {
+                    target.hasher.hash_chunks(chunks, prints);
+                    if self.expects_new.get() {
+                        // No cache holds the table; the next ones are hashed meanwhile.
+                        self.shard.borrow().hint(target.domain, prints);
+                    }
+                }
             }
             let result = self.write_piece(target, at, &piece, &mut scratch).await;
             self.scratch.borrow_mut().push(scratch);
@@ -210,11 +218,13 @@ impl Pool {
             classify(write.data, write.host_key, &mut scratch, &mut chunks);
             pieces.push((target, scratch));
         }
+        self.shard.borrow().touch_old(writes.clone().map(|write| (write.volume, write.lba)));
         let mut prints: SmallVec<[Fingerprint; PIECE]> = SmallVec::new();
         prints.resize(chunks.len(), Fingerprint::NONE);
         let one_domain = pieces.windows(2).all(|pair| pair[0].0.domain == pair[1].0.domain);
         if let Some((target, _)) = pieces.first().filter(|_| one_domain) {
             target.hasher.hash_chunks(&chunks, &mut prints);
+            self.shard.borrow().hint(target.domain, &prints);
         }
         let mut pieces = pieces.into_iter();
         let mut rest = prints.as_slice();
@@ -315,6 +325,7 @@ impl Pool {
             }
         }
         let new = scratch.found.iter().filter(|found| found.is_none()).count();
+        self.expects_new.set(2 * new > scratch.found.len());
         if new > 0 && scratch.unpacked {
             return Ok(Attempt::Pack);
         }
@@ -363,18 +374,25 @@ impl Pool {
             }
         }
         let mut rest = new.as_slice();
+        // Of the next chunks, those that were found to be nothing for a codec.
+        let mut raw = 0;
         while !rest.is_empty() {
             let (container, slot) = self.container(lane, 1);
             let most = rest.len().min(GROUP).min(SLOTS - usize::from(slot));
             let mut setting = target.compression;
             let mut pieces = neighbours(&rest[..most], piece, sources);
-            if setting == Compression::Off || (most > RAW_GROUP && codec::looks_incompressible(&pieces)) {
+            if raw == 0 && most > RAW_GROUP && setting != Compression::Off {
+                raw = if codec::looks_incompressible(&pieces) { most } else { 0 };
+            }
+            if raw > 0 || setting == Compression::Off {
                 setting = Compression::Off;
+                let most = if raw > 0 { most.min(raw) } else { most };
                 pieces = neighbours(&rest[..most.min(RAW_GROUP)], piece, sources);
             }
             let count = pieces.iter().map(|piece| piece.len() / CHUNK_BYTES).sum();
             let (group, others) = rest.split_at(count);
             rest = others;
+            raw = raw.saturating_sub(count);
             let first = ChunkAddr::new(container, slot).ok_or(Status::INTERNAL_ERROR)?;
             let prints = prints_of(group, fingerprints);
             let appended = {
@@ -582,7 +600,8 @@ impl Pool {
                 self.collect_once_or_wait().await;
             }
             // What the collector empties, it or others may take at once; each time there is less that is dead.
-            let progress = self.space_progress() > ready || self.emptied.get() > emptied;
+            let progress =
+                self.space_progress() > ready || self.emptied.get() > emptied || self.emptying_metadata.get();
             fruitless = if progress { 0 } else { fruitless + 1 };
             if fruitless > 2 {
                 return Err(Status::CAPACITY_EXCEEDED);

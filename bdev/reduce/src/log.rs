@@ -115,17 +115,28 @@ impl DataLog {
         })
     }
 
-    /// Whether `bytes` more can be appended at once, and what to do if not.
+    /// Whether `bytes` more (less than a buffer has) can be appended at once, and what to do if not.
     pub fn room_for(&self, bytes: usize) -> Result<(), NotAppended> {
-        self.room(&self.inner.borrow(), bytes)
-    }
-
-    fn room(&self, inner: &Inner, bytes: usize) -> Result<(), NotAppended> {
+        let inner = self.inner.borrow();
         let Some(active) = &inner.active else { return Err(NotAppended::NoSegment) };
         if active.start as usize + active.len + bytes > self.segment_bytes as usize {
             return Err(NotAppended::NoSegment);
         }
-        if active.len + bytes > active.buf.len() { Err(NotAppended::NoBuffer) } else { Ok(()) }
+        // A fresh buffer takes it, and there may be one at once.
+        let full = active.len + bytes > active.buf.len();
+        let under_way = (inner.submitted - inner.completed) as usize;
+        if full && under_way >= IN_FLIGHT { Err(NotAppended::NoBuffer) } else { Ok(()) }
+    }
+
+    /// Goes on in a new buffer if the active one does not take `bytes` more, which the log has room for.
+    fn advance_to(self: &Rc<Self>, bytes: usize) -> Result<(), NotAppended> {
+        self.room_for(bytes)?;
+        let full = self.inner.borrow().active.as_ref().is_some_and(|a| a.len + bytes > a.buf.len());
+        if full {
+            self.rotate(false);
+        }
+        let fits = self.inner.borrow().active.as_ref().is_some_and(|a| a.len + bytes <= a.buf.len());
+        if fits { Ok(()) } else { Err(NotAppended::NoBuffer) }
     }
 
     /// Compresses, seals and appends the chunks in `pieces` (whole chunks, together `chunks` of them).
@@ -137,8 +148,8 @@ impl DataLog {
         compressor: &mut Compressor,
         setting: Compression,
     ) -> Result<Appended, NotAppended> {
+        self.advance_to(bound(chunks.into()))?;
         let mut inner = self.inner.borrow_mut();
-        self.room(&inner, bound(chunks.into()))?;
         let Some(active) = &mut inner.active else { return Err(NotAppended::NoSegment) };
         let key = &active.segment.key;
         let offset = active.start + active.len as u32;
@@ -173,8 +184,8 @@ impl DataLog {
         codec: Codec,
         body: &[&[u8]],
     ) -> Result<Appended, NotAppended> {
+        self.advance_to(bound(chunks.into()))?;
         let mut inner = self.inner.borrow_mut();
-        self.room(&inner, bound(chunks.into()))?;
         let Some(active) = &mut inner.active else { return Err(NotAppended::NoSegment) };
         let key = &active.segment.key;
         let offset = active.start + active.len as u32;
@@ -197,8 +208,8 @@ impl DataLog {
         unit: &mut [u8],
     ) -> Result<(FragmentHeader, Appended), NotAppended> {
         let header = FragmentHeader::parse(unit).map_err(|error| NotAppended::Failed(error.into()))?;
+        self.advance_to(bound(header.chunks.into()))?;
         let mut inner = self.inner.borrow_mut();
-        self.room(&inner, bound(header.chunks.into()))?;
         let Some(active) = &mut inner.active else { return Err(NotAppended::NoSegment) };
         let key = &active.segment.key;
         let offset = active.start + active.len as u32;

@@ -30,10 +30,8 @@ use crate::load::LoadKey;
 use crate::log::DataLog;
 use crate::meta::Meta;
 use crate::shard::{ApplyError, Shard};
+use crate::tree::LEAF_BYTES;
 use crate::volume::Gathered;
-
-/// Bytes of a changed leaf on the device and in RAM, at most, with its share of interior nodes.
-const LEAF_BYTES: usize = 9000;
 
 /// How a pool is doing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -123,6 +121,14 @@ pub(crate) struct Pool {
     #[allow(clippy::vec_box)] // Moved in and out of writes; a kilobyte each time otherwise.
     pub scratch: RefCell<Vec<Box<Scratch>>>,
     pub gathered: Gathered,
+    /// The last piece of a write was mostly new data.
+    pub expects_new: Cell<bool>,
+    /// A metadata segment is being emptied, beside other collection.
+    pub emptying_metadata: Cell<bool>,
+    /// There is nothing else to collect: its checkpoint must not wait.
+    pub metadata_urgent: Cell<bool>,
+    /// No other metadata segment is tried before so many checkpoints: the last try failed.
+    pub metadata_after: Cell<u64>,
     pub locks: ChunkLocks,
     /// Bytes of RAM for the trees' caches.
     pub cache_bytes: usize,
@@ -179,17 +185,17 @@ impl Pool {
         self.handle.name()
     }
 
-    /// Changed leaves, waiting for a checkpoint.
-    pub fn dirty_leaves(&self) -> usize {
-        self.shard.borrow().meter.dirty.get()
+    /// Bytes that a checkpoint of the changed leaves needs, at most.
+    pub fn dirty_bytes(&self) -> usize {
+        self.shard.borrow().meter.dirty_bytes.get()
     }
 
-    /// Changed leaves at which a checkpoint is made: a third of what the free space (the reserve at least, which hosts do not
-    /// take) and half of what the cache would hold. Changes wait at twice as many, and there is still room to write them.
+    /// Bytes of changed leaves at which a checkpoint is made: a third of what the free space (the reserve at least, which hosts
+    /// do not take) and half of what the cache would hold. Changes wait at twice as many, and there is still room to write them.
     pub fn dirty_limit(&self) -> usize {
         let shard = self.shard.borrow();
         let free = shard.segments.free_count() * self.segment_bytes as usize;
-        ((free / 3).min(self.cache_bytes / 2) / LEAF_BYTES).max(64)
+        (free / 3).min(self.cache_bytes / 2).max(64 * LEAF_BYTES)
     }
 
     /// Stops all changes: what is on the device is the last durable state.

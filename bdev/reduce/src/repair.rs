@@ -437,7 +437,7 @@ impl Pool {
 
     /// Keeps what is changed within what a checkpoint and the caches can take.
     async fn relieve(&self) -> Result<(), Status> {
-        if self.dirty_leaves() > self.dirty_limit() {
+        if self.dirty_bytes() > self.dirty_limit() {
             self.checkpoint().await?;
         }
         Ok(())

@@ -493,8 +493,9 @@ impl Segments {
 
     // ---- for the collector
 
-    /// The closed segment of which the least lives, among those where collection gains at least `gain` bytes.
-    pub fn emptiest(&self, gain: u32) -> Option<u32> {
+    /// The closed segment of which the least lives, among those where collection gains at least `gain` bytes; `metadata`: also
+    /// of those that hold metadata.
+    pub fn emptiest(&self, gain: u32, metadata: bool) -> Option<u32> {
         let bytes = self.geometry.segment_bytes;
         (0..self.rows.len() as u32)
             .filter(|&n| {
@@ -504,7 +505,7 @@ impl Segments {
                     && !row.spoilt
                     && !pinned
                     && row.entry.live_bytes > 0
-                    && row.entry.class.is_some()
+                    && row.entry.class.is_some_and(|class| metadata || class != Class::Metadata)
                     && bytes - row.entry.live_bytes.min(bytes) >= gain
             })
             .min_by_key(|&n| self.rows[n as usize].entry.live_bytes)

@@ -360,6 +360,33 @@ impl Shard {
         Ok(())
     }
 
+    /// Asks for what a look-up of new data will touch.
+    pub fn hint(&self, domain: DomainId, fingerprints: &[Fingerprint]) {
+        fingerprints.iter().for_each(|fingerprint| self.index.prefetch(Key::new(domain, fingerprint)));
+    }
+
+    /// Looks at what blocks are before they are overwritten, at random places: memory is waited for once for all of them.
+    pub fn touch_old(&self, blocks: impl Iterator<Item = (VolumeId, u64)>) {
+        let mut old: SmallVec<[(DomainId, ChunkAddr); 16]> = SmallVec::new();
+        let entries = blocks.filter_map(|(volume, lba)| {
+            let v = self.volumes.get(&volume.0)?;
+            let (index, slot) = leaf_of(lba);
+            Some((v.record.domain, v.tree.peek(index)?.get(slot).chunk()?))
+        });
+        old.extend(entries);
+        for &(domain, addr) in &old {
+            let container =
+                self.domains.get(&domain.0).and_then(|d| d.containers.peek(addr.container().get()));
+            std::hint::black_box(container.map(|c| (c.refs(addr.slot()), c.fragment_of(addr.slot()))));
+        }
+        for (domain, addr) in old {
+            let leaf = self.domains.get(&domain.0).and_then(|d| d.fingerprints.peek(addr.container().get()));
+            if let Some(fingerprint) = leaf.and_then(|leaf| leaf.slots.get(usize::from(addr.slot()))) {
+                self.index.prefetch(Key::new(domain, fingerprint));
+            }
+        }
+    }
+
     /// Looks `fingerprints` up. What is found is really there, with references; `None` where nothing is, or not in RAM (then
     /// `needs` says what to load before asking again).
     pub fn lookup(
@@ -644,10 +671,7 @@ impl Shard {
             let first = run.first();
             // References first: what replaces itself must not die in between.
             if let Some(addr) = first.chunk() {
-                for n in 0..run.count() {
-                    let addr = addr.plus(n).ok_or(ApplyError::Record("run leaves its container".into()))?;
-                    take_reference(d, &mut self.segments, addr, now)?;
-                }
+                take_references(d, &mut self.segments, addr, run.count(), now)?;
             }
             for entry in run.entries() {
                 let (index, slot) = leaf_of(at);
@@ -790,10 +814,25 @@ pub(crate) fn take_reference(
     addr: ChunkAddr,
     now: Sequence,
 ) -> Result<(), ApplyError> {
-    let error = d.error(addr.container());
-    let c = d.containers.get_mut(addr.container().get());
-    let refs = c.change_refs(addr.slot(), 1).map_err(error)?;
-    if refs == 1 {
+    take_references(d, segments, addr, 1, now)
+}
+
+/// Takes a reference to each of `count` slots from `first` on.
+fn take_references(
+    d: &mut Domain,
+    segments: &mut Segments,
+    first: ChunkAddr,
+    count: u16,
+    now: Sequence,
+) -> Result<(), ApplyError> {
+    let id = d.record.id;
+    let c = d.containers.get_mut(first.container().get());
+    for n in 0..count {
+        let addr = first.plus(n).ok_or(ApplyError::Record("run leaves its container".into()))?;
+        let wrap = |error| ApplyError::Container { domain: id, container: addr.container(), error };
+        if c.change_refs(addr.slot(), 1).map_err(wrap)? > 1 {
+            continue;
+        }
         d.unique += 1;
         if let Some(fragment) = c.fragment_of(addr.slot()) {
             let live = c.live_in(&fragment);

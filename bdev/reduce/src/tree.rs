@@ -16,13 +16,17 @@ use std::rc::Rc;
 
 use cryptfold_reduce_format::container::{Container, Fingerprints};
 use cryptfold_reduce_format::fingerprint::HashId;
-use cryptfold_reduce_format::ids::Generation;
+use cryptfold_reduce_format::ids::{Generation, SLOTS};
 use cryptfold_reduce_format::map::{MAP_LEAF_BYTES, MapLeaf};
 use cryptfold_reduce_format::node::{self, FANOUT, Interior, MAX_LEVEL, NodePtr};
 use cryptfold_reduce_format::record::TreeRoot;
 
 use crate::hash::FastMap;
 
+/// Bytes of a changed leaf on the device and in RAM, at most, with its share of interior nodes.
+pub(crate) const LEAF_BYTES: usize = 9000;
+/// Of these, what does not depend on the leaf.
+const NODE_BYTES: usize = 600;
 /// Bytes of RAM that an interior node takes.
 const INTERIOR_BYTES: usize = FANOUT * node::PTR_BYTES + 64;
 
@@ -40,6 +44,10 @@ pub(crate) trait Leaf: Clone + 'static {
     fn decode(bytes: &[u8]) -> Result<Self, String>;
     /// Bytes of RAM, about.
     fn memory_bytes(&self) -> usize;
+    /// Bytes that the next checkpoint needs for it, at most, with its share of interior nodes.
+    fn stored_bytes(&self) -> usize {
+        LEAF_BYTES
+    }
 }
 
 impl Leaf for MapLeaf {
@@ -79,6 +87,13 @@ impl Leaf for Container {
     fn memory_bytes(&self) -> usize {
         Container::memory_bytes(self) + 64
     }
+    /// One that is full only loses: of old ones little is left.
+    fn stored_bytes(&self) -> usize {
+        if usize::from(self.used()) < SLOTS {
+            return LEAF_BYTES;
+        }
+        (Container::encoded_bound(self) + NODE_BYTES).min(LEAF_BYTES)
+    }
 }
 
 impl Leaf for Fingerprints {
@@ -105,9 +120,27 @@ struct Slot<L> {
     bytes: usize,
     pins: u32,
     dirty: bool,
+    /// What it counts for among the dirty ones. Bytes.
+    weight: u32,
     frozen: bool,
     /// Used since the clock's hand last passed.
     hot: Cell<bool>,
+}
+
+impl<L: Leaf> Slot<L> {
+    fn set_dirty(&mut self, meter: &Meter) {
+        self.dirty = true;
+        self.weight = self.leaf.stored_bytes() as u32;
+        meter.dirty_bytes.set(meter.dirty_bytes.get() + self.weight as usize);
+    }
+}
+
+impl<L> Slot<L> {
+    fn set_clean(&mut self, meter: &Meter) {
+        self.dirty = false;
+        let weight = std::mem::take(&mut self.weight) as usize;
+        meter.dirty_bytes.set(meter.dirty_bytes.get().saturating_sub(weight));
+    }
 }
 
 struct Inner {
@@ -120,8 +153,8 @@ struct Inner {
 pub(crate) struct Meters {
     /// Bytes of RAM.
     pub bytes: Cell<usize>,
-    /// Leaves that changed since the last freeze.
-    pub dirty: Cell<usize>,
+    /// What a checkpoint of the leaves that changed since the last freeze needs, at most.
+    pub dirty_bytes: Cell<usize>,
 }
 
 /// Shared by the trees of a pool.
@@ -277,8 +310,15 @@ impl<L: Leaf> Tree<L> {
             return;
         }
         let bytes = leaf.memory_bytes();
-        let slot =
-            Slot { leaf: Rc::new(leaf), bytes, pins: 0, dirty: false, frozen: false, hot: Cell::new(true) };
+        let slot = Slot {
+            leaf: Rc::new(leaf),
+            bytes,
+            pins: 0,
+            dirty: false,
+            weight: 0,
+            frozen: false,
+            hot: Cell::new(true),
+        };
         self.leaves.insert(index, slot);
         self.ring.push_back((0, index));
         self.meter(bytes, 0);
@@ -306,9 +346,8 @@ impl<L: Leaf> Tree<L> {
         }
         let slot = self.leaves.get_mut(&index).expect("inserted above");
         if !slot.dirty {
-            slot.dirty = true;
+            slot.set_dirty(&self.meter);
             self.dirty.push(index);
-            self.meter.dirty.set(self.meter.dirty.get() + 1);
         }
         slot.hot.set(true);
         Rc::make_mut(&mut slot.leaf)
@@ -389,12 +428,11 @@ impl<L: Leaf> Tree<L> {
     /// Hands out what has changed; from now on changes belong to the next checkpoint.
     pub fn freeze(&mut self) -> Frozen<L> {
         let mut dirty = std::mem::take(&mut self.dirty);
-        self.meter.dirty.set(self.meter.dirty.get().saturating_sub(dirty.len()));
         dirty.sort_unstable();
         let mut leaves = Vec::with_capacity(dirty.len());
         for index in dirty {
             let Some(slot) = self.leaves.get_mut(&index) else { continue };
-            slot.dirty = false;
+            slot.set_clean(&self.meter);
             slot.frozen = true;
             let bytes = slot.leaf.memory_bytes();
             let before = std::mem::replace(&mut slot.bytes, bytes);
@@ -411,9 +449,8 @@ impl<L: Leaf> Tree<L> {
             if let Some(slot) = self.leaves.get_mut(&index) {
                 slot.frozen = false;
                 if !slot.dirty {
-                    slot.dirty = true;
+                    slot.set_dirty(&self.meter);
                     self.dirty.push(index);
-                    self.meter.dirty.set(self.meter.dirty.get() + 1);
                 }
             }
         }
@@ -451,8 +488,11 @@ impl<L> Drop for Tree<L> {
         let leaves: usize = self.leaves.values().map(|slot| slot.bytes).sum();
         let bytes = &self.meter.bytes;
         bytes.set(bytes.get().saturating_sub(leaves + self.inner.len() * INTERIOR_BYTES));
-        let dirty = &self.meter.dirty;
-        dirty.set(dirty.get().saturating_sub(self.dirty.len()));
+        for index in &self.dirty {
+            if let Some(slot) = self.leaves.get_mut(index) {
+                slot.set_clean(&self.meter);
+            }
+        }
     }
 }
 
