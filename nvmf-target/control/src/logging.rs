@@ -98,7 +98,7 @@ impl FormatTime for Stamp {
 
 /// Everything of the level, and the audit log at any level.
 fn targets(level: Level) -> Targets {
-    Targets::new().with_default(level.filter()).with_target(AUDIT, LevelFilter::WARN)
+    Targets::new().with_default(level.filter()).with_target(AUDIT, LevelFilter::INFO)
 }
 
 impl LogControl {
