@@ -60,7 +60,8 @@ impl Key {
         (tag as u32, tag >> 32)
     }
 
-    fn is_hook(self, bits: u32) -> bool {
+    /// Whether a table that is sampled with so many bits keeps it.
+    pub fn is_hook(self, bits: u32) -> bool {
         bits == 0 || self.0 >> (TAG_AT + TAG_BITS - bits) & ((1 << bits) - 1) == 0
     }
 }
@@ -178,6 +179,12 @@ impl Index {
             self.buckets[at].addrs[way] = 0;
             self.used -= 1;
         }
+    }
+
+    /// Keeps at most one fingerprint in `2^bits` (at most 256) from now on.
+    pub fn sample(&mut self, bits: u32) {
+        self.hook_bits = self.hook_bits.max(bits.min(MAX_HOOK_BITS));
+        self.drop_others();
     }
 
     #[cold]

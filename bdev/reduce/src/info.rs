@@ -37,7 +37,7 @@ pub struct CreateOptions {
     pub key: KeySource,
     /// Bytes of a segment: a power of two from 1 MiB to 1 GiB; `None` = by the device's size.
     pub segment_bytes: Option<u32>,
-    /// RAM for index, caches and buffers, at least 16 MiB; `None` = 512 MiB and 250 MiB per TiB.
+    /// RAM for index, caches and buffers, at least 16 MiB; `None` = 512 MB and 250 MB per TB of the device.
     pub memory_budget: Option<u64>,
     /// Compression of volumes without a setting of their own; `None` = adaptive.
     pub compression: Option<Compression>,

@@ -55,6 +55,13 @@ pub(crate) struct Lane {
     opening: Mutex<()>,
 }
 
+impl Lane {
+    /// The slots of the open container below `next` are given out.
+    pub fn filled(&self, container: ContainerId, next: u16) {
+        self.container.set(Some((container, next)));
+    }
+}
+
 /// Where a chunk of a piece lies.
 #[derive(Clone, Copy)]
 struct Source {
@@ -489,7 +496,7 @@ impl Pool {
     }
 
     /// The lane's open container with `count` free slots; a new one if need be (what is left of the old one stays unused).
-    fn container(&self, lane: &Lane, count: usize) -> (ContainerId, u16) {
+    pub(crate) fn container(&self, lane: &Lane, count: usize) -> (ContainerId, u16) {
         match lane.container.get() {
             Some((container, slot)) if usize::from(slot) + count <= SLOTS => (container, slot),
             old => {
@@ -543,7 +550,7 @@ impl Pool {
     }
 
     /// Closes the lane's segment and opens another.
-    async fn open_data_segment(self: &Rc<Self>, lane: &Lane) -> Result<(), Status> {
+    pub(crate) async fn open_data_segment(self: &Rc<Self>, lane: &Lane) -> Result<(), Status> {
         if let Some(old) = lane.log.finish() {
             let now = self.now();
             self.shard.borrow_mut().segments.close(old.number(), now);

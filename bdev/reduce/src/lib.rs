@@ -17,6 +17,7 @@
 //! All state of a pool belongs to its home reactor. [`PoolManager`] is how other threads reach it.
 
 mod admin;
+mod aged;
 mod anchors;
 mod base;
 mod check;
@@ -44,6 +45,7 @@ mod open;
 mod owner;
 mod pool;
 mod read;
+mod recent;
 mod repair;
 mod replay;
 mod scrub;
@@ -53,6 +55,8 @@ mod snapshots;
 mod tree;
 mod volume;
 
+#[doc(hidden)]
+pub use aged::{Backlog, HeldCheckpoints};
 pub use cryptfold_reduce_format::codec::Compression;
 pub use cryptfold_reduce_format::ids::{DomainId, VolumeId};
 #[doc(hidden)]

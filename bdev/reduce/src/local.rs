@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use cryptfold_bdev::{Access, BdevError, Registry, Removal, Status};
 
+use crate::aged::{Backlog, HeldCheckpoints};
 use crate::damage::{Falsify, Part};
 use crate::error::PoolError;
 use crate::info::{
@@ -253,6 +254,31 @@ impl LocalPool {
     /// The device failed.
     pub async fn checkpoint(&self) -> Result<(), Status> {
         self.pool.checkpoint().await
+    }
+
+    /// For measurements: maps at most 32 blocks to new chunks that are not written.
+    #[doc(hidden)]
+    pub async fn pretend(&self, volume: &str, lba: u64, count: usize, seed: u64) -> Result<(), Status> {
+        let id = self.pool.find_volume(volume).map_err(|_| Status::INVALID_NAMESPACE)?;
+        self.pool.pretend(id, lba, count, seed).await
+    }
+
+    /// For measurements: what a recovery would find to do.
+    #[doc(hidden)]
+    pub fn backlog(&self) -> Backlog {
+        self.pool.backlog()
+    }
+
+    /// For measurements: no checkpoint is written while the guard lives.
+    #[doc(hidden)]
+    pub async fn hold_checkpoints(&self) -> HeldCheckpoints<'_> {
+        self.pool.hold_checkpoints().await
+    }
+
+    /// For measurements: from now on the index keeps at most one fingerprint in `2^bits`.
+    #[doc(hidden)]
+    pub fn sample_index(&self, bits: u32) {
+        self.pool.shard.borrow_mut().index.sample(bits);
     }
 
     /// For tests: byte offset and length of what a block depends on.

@@ -115,6 +115,22 @@ impl DataLog {
         })
     }
 
+    /// For measurements: gives up the next `bytes` of the segment, which are not written. The buffer must be empty.
+    pub fn skip(&self, bytes: usize) -> Result<Place, NotAppended> {
+        let mut inner = self.inner.borrow_mut();
+        let Some(active) = &mut inner.active else { return Err(NotAppended::NoSegment) };
+        let whole = bytes.next_multiple_of(BLOCK_BYTES);
+        if active.start as usize + active.len + whole > self.segment_bytes as usize {
+            return Err(NotAppended::NoSegment);
+        }
+        if active.len > 0 {
+            return Err(NotAppended::NoBuffer);
+        }
+        let place = active.segment.key.place(active.start);
+        active.start += whole as u32;
+        Ok(place)
+    }
+
     /// Whether `bytes` more (less than a buffer has) can be appended at once, and what to do if not.
     pub fn room_for(&self, bytes: usize) -> Result<(), NotAppended> {
         let inner = self.inner.borrow();

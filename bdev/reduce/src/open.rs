@@ -320,13 +320,14 @@ fn assemble(
     reactor::fill_random(&mut salt);
     let epoch = JournalEpoch { owner_epoch, salt, shard: ShardIx(0) };
     let stored = superblock.devices[0].blocks * BLOCK_BYTES as u64;
-    let budget = opening.memory_bytes.unwrap_or((512 << 20) + (stored >> 40) * (250 << 20));
+    let budget = opening.memory_bytes.unwrap_or(512_000_000 + stored / 4000);
     if budget < MIN_MEMORY_BYTES {
         return Err(PoolError::Invalid(format!("memory budget {budget} is below {MIN_MEMORY_BYTES} bytes")));
     }
-    // Half for the index, three eighths for the trees, the rest for buffers.
-    let index_bytes = (budget / 2) as usize;
-    let cache_bytes = (budget / 8 * 3) as usize;
+    // Nine sixteenths for the index, whose size is a power of two (with the default, one in 16 fingerprints of 1 TB fits), five
+    // for the trees, the rest for buffers.
+    let index_bytes = (budget / 16 * 9) as usize;
+    let cache_bytes = (budget / 16 * 5) as usize;
     let meter = Meter::default();
     let entry = &superblock.shards[0];
     let cursor = Cursor {

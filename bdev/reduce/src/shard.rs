@@ -35,9 +35,12 @@ use uuid::Uuid;
 
 use crate::family::{Births, Families, Group, Kept, Views};
 use crate::index::{Index, Key};
+use crate::recent::Recent;
 use crate::segments::Segments;
 use crate::tree::{Found, Leaf, Meter, Missing, Tree};
 
+/// A duplicate of a chunk in such a slot may go on in the next container.
+const NEAR_END: u16 = SLOTS as u16 - 64;
 /// A slot with more references than this is not referenced again: another copy is stored.
 const MAX_REFS: u32 = u32::MAX - (1 << 20);
 
@@ -106,6 +109,8 @@ pub(crate) struct Domain {
     pub unique: u64,
     /// Bytes of live fragments.
     pub stored_bytes: u64,
+    /// Containers met lately; used while the index is sampled.
+    pub recent: RefCell<Recent>,
 }
 
 /// A volume.
@@ -187,6 +192,7 @@ impl Domain {
             mapped: record.counters[0] / 4096,
             unique: record.counters[1] / 4096,
             stored_bytes: record.counters[2],
+            recent: RefCell::default(),
             record,
         })
     }
@@ -397,7 +403,7 @@ impl Shard {
         needs: &mut Needs,
     ) -> Result<(), ApplyError> {
         let d = self.domain(domain)?;
-        let owner = domain.0;
+        let bits = self.index.hook_bits();
         found.clear();
         let mut next: Option<ChunkAddr> = None;
         for (nth, fingerprint) in fingerprints.iter().enumerate() {
@@ -419,35 +425,98 @@ impl Shard {
                 next = addr.plus(1);
                 continue;
             }
+            let key = Key::new(domain, fingerprint);
             let mut hit = None;
-            for addr in self.index.candidates(Key::new(domain, fingerprint)) {
-                let number = addr.container().get();
-                let leaf = match d.fingerprints.find(number) {
-                    Found::Here(leaf) => leaf,
-                    Found::Absent => continue,
-                    Found::Away(_) => {
-                        Shard::need(&d.fingerprints, owner, number, needs);
-                        continue;
-                    }
-                };
-                if leaf.generation != d.generation
-                    || leaf.slots.get(usize::from(addr.slot())) != Some(fingerprint)
-                {
-                    continue;
-                }
-                match d.containers.find(number) {
-                    Found::Here(c) if self.is_damaged(domain, c, addr) => {}
-                    Found::Here(c) if (1..MAX_REFS).contains(&c.refs(addr.slot())) => hit = Some(addr),
-                    Found::Here(_) | Found::Absent => {}
-                    Found::Away(_) => {
-                        Shard::need(&d.containers, owner, number, needs);
+            if key.is_hook(bits) {
+                for addr in self.index.candidates(key) {
+                    if self.is_chunk(d, addr, fingerprint, needs) {
+                        hit = Some(addr);
                     }
                 }
             }
             found.push(hit);
             next = hit.and_then(|addr| addr.plus(1));
         }
+        if bits > 0 {
+            self.lookup_near(d, fingerprints, found, needs);
+        }
         Ok(())
+    }
+
+    /// Whether the chunk at `addr` is in order and has this fingerprint.
+    fn is_chunk(&self, d: &Domain, addr: ChunkAddr, fingerprint: &Fingerprint, needs: &mut Needs) -> bool {
+        let (domain, number) = (d.record.id, addr.container().get());
+        let leaf = match d.fingerprints.find(number) {
+            Found::Here(leaf) => leaf,
+            Found::Absent => return false,
+            Found::Away(_) => {
+                Shard::need(&d.fingerprints, domain.0, number, needs);
+                return false;
+            }
+        };
+        if leaf.generation != d.generation || leaf.slots.get(usize::from(addr.slot())) != Some(fingerprint) {
+            return false;
+        }
+        match d.containers.find(number) {
+            Found::Here(c) if self.is_damaged(domain, c, addr) => false,
+            Found::Here(c) => (1..MAX_REFS).contains(&c.refs(addr.slot())),
+            Found::Absent => false,
+            Found::Away(_) => {
+                Shard::need(&d.containers, domain.0, number, needs);
+                false
+            }
+        }
+    }
+
+    /// Looks for what the sampled index does not know in the containers that this write and those before it have met.
+    fn lookup_near(
+        &self,
+        d: &Domain,
+        fingerprints: &[Fingerprint],
+        found: &mut [Option<ChunkAddr>],
+        needs: &mut Needs,
+    ) {
+        let mut recent = d.recent.borrow_mut();
+        // Twice: what the first round finds may lead into the next container.
+        for _ in 0..2 {
+            let mut last = 0;
+            for addr in found.iter().flatten() {
+                let number = addr.container().get();
+                if number != last {
+                    last = number;
+                    Shard::meet(d, &mut recent, number, needs);
+                }
+                if addr.slot() >= NEAR_END {
+                    Shard::meet(d, &mut recent, number + 1, needs);
+                }
+            }
+            let mut more = false;
+            for (found, fingerprint) in found.iter_mut().zip(fingerprints) {
+                if found.is_none()
+                    && let Some(addr) = recent.find(fingerprint)
+                    && self.is_chunk(d, addr, fingerprint, needs)
+                {
+                    *found = Some(addr);
+                    more = true;
+                }
+            }
+            if !more {
+                return;
+            }
+        }
+    }
+
+    fn meet(d: &Domain, recent: &mut Recent, number: u64, needs: &mut Needs) {
+        if recent.touch(number) {
+            return;
+        }
+        match d.fingerprints.find(number) {
+            Found::Here(leaf) if leaf.generation == d.generation => recent.add(number, 0, &leaf.slots),
+            Found::Here(_) | Found::Absent => {}
+            Found::Away(_) => {
+                Shard::need(&d.fingerprints, d.record.id.0, number, needs);
+            }
+        }
     }
 
     /// Whether the chunk is in a damaged fragment; remembers that its data was asked for.
@@ -727,6 +796,11 @@ impl Shard {
 
     /// Remembers fingerprints that have references now.
     pub fn index_fragment(&mut self, domain: DomainId, first: ChunkAddr, fingerprints: &[Fingerprint]) {
+        if self.index.hook_bits() > 0
+            && let Some(d) = self.domains.get_mut(&domain.0)
+        {
+            d.recent.get_mut().add(first.container().get(), first.slot(), fingerprints);
+        }
         for (n, fingerprint) in fingerprints.iter().enumerate() {
             if let Some(addr) = first.plus(n as u16) {
                 self.index.insert(Key::new(domain, fingerprint), addr);

@@ -599,3 +599,32 @@ fn a_durable_pool_completes_what_survives() {
         clean(&pool).await;
     });
 }
+
+#[test]
+fn a_sampled_index_finds_runs_also_between_other_streams() {
+    run(|| async {
+        let (registry, _disk) = disk(128 * MIB, Image::zeroed());
+        let pool = create(&registry).await;
+        pool.create_volume(&volume("a", 64 * MIB)).await.unwrap();
+        pool.sample_index(4);
+        let a = open(&registry, "p/a");
+        let data = text(9, 4096);
+        for n in (0..4096).step_by(32) {
+            write(&a, n as u64, &data[n * CHUNK..(n + 32) * CHUNK]).await;
+        }
+        assert_eq!(pool.info().index_sampling, 16);
+        let unique = pool.info().space.unique_bytes;
+        assert_eq!(unique, 4096 * 4096);
+        // Four streams of the same data, by turns, from where no earlier write began.
+        for n in (0..1024 - 32).step_by(32) {
+            for stream in 0..4 {
+                let from = stream * 1024 + n + 7;
+                write(&a, 8192 + from as u64, &data[from * CHUNK..(from + 32) * CHUNK]).await;
+            }
+        }
+        let again = (pool.info().space.unique_bytes - unique) / 4096;
+        // Of each stream's start, about a hook's distance.
+        assert!(again < 31 * 4 * 32 / 20, "{again} blocks were stored again");
+        clean(&pool).await;
+    });
+}
