@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! cargo run --release -p cryptfold-reduce --example aged -- build FILE CHUNKS      a pool of so many chunks, left as a crash does
+//! cargo run --release -p cryptfold-reduce --example aged -- crash FILE             opens it, leaves it so again
 //! cargo run --release -p cryptfold-reduce --example aged -- open FILE              opens it: first read, first write, RAM
 //! cargo run --release -p cryptfold-reduce --example aged -- dedupe FILE IMAGE BITS seq|streams|random
 //! ```
@@ -21,12 +22,12 @@ use cryptfold_bdev::{Access, Channel, Registry};
 use cryptfold_bdev_uring::UringOptions;
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{self as reactor, IdlePolicy, Runtime, RuntimeConfig};
-use cryptfold_reduce::{Compression, CreateOptions, KeySource, LocalPool, VolumeOptions};
+use cryptfold_reduce::{Compression, CreateOptions, KeySource, LocalPool, ScrubState, VolumeOptions};
 
 type Fallible<T> = Result<T, String>;
 
 const BLOCK: u64 = 4096;
-const KEY: [u8; 32] = [7; 32];
+const KEY: [u8; 32] = *b"a key that only measurements use";
 /// Every so many blocks, 32 are really written.
 const REAL_EVERY: u64 = 1 << 20;
 
@@ -92,7 +93,7 @@ fn show(pool: &LocalPool, what: &str) {
     let backlog = pool.backlog();
     println!(
         "{what}: {} chunks, {:.2} TB stored, metadata {:.2} GB; budget {:.0} MB, pool counts {:.0} MB, resident {:.0} MB; \
-         index: {} entries, one in {}; journal {} of {} blocks, {} changed leaves (limit {})",
+         index: {} entries, one in {}; journal {} of {} blocks, {} bytes of changed leaves (limit {})",
         info.space.unique_bytes / BLOCK,
         info.space.stored_bytes as f64 / 1e12,
         info.space.metadata_bytes as f64 / 1e9,
@@ -103,14 +104,14 @@ fn show(pool: &LocalPool, what: &str) {
         info.index_sampling,
         backlog.journal_blocks,
         backlog.ring_blocks,
-        backlog.dirty_leaves,
+        backlog.dirty_bytes,
         backlog.dirty_limit,
     );
 }
 
 async fn build(path: std::path::PathBuf, chunks: u64) -> Fallible<()> {
     // Data, headers, reserve and a little to spare.
-    fresh(&path, chunks * 4130 / 20 * 23 + (2 << 30))?;
+    fresh(&path, chunks * 4130 / 20 * 23 + (24 << 30))?;
     let registry = device(&path)?;
     let pool = LocalPool::create(&registry, "disk", "p", &CreateOptions::new(key())).await.map_err(text)?;
     let blocks = chunks.next_multiple_of(32);
@@ -130,21 +131,49 @@ async fn build(path: std::path::PathBuf, chunks: u64) -> Fallible<()> {
     host.flush().await.map_err(text)?;
     pool.checkpoint().await.map_err(text)?;
     show(&pool, "built");
+    crash_of(&pool, &host, blocks).await
+}
+
+/// Opens a pool that was built before and leaves it as a crash does once more.
+async fn crash(path: std::path::PathBuf) -> Fallible<()> {
+    let registry = device(&path)?;
+    let pool = LocalPool::open(&registry, "disk", &key(), None).await.map_err(text)?.ok_or("no pool")?;
+    let host = channel(&registry)?;
+    pool.checkpoint().await.map_err(text)?;
+    let blocks = pool.volumes()[0].size_bytes / BLOCK;
+    crash_of(&pool, &host, blocks).await
+}
+
+async fn crash_of(pool: &LocalPool, host: &Channel, blocks: u64) -> Fallible<()> {
     let held = pool.hold_checkpoints().await;
     let mut state = 5;
+    let mut written = Vec::new();
     for n in 0.. {
-        // One block in eight MiB: each changes a leaf of the map and a container.
+        // First one block in eight MiB: each changes a leaf of the map and a container. Before these are so many that changes
+        // wait, the same blocks again, until the ring is so full that they do.
+        let backlog = pool.backlog();
+        let again =
+            written.len() > 1000 && (backlog.dirty_bytes > backlog.dirty_limit * 5 / 4 || n > 60_000);
         let mut lba = random(&mut state) % blocks;
-        if lba % REAL_EVERY < 32 {
+        if again {
+            lba = written[lba as usize % written.len()];
+        } else if lba % REAL_EVERY < 32 {
             lba = (lba + 32) % blocks;
+        }
+        if !again {
+            written.push(lba);
         }
         let one = pool.pretend("v", lba, 1, 2 + n);
         if reactor::timeout(Duration::from_secs(5), one).await.is_err() {
             break;
         }
+        if n % 4096 == 0 {
+            // Later the committer would be behind, not the ring full.
+            host.flush().await.map_err(text)?;
+        }
     }
     host.flush().await.map_err(text)?;
-    show(&pool, "crashes now");
+    show(pool, "crashes now");
     let _ = held;
     // As a crash: nothing is closed.
     std::process::exit(0)
@@ -265,11 +294,18 @@ async fn dedupe(
     }
     host.flush().await.map_err(text)?;
     let info = pool.info();
+    let seconds = started.elapsed().as_secs_f64();
+    let late = Instant::now();
+    pool.start_late(None).map_err(text)?;
+    while pool.info().late.state == ScrubState::Running {
+        reactor::sleep(Duration::from_millis(50)).await;
+    }
     println!(
         "{}",
         serde_json::json!({
             "order": order, "one_in": 1u64 << bits, "data_blocks": (info.space.logical_bytes - info.space.zero_bytes) / BLOCK,
-            "unique_blocks": info.space.unique_bytes / BLOCK, "seconds": started.elapsed().as_secs_f64(),
+            "unique_blocks": info.space.unique_bytes / BLOCK, "seconds": seconds,
+            "unique_blocks_after_late_dedupe": pool.info().space.unique_bytes / BLOCK, "late_seconds": late.elapsed().as_secs_f64(),
         })
     );
     std::process::exit(0)
@@ -278,7 +314,8 @@ async fn dedupe(
 fn main() -> Result<(), String> {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let number = |at: usize| args.get(at).and_then(|n| n.parse::<u64>().ok()).ok_or("a number is needed");
-    let path = std::path::PathBuf::from(args.get(1).ok_or("build|open|dedupe FILE ...")?);
+    let path = std::path::PathBuf::from(args.get(1).ok_or("build|crash|open|dedupe FILE ...")?);
+    tracing_subscriber::fmt().with_writer(std::io::stderr).init();
     let config = RuntimeConfig {
         cores: vec![0],
         policy: IdlePolicy::Interrupt,
@@ -292,13 +329,14 @@ fn main() -> Result<(), String> {
             let chunks = number(2)?;
             home.block_on(move || build(path, chunks))
         }
+        "crash" => home.block_on(move || crash(path)),
         "open" => home.block_on(move || open(path)),
         "dedupe" => {
             let image = std::path::PathBuf::from(args.get(2).ok_or("an image is needed")?);
             let (bits, order) = (number(3)? as u32, args.get(4).cloned().unwrap_or_else(|| "seq".into()));
             home.block_on(move || dedupe(path, image, bits, order))
         }
-        other => return Err(format!("{other}: build, open or dedupe")),
+        other => return Err(format!("{other}: build, crash, open or dedupe")),
     };
     done.map_err(text)?
 }

@@ -14,13 +14,14 @@ use cryptfold_reduce_format::fingerprint::Fingerprint;
 use cryptfold_reduce_format::ids::{ChunkAddr, ContainerId, DomainId, HostKeyId, VolumeId};
 use cryptfold_reduce_format::journal::Scope;
 use cryptfold_reduce_format::map::Target;
-use cryptfold_reduce_format::node;
 use cryptfold_reduce_format::record::{VolumeRecord, pool_flags, volume_flags};
 use uuid::Uuid;
 
 use crate::error::PoolError;
 use crate::index::Key;
 use crate::info::{DomainInfo, PoolInfo, Space, VolumeInfo, VolumeOptions};
+use crate::load::Lists;
+use crate::open::now_ms;
 use crate::pool::{Life, Pool};
 use crate::shard::{Domain, Shard, Volume};
 use crate::volume::{VolumeDevice, VolumeFacts};
@@ -105,6 +106,7 @@ impl Pool {
             let id = shard.pool.next_volume;
             let mut record =
                 VolumeRecord::new(id, uuid, &options.name, domain, options.size_bytes.div_ceil(4096));
+            record.created_ms = now_ms();
             record.block_bytes = block_bytes;
             record.compression = options.compression;
             record.birth = shard.epoch();
@@ -319,6 +321,7 @@ impl Pool {
             damaged: self.damaged.get(),
             healed: self.healed.get(),
             scrub: self.scrub.borrow().clone(),
+            late: self.late.borrow().clone(),
             failed: self.failure.get().map(|status| status.to_string()),
             created_ms: superblock.created_ms,
         }
@@ -329,39 +332,29 @@ impl Pool {
         let ends: Vec<(DomainId, u64)> =
             self.shard.borrow().domains.values().map(|d| (d.record.id, d.next_container)).collect();
         for (domain, end) in ends {
-            for number in 1..end {
-                if self.life.get() != Life::Open {
-                    return;
-                }
-                // A list that is damaged costs duplicates, nothing else; the loader has reported it.
-                let mut pins = self.pins();
-                let fine = self.load_leaf(node::Tree::Containers, domain.0, number, &mut pins).await.is_ok()
-                    && self.load_leaf(node::Tree::Fingerprints, domain.0, number, &mut pins).await.is_ok();
-                if fine {
-                    self.index_container(domain, number);
-                }
-                if number % 16 == 0 {
-                    reactor::yield_now().await;
-                }
-            }
+            // A list that is damaged costs duplicates, nothing else; the loader has reported it.
+            let open = |pool: &Pool| pool.life.get() == Life::Open;
+            self.each_list(domain, 1..end, open, move |pool, number, lists| {
+                pool.shard.borrow_mut().index_container(domain, number, lists);
+            })
+            .await;
         }
     }
+}
 
-    /// Puts what is in RAM of a container into the index.
-    pub(crate) fn index_container(&self, domain: DomainId, number: u64) {
-        let mut shard = self.shard.borrow_mut();
-        let Shard { domains, index, emptied, .. } = &mut *shard;
+impl Shard {
+    /// Puts what a container has into the index.
+    pub(crate) fn index_container(&mut self, domain: DomainId, number: u64, (container, prints): &Lists) {
+        let Shard { domains, index, emptied, .. } = self;
         let Some(d) = domains.get(&domain.0) else { return };
         let Some(id) = ContainerId::new(number) else { return };
-        let Some(container) = d.containers.peek(number) else { return };
         if container.live() == 0 && container.used() > 0 {
             emptied.push((domain, id));
             return;
         }
-        let Some(prints) = d.fingerprints.peek(number).filter(|prints| prints.generation == d.generation)
-        else {
+        if prints.generation != d.generation {
             return;
-        };
+        }
         for (slot, fingerprint) in prints.slots.iter().enumerate() {
             if *fingerprint != Fingerprint::NONE
                 && container.refs(slot as u16) > 0

@@ -33,9 +33,9 @@ pub struct Backlog {
     pub journal_blocks: u64,
     /// Blocks of its ring.
     pub ring_blocks: u64,
-    /// Changed leaves that no checkpoint has.
-    pub dirty_leaves: u64,
-    /// Changed leaves at which a checkpoint begins; at twice as many, changes wait.
+    /// Bytes of changed leaves that no checkpoint has.
+    pub dirty_bytes: u64,
+    /// As many at which a checkpoint begins; at twice as many, changes wait.
     pub dirty_limit: u64,
 }
 
@@ -138,7 +138,7 @@ impl Pool {
         Backlog {
             journal_blocks,
             ring_blocks,
-            dirty_leaves: self.dirty_leaves() as u64,
+            dirty_bytes: self.dirty_bytes() as u64,
             dirty_limit: self.dirty_limit() as u64,
         }
     }

@@ -113,10 +113,11 @@ impl Pool {
             && !self.commits.checkpoint_wanted.get()
             && !self.commits.checkpointing.get()
         {
-            self.commits.checkpoint_wanted.set(true);
-            self.commits.wake.notify_one();
+            self.want_checkpoint();
         }
-        let full = journal.pending_bytes() > MOST_BYTES || used * 8 > all * 7 || dirty > 2 * limit;
+        // What recovery has found may fill the ring that far already.
+        let most = if self.recovered.get() { all / 32 * 31 } else { all / 8 * 7 };
+        let full = journal.pending_bytes() > MOST_BYTES || used > most || dirty > 2 * limit;
         Ok(full || self.auditing.get())
     }
 
@@ -149,6 +150,12 @@ impl Pool {
             self.commits.done.notified().await;
         }
         Ok(())
+    }
+
+    /// Asks for a checkpoint.
+    pub(crate) fn want_checkpoint(&self) {
+        self.commits.checkpoint_wanted.set(true);
+        self.commits.wake.notify_one();
     }
 
     /// Wakes everybody who waits for progress, to look again.
@@ -312,6 +319,7 @@ impl Pool {
         let ok = result.is_ok();
         match result {
             Ok(()) => {
+                self.recovered.set(false);
                 self.commits.checkpoints.set(self.commits.checkpoints.get() + 1);
                 self.commits.failures.set(0);
             }

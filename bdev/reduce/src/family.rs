@@ -136,7 +136,7 @@ pub(crate) struct Families {
     based: BTreeMap<u32, u32>,
 }
 
-/// Leaves of snapshots, put together. They never change: a snapshot does not, and chunk addresses are stable.
+/// Leaves of snapshots, put together. They change only when late deduplication finds another chunk with the same content.
 #[derive(Default)]
 pub(crate) struct Views {
     leaves: FastMap<(u32, u64), Option<Rc<MapLeaf>>>,
@@ -144,6 +144,17 @@ pub(crate) struct Views {
 }
 
 impl Views {
+    /// Lets go of all views of a leaf: what they refer to has changed.
+    pub fn forget(&mut self, index: u64, meter: &Meter) {
+        self.order.retain(|key| key.1 != index);
+        self.leaves.retain(|key, leaf| {
+            if key.1 == index && leaf.is_some() {
+                meter.bytes.set(meter.bytes.get().saturating_sub(MAP_LEAF_BYTES));
+            }
+            key.1 != index
+        });
+    }
+
     fn put(&mut self, key: (u32, u64), leaf: Option<Rc<MapLeaf>>, meter: &Meter) {
         let bytes = |leaf: &Option<Rc<MapLeaf>>| if leaf.is_some() { MAP_LEAF_BYTES } else { 0 };
         if self.order.len() >= VIEWS

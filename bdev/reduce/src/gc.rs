@@ -547,5 +547,6 @@ impl Pool {
         if self.is_short() {
             self.collect.notify_one();
         }
+        self.start_late_if_worth_it();
     }
 }

@@ -159,6 +159,8 @@ pub struct PoolInfo {
     pub healed: u64,
     /// The scrub.
     pub scrub: ScrubInfo,
+    /// Late deduplication.
+    pub late: LateInfo,
     /// Why the pool stopped, if it did.
     pub failed: Option<String>,
     /// When it was made, ms since 1970.
@@ -223,7 +225,7 @@ pub struct DomainInfo {
     pub space: Space,
 }
 
-/// How a scrub stands.
+/// How a scrub or a pass of late deduplication stands.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ScrubState {
@@ -232,7 +234,7 @@ pub enum ScrubState {
     Never,
     /// It goes on.
     Running,
-    /// Everything was verified.
+    /// Everything was looked at.
     Done,
     /// It was ended before its time.
     Stopped,
@@ -253,6 +255,21 @@ pub struct ScrubInfo {
     pub damaged: u64,
     /// Bytes per second at most.
     pub bytes_per_s: u64,
+}
+
+/// Late deduplication of this opening of the pool.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct LateInfo {
+    /// How it stands.
+    pub state: ScrubState,
+    /// Containers (2 MiB of chunks each) to compare with all before them, as of its start.
+    pub total_containers: u64,
+    /// Of these, compared.
+    pub containers: u64,
+    /// Chunks found that were stored before.
+    pub found: u64,
+    /// Blocks of volumes that refer to the earlier chunk now.
+    pub blocks: u64,
 }
 
 /// What an audit found.

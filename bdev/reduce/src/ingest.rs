@@ -39,9 +39,9 @@ const LANES: usize = 16;
 /// Small writes that are hashed together, at most.
 pub(crate) const HASHED: usize = 16;
 /// Chunks that are compressed together: more of them compress better and faster, but a read of one decodes them all.
-const GROUP: usize = 16;
+pub(crate) const GROUP: usize = 16;
 /// Chunks that are stored together when no codec helps: enough to make headers not count.
-const RAW_GROUP: usize = 4;
+pub(crate) const RAW_GROUP: usize = 4;
 /// Leaves of the map that one step of a fill touches.
 const FILL_STEP: u64 = 4 * 512;
 
@@ -56,6 +56,11 @@ pub(crate) struct Lane {
 }
 
 impl Lane {
+    /// The container that is being filled.
+    pub fn open_container(&self) -> Option<ContainerId> {
+        self.container.get().map(|open| open.0)
+    }
+
     /// The slots of the open container below `next` are given out.
     pub fn filled(&self, container: ContainerId, next: u16) {
         self.container.set(Some((container, next)));

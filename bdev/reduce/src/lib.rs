@@ -8,7 +8,8 @@
 //!   shard    the state, and the fold of journal records over it                   tree, segments, index, family: its parts
 //!   load     brings nodes to RAM     commit  group commit     checkpoint, meta  state to disk
 //!   open, anchors, owner, replay     making, opening, recovery
-//!   gc, check, repair, scrub, heal, grow, admin, snapshots                        what goes on behind, and what is asked for
+//!   estimate: what a pool would make of data
+//!   gc, check, repair, scrub, heal, late, grow, admin, snapshots                        what goes on behind, and what is asked for
 //! ```
 //!
 //! Write order, in one line: data, flush, journal batch, flush, completion of the flush; a checkpoint is nodes, flush,
@@ -27,6 +28,7 @@ mod commit;
 mod core;
 mod damage;
 mod error;
+pub mod estimate;
 mod family;
 mod gc;
 mod grow;
@@ -36,6 +38,7 @@ mod index;
 mod info;
 mod ingest;
 mod journal;
+mod late;
 mod load;
 mod local;
 mod log;
@@ -63,8 +66,8 @@ pub use cryptfold_reduce_format::ids::{DomainId, VolumeId};
 pub use damage::{Falsify, Part};
 pub use error::PoolError;
 pub use info::{
-    CheckReport, CreateOptions, DomainInfo, KeySource, PoolInfo, ScrubInfo, ScrubState, Space, VolumeInfo,
-    VolumeOptions,
+    CheckReport, CreateOptions, DomainInfo, KeySource, LateInfo, PoolInfo, ScrubInfo, ScrubState, Space,
+    VolumeInfo, VolumeOptions,
 };
 pub use local::LocalPool;
 pub use manager::PoolManager;

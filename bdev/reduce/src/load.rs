@@ -3,11 +3,15 @@
 //! Owns the table of loads under way: whoever needs a node that is being loaded waits for it instead of reading it again.
 //! A node that does not verify fails those who need it and nobody else, and is reported once per place.
 
+use std::cell::RefCell;
+use std::cmp::Reverse;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use cryptfold_bdev::Status;
+use cryptfold_reactor as reactor;
 use cryptfold_reactor::sync::Event;
+use cryptfold_reduce_format::container::{Container, Fingerprints};
 use cryptfold_reduce_format::ids::{DomainId, POOL_DOMAIN};
 use cryptfold_reduce_format::node::{self, Expected, Interior, NodePtr};
 use cryptfold_reduce_format::sealed::SegmentKey;
@@ -16,8 +20,8 @@ use smallvec::SmallVec;
 
 use crate::pool::Pool;
 use crate::segments::Segment;
-use crate::shard::{Need, Needs};
-use crate::tree::{AnyTree, Missing};
+use crate::shard::{Domain, Need, Needs};
+use crate::tree::{AnyTree, Leaf, Missing, Tree};
 
 /// What is being loaded.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -25,6 +29,15 @@ pub(crate) enum LoadKey {
     Node(u8, u32, u8, u64),
     Segment(u32),
 }
+
+/// A leaf: tree, owner, index.
+pub(crate) type LeafAt = (node::Tree, u32, u64);
+
+/// Leaves that are loaded at once by [`Pool::load_together`].
+const TOGETHER: usize = 64;
+
+/// What a container has.
+pub(crate) type Lists = (Rc<Container>, Rc<Fingerprints>);
 
 /// Why a node is not usable.
 #[derive(Debug, thiserror::Error)]
@@ -40,7 +53,7 @@ pub(crate) enum NodeError {
 /// Leaves kept in RAM while somebody collects what they need; gives them free when dropped.
 pub(crate) struct Pins<'p> {
     pool: &'p Pool,
-    list: SmallVec<[(node::Tree, u32, u64); 8]>,
+    list: SmallVec<[LeafAt; 8]>,
 }
 
 impl Drop for Pins<'_> {
@@ -119,6 +132,34 @@ impl Pool {
                 Some(false) => self.load_node(tree, owner, 0, index).await?,
                 None => return Ok(()),
             }
+        }
+    }
+
+    /// Brings leaves to RAM, many at once, as a hint: errors are left for whoever needs the leaf, and nothing keeps them there.
+    pub(crate) async fn load_together(self: &Rc<Self>, leaves: impl IntoIterator<Item = LeafAt>) {
+        let away = |&(tree, owner, index): &LeafAt| {
+            self.with_tree(tree, owner, |tree| !tree.is_ready(index)).unwrap_or(false)
+        };
+        let wanted: Rc<RefCell<Vec<LeafAt>>> =
+            Rc::new(RefCell::new(leaves.into_iter().filter(away).collect()));
+        // In the order of the device, about: what was written together is read together.
+        wanted.borrow_mut().sort_unstable_by_key(|&(tree, owner, index)| (tree as u8, owner, Reverse(index)));
+        let count = TOGETHER.min(wanted.borrow().len());
+        let workers: Vec<_> = (0..count)
+            .map(|_| {
+                let (pool, wanted) = (self.clone(), wanted.clone());
+                reactor::spawn_local(async move {
+                    loop {
+                        let Some((tree, owner, index)) = wanted.borrow_mut().pop() else { return };
+                        // Dropped at once: a pin would keep the leaf only.
+                        let mut pins = pool.pins();
+                        let _ = pool.load_leaf(tree, owner, index, &mut pins).await;
+                    }
+                })
+            })
+            .collect();
+        for worker in workers {
+            worker.await;
         }
     }
 
@@ -203,6 +244,59 @@ impl Pool {
             self.shard.borrow_mut().segments.set_handle(Segment::sealed(key, start));
         }
         self.read_node(tree, 0, missing).await
+    }
+
+    /// A container and its fingerprints as they are now, without a place in the caches; `None`: it has none.
+    pub(crate) async fn lists(&self, domain: DomainId, number: u64) -> Result<Option<Lists>, Status> {
+        loop {
+            let containers = node::Tree::Containers;
+            let (at, container) = self.copy_of(containers, domain, number, |d| &d.containers).await?;
+            let prints = node::Tree::Fingerprints;
+            let (there, prints) = self.copy_of(prints, domain, number, |d| &d.fingerprints).await?;
+            let shard = self.shard.borrow();
+            let Some(d) = shard.domains.get(&domain.0) else { return Ok(None) };
+            // One that changed meanwhile is in RAM, or was written elsewhere: then once more.
+            let container = d
+                .containers
+                .share(number)
+                .map(Some)
+                .or_else(|| d.containers.is_copy(number, at).then_some(container));
+            let prints = d
+                .fingerprints
+                .share(number)
+                .map(Some)
+                .or_else(|| d.fingerprints.is_copy(number, there).then_some(prints));
+            if let (Some(container), Some(prints)) = (container, prints) {
+                return Ok(container.zip(prints));
+            }
+        }
+    }
+
+    /// A leaf, and where on the device it was read from (`None`: it was in RAM, or is nowhere).
+    async fn copy_of<L: Leaf>(
+        &self,
+        tree: node::Tree,
+        domain: DomainId,
+        number: u64,
+        of: impl Fn(&Domain) -> &Tree<L>,
+    ) -> Result<(Option<NodePtr>, Option<Rc<L>>), Status> {
+        loop {
+            let cached = self.shard.borrow().domains.get(&domain.0).and_then(|d| of(d).share(number));
+            if cached.is_some() {
+                return Ok((None, cached));
+            }
+            let Some(ptr) = self.stored(tree, domain.0, 0, number).await? else { return Ok((None, None)) };
+            let missing = Missing { level: 0, index: number, ptr };
+            let read = self.read_node(tree, domain.0.into(), missing).await;
+            let is_copy = |d: &Domain| of(d).is_copy(number, Some(ptr));
+            if !self.shard.borrow().domains.get(&domain.0).is_some_and(is_copy) {
+                // It moved while it was read.
+                continue;
+            }
+            let decoded = read.and_then(|bytes| L::decode(&bytes).map_err(NodeError::Damaged));
+            let leaf = decoded.map_err(|error| self.report(tree, domain.0.into(), &missing, error))?;
+            return Ok((Some(ptr), Some(Rc::new(leaf))));
+        }
     }
 
     fn report(&self, tree: node::Tree, owner: u64, missing: &Missing, error: NodeError) -> Status {

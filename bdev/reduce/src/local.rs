@@ -11,7 +11,8 @@ use crate::aged::{Backlog, HeldCheckpoints};
 use crate::damage::{Falsify, Part};
 use crate::error::PoolError;
 use crate::info::{
-    CheckReport, CreateOptions, DomainInfo, KeySource, PoolInfo, ScrubInfo, VolumeInfo, VolumeOptions,
+    CheckReport, CreateOptions, DomainInfo, KeySource, LateInfo, PoolInfo, ScrubInfo, VolumeInfo,
+    VolumeOptions,
 };
 use crate::manager::kek;
 use crate::open::{self, Making, Opening};
@@ -239,6 +240,20 @@ impl LocalPool {
         self.pool.stop_scrub()
     }
 
+    /// Starts late deduplication; see [`crate::PoolManager::start_late`]. `batch`: containers that are compared with all before
+    /// them at a time; `None` = as many as the memory budget allows.
+    ///
+    /// # Errors
+    /// The pool takes no changes.
+    pub fn start_late(&self, batch: Option<u64>) -> Result<LateInfo, Status> {
+        self.pool.start_late(batch)
+    }
+
+    /// Ends late deduplication.
+    pub fn stop_late(&self) -> LateInfo {
+        self.pool.stop_late()
+    }
+
     /// Takes the rest of a base device that has become larger; see [`crate::PoolManager::grow`].
     ///
     /// # Errors
@@ -279,6 +294,14 @@ impl LocalPool {
     #[doc(hidden)]
     pub fn sample_index(&self, bits: u32) {
         self.pool.shard.borrow_mut().index.sample(bits);
+    }
+
+    /// For tests: from now on only the lists of so many containers are remembered to find neighbours in.
+    #[doc(hidden)]
+    pub fn limit_neighbours(&self, containers: usize) {
+        for domain in self.pool.shard.borrow_mut().domains.values_mut() {
+            domain.recent.get_mut().limit(containers);
+        }
     }
 
     /// For tests: byte offset and length of what a block depends on.

@@ -17,7 +17,8 @@ use uuid::Uuid;
 
 use crate::error::PoolError;
 use crate::info::{
-    CheckReport, CreateOptions, DomainInfo, KeySource, PoolInfo, ScrubInfo, VolumeInfo, VolumeOptions,
+    CheckReport, CreateOptions, DomainInfo, KeySource, LateInfo, PoolInfo, ScrubInfo, VolumeInfo,
+    VolumeOptions,
 };
 use crate::local::LocalPool;
 use crate::open::{self, Making, Opening};
@@ -568,6 +569,25 @@ impl PoolManager {
     /// There is no such pool.
     pub fn stop_scrub(&self, pool: &str) -> Result<ScrubInfo, PoolError> {
         self.on_home(&self.find(pool)?, |pool| async move { Ok(pool.stop_scrub()) })
+    }
+
+    /// Starts to look for duplicates that a sampled index has missed, in the background; starts by itself when enough new data has
+    /// been written while the index is sampled. [`PoolInfo::late`] shows how it stands.
+    ///
+    /// # Errors
+    /// There is no such pool, or it takes no changes.
+    pub fn start_late(&self, pool: &str) -> Result<LateInfo, PoolError> {
+        self.on_home(&self.find(pool)?, move |pool| async move {
+            pool.start_late(None).map_err(|status| PoolError::Stopped { pool: pool.name(), status })
+        })
+    }
+
+    /// Ends late deduplication, if it runs. It goes on where it was when it is started again.
+    ///
+    /// # Errors
+    /// There is no such pool.
+    pub fn stop_late(&self, pool: &str) -> Result<LateInfo, PoolError> {
+        self.on_home(&self.find(pool)?, |pool| async move { Ok(pool.stop_late()) })
     }
 
     /// Takes the rest of a base device that has become larger, while hosts go on.

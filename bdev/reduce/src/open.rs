@@ -115,7 +115,8 @@ fn random_uuid() -> Uuid {
     uuid::Builder::from_random_bytes(bytes).into_uuid()
 }
 
-fn now_ms() -> u64 {
+/// Milliseconds since 1970.
+pub(crate) fn now_ms() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.map_or(0, |t| t.as_millis() as u64)
 }
@@ -396,6 +397,7 @@ fn assemble(
         damaged: Cell::new(0),
         healed: Cell::new(0),
         scrub: RefCell::default(),
+        late: RefCell::default(),
         collect: Notify::new(),
         host_bytes: Cell::new(0),
         moved_bytes: Cell::new(0),
@@ -406,6 +408,7 @@ fn assemble(
         parked: Cell::new(0),
         jobs: RefCell::default(),
         deleting: Cell::new(false),
+        recovered: Cell::new(false),
         auditing: Cell::new(false),
         read_only: opening.read_only,
         heart_stopped: Cell::new(false),
@@ -553,8 +556,12 @@ impl Pool {
                 return Err(error);
             }
         }
-        if replayed > 0 || self.superblock.borrow().root.is_none() {
+        if self.superblock.borrow().root.is_none() {
             self.checkpoint().await.map_err(io_error(&device, "first checkpoint"))?;
+        } else if replayed > 0 {
+            // Hosts need not wait for it.
+            self.recovered.set(true);
+            self.want_checkpoint();
         }
         self.background(self.clone().rebuild_index());
         self.background(self.clone().finish_deletions());

@@ -23,7 +23,7 @@ use crate::chunklock::ChunkLocks;
 use crate::commit::Commits;
 use crate::core::Core;
 use crate::hash::FastMap;
-use crate::info::ScrubInfo;
+use crate::info::{LateInfo, ScrubInfo};
 use crate::ingest::{Lane, Scratch};
 use crate::journal::Journal;
 use crate::load::LoadKey;
@@ -146,6 +146,7 @@ pub(crate) struct Pool {
     /// Chunks healed since the pool was opened.
     pub healed: Cell<u64>,
     pub scrub: RefCell<ScrubInfo>,
+    pub late: RefCell<LateInfo>,
     /// Wakes the collector.
     pub collect: Notify,
     pub collections: Cell<u64>,
@@ -160,6 +161,8 @@ pub(crate) struct Pool {
     pub jobs: RefCell<std::collections::HashSet<cryptfold_reduce_format::ids::VolumeId>>,
     /// Deletions are being finished.
     pub deleting: Cell<bool>,
+    /// The journal that was replayed is not covered by a checkpoint yet.
+    pub recovered: Cell<bool>,
     /// Changes are held back while the pool is audited.
     pub auditing: Cell<bool>,
     /// Opened to be audited only: nothing is written.

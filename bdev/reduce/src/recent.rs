@@ -15,14 +15,26 @@ use crate::hash::FastMap;
 const KEPT: usize = 48;
 
 /// See the module's head.
-#[derive(Default)]
 pub(crate) struct Recent {
+    /// Containers kept.
+    most: usize,
     /// Oldest first: a container and the fingerprints (their first 64 bits) that are in the table for it.
     containers: VecDeque<(u64, Vec<u64>)>,
     table: FastMap<u64, ChunkAddr>,
 }
 
+impl Default for Recent {
+    fn default() -> Self {
+        Recent { most: KEPT, containers: VecDeque::new(), table: FastMap::default() }
+    }
+}
+
 impl Recent {
+    /// For tests: keeps so many containers.
+    pub fn limit(&mut self, most: usize) {
+        *self = Recent { most, ..Recent::default() };
+    }
+
     /// Makes a container the newest; false: it is not here yet.
     pub fn touch(&mut self, number: u64) -> bool {
         match self.containers.iter().rposition(|kept| kept.0 == number) {
@@ -38,8 +50,11 @@ impl Recent {
 
     /// Adds fingerprints of a container, from this slot on.
     pub fn add(&mut self, number: u64, from: u16, fingerprints: &[Fingerprint]) {
+        if self.most == 0 {
+            return;
+        }
         if !self.touch(number) {
-            if self.containers.len() >= KEPT
+            if self.containers.len() >= self.most
                 && let Some((old, prints)) = self.containers.pop_front()
             {
                 for print in prints {
@@ -101,6 +116,6 @@ mod tests {
         assert_eq!(recent.table.len(), KEPT * 512);
         let addr = recent.find(&print(200 * 512 + 7)).unwrap();
         assert_eq!((addr.container().get(), addr.slot()), (200, 7));
-        assert!(recent.memory_bytes() < KEPT * 64 << 10);
+        assert!(recent.memory_bytes() < (KEPT * 64) << 10);
     }
 }

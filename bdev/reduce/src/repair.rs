@@ -419,7 +419,9 @@ impl Pool {
             let leaf = d.fingerprints.get_mut(number);
             (leaf.generation, leaf.hash, leaf.slots) = (generation, HashId::Blake3, slots);
         }
-        self.index_container(id, number);
+        if let Ok(Some(lists)) = self.lists(id, number).await {
+            self.shard.borrow_mut().index_container(id, number, &lists);
+        }
         log.repair(format!("domain {id}: fingerprints of container {number} made again from its data"));
         Ok(())
     }

@@ -1,27 +1,96 @@
 //! Recovery: the journal's batches, applied in order to the state of the last checkpoint.
 //!
+//! What the records of the next batches change is loaded ahead, many nodes at once: the device's latency would be most of
+//! the time otherwise.
+//!
 //! Ends at the first batch that is not the next one. That is the journal's end, or damage: if a later batch opens and calls
 //! the missing one durable, something that was promised is lost, and the pool is refused instead of quietly forgetting it.
 
-use std::collections::{HashMap, hash_map};
+use std::collections::{HashMap, HashSet, VecDeque, hash_map};
+use std::rc::Rc;
 
 use cryptfold_reduce_format::block::BLOCK_BYTES;
-use cryptfold_reduce_format::entry::Record;
-use cryptfold_reduce_format::ids::{DomainId, Generation, Sequence, ShardIx};
+use cryptfold_reduce_format::entry::{Record, RecordReader};
+use cryptfold_reduce_format::ids::{DomainId, Generation, Sequence, ShardIx, VolumeId};
 use cryptfold_reduce_format::journal::{
     BatchHeader, BatchSealer, Cursor, JournalEpoch, JournalKey, OpenBatch, Scope,
 };
-use cryptfold_reduce_format::map::MapEntry;
+use cryptfold_reduce_format::map::{MAP_ENTRIES, MapEntry};
+use cryptfold_reduce_format::node;
 
 use crate::anchors::io_error;
 use crate::error::PoolError;
 use crate::journal::Journal;
+use crate::load::LeafAt;
 use crate::pool::Pool;
-use crate::shard::{Need, Needs};
-use crate::tree::{Leaf, Tree};
+use crate::shard::{Need, Needs, leaf_of};
+use crate::tree::{LEAF_BYTES, Leaf, Tree};
 
 /// Blocks read at once.
 const WINDOW_BLOCKS: u64 = 512;
+/// Batches, and blocks of them, that are looked at together.
+const MOST_BATCHES: usize = 256;
+const MOST_BLOCKS: u64 = 256;
+
+/// What the records of a window will change, in their order.
+#[derive(Default)]
+struct Ahead {
+    /// Number of the record in the window, and a leaf that it needs.
+    leaves: VecDeque<(usize, LeafAt)>,
+    /// Number of the record, and blocks of a volume that it replaces: their chunks' containers are needed, too.
+    blocks: VecDeque<(usize, VolumeId, u64, u64)>,
+    /// Records that what they need has been loaded for.
+    until: usize,
+}
+
+impl Ahead {
+    fn note(&mut self, at: usize, domain: Option<DomainId>, record: &Record<'_>) {
+        let domain = domain.map_or(0, |id| id.0);
+        let container = |number| (node::Tree::Containers, domain, number);
+        match record {
+            Record::FragmentAdd { container: id, .. } => {
+                self.leaves.push_back((at, container(id.get())));
+                self.leaves.push_back((at, (node::Tree::Fingerprints, domain, id.get())));
+            }
+            Record::FragmentMove { first, .. } => {
+                self.leaves.push_back((at, container(first.container().get())));
+            }
+            Record::MapSet { volume, lba, runs } => {
+                for addr in runs.iter().filter_map(|run| run.first().chunk()) {
+                    self.leaves.push_back((at, container(addr.container().get())));
+                }
+                let count = runs.iter().map(|run| u64::from(run.count())).sum();
+                self.note_blocks(at, *volume, lba.0, count);
+            }
+            Record::MapFill { volume, lba, count, .. } => self.note_blocks(at, *volume, lba.0, *count),
+            Record::MapRetarget { volume, leaf, changes } => {
+                self.note_blocks(at, *volume, leaf * MAP_ENTRIES as u64, MAP_ENTRIES as u64);
+                for addr in changes.iter().filter_map(|change| change.addr()) {
+                    self.leaves.push_back((at, container(addr.container().get())));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn note_blocks(&mut self, at: usize, volume: VolumeId, lba: u64, count: u64) {
+        if count > 0 {
+            for leaf in leaf_of(lba).0..=leaf_of(lba + count - 1).0 {
+                self.leaves.push_back((at, (node::Tree::Map, volume.0, leaf)));
+            }
+            self.blocks.push_back((at, volume, lba, count));
+        }
+    }
+}
+
+type GroupKeys = HashMap<(JournalEpoch, DomainId, Generation), JournalKey>;
+
+fn domain_of(scope: Scope) -> Option<DomainId> {
+    match scope {
+        Scope::Domain { domain, .. } => Some(domain),
+        _ => None,
+    }
+}
 
 /// The ring, read in windows.
 struct Ring<'a> {
@@ -66,7 +135,7 @@ impl Pool {
     }
 
     /// Applies the journal, and readies it for this owner.
-    pub(crate) async fn replay(&self) -> Result<(), PoolError> {
+    pub(crate) async fn replay(self: &Rc<Self>) -> Result<(), PoolError> {
         let entry = self.superblock.borrow().shards[0].clone();
         let mut ring = Ring {
             pool: self,
@@ -85,11 +154,22 @@ impl Pool {
         let mut keys: HashMap<JournalEpoch, JournalKey> = HashMap::new();
         let mut group_keys = HashMap::new();
         let mut batches = 0;
-        while cursor.position - entry.tail_position < u64::from(entry.blocks) {
-            let Some(mut batch) = self.next_batch(&mut ring, &cursor, &mut keys).await? else { break };
-            self.apply_batch(&mut batch, &mut group_keys).await?;
-            cursor = Cursor::after(&batch.header);
-            batches += 1;
+        loop {
+            let mut window = Vec::new();
+            let from = cursor.position;
+            while cursor.position - entry.tail_position < u64::from(entry.blocks)
+                && window.len() < MOST_BATCHES
+                && cursor.position - from < MOST_BLOCKS
+            {
+                let Some(batch) = self.next_batch(&mut ring, &cursor, &mut keys).await? else { break };
+                cursor = Cursor::after(&batch.header);
+                window.push(batch);
+            }
+            if window.is_empty() {
+                break;
+            }
+            batches += window.len();
+            self.apply_window(&mut window, &mut group_keys).await?;
         }
         self.check_tail(&mut ring, &cursor, &mut keys).await?;
         if batches > 0 {
@@ -156,37 +236,108 @@ impl Pool {
         Ok(())
     }
 
-    async fn apply_batch(
-        &self,
-        batch: &mut OpenBatch,
-        keys: &mut HashMap<(JournalEpoch, DomainId, Generation), JournalKey>,
+    /// Applies batches in order; what they need is loaded ahead.
+    async fn apply_window(
+        self: &Rc<Self>,
+        window: &mut [OpenBatch],
+        keys: &mut GroupKeys,
     ) -> Result<(), PoolError> {
-        let sequence = batch.header.sequence;
-        let epoch = JournalEpoch::of(&batch.header);
-        let scopes: Vec<Scope> = batch.scopes().collect();
-        for (at, scope) in scopes.into_iter().enumerate() {
-            let key = match scope {
-                Scope::Pool => None,
-                Scope::Domain { domain, generation } | Scope::Host { domain, generation, .. } => {
-                    let id = (epoch, domain, generation);
-                    if let hash_map::Entry::Vacant(vacant) = keys.entry(id) {
-                        let shard = self.shard.borrow();
-                        let data = shard.domains.get(&domain.0).and_then(|d| d.data.get(&generation));
-                        // Records of a domain that is erased are gone with it.
-                        let Some(data) = data else { continue };
-                        vacant.insert(JournalKey::derive(&data.journal_root(self.uuid), epoch));
-                    }
-                    keys.get(&id)
+        let mut ahead = Ahead::default();
+        let mut records = 0;
+        for batch in &mut *window {
+            let scopes: Vec<Scope> = batch.scopes().collect();
+            for (at, scope) in scopes.into_iter().enumerate() {
+                let Some(group) = self.open_group(batch, at, scope, keys)? else { continue };
+                // One that makes no sense ends the second look with an error.
+                for record in group.flatten() {
+                    ahead.note(records, domain_of(scope), &record);
+                    records += 1;
                 }
-            };
-            let records = batch.records(at, key).map_err(|error| self.broken(error.to_string()))?;
-            for record in records {
-                let record =
-                    record.map_err(|error| self.broken(format!("journal batch {sequence}: {error}")))?;
-                self.replay_record(scope, &record, sequence).await?;
+            }
+        }
+        let mut done = 0;
+        for batch in window {
+            let sequence = batch.header.sequence;
+            let scopes: Vec<Scope> = batch.scopes().collect();
+            for (at, scope) in scopes.into_iter().enumerate() {
+                let Some(group) = self.open_group(batch, at, scope, keys)? else { continue };
+                for record in group {
+                    let record =
+                        record.map_err(|error| self.broken(format!("journal batch {sequence}: {error}")))?;
+                    if done == ahead.until {
+                        self.load_ahead_of(&mut ahead).await;
+                    }
+                    self.replay_record(scope, &record, sequence).await?;
+                    done += 1;
+                }
             }
         }
         Ok(())
+    }
+
+    /// The records of a group; `None`: its domain is erased, and they are gone with it.
+    fn open_group<'b>(
+        &self,
+        batch: &'b mut OpenBatch,
+        at: usize,
+        scope: Scope,
+        keys: &mut GroupKeys,
+    ) -> Result<Option<RecordReader<'b>>, PoolError> {
+        let epoch = JournalEpoch::of(&batch.header);
+        let key = match scope {
+            Scope::Pool => None,
+            Scope::Domain { domain, generation } | Scope::Host { domain, generation, .. } => {
+                let id = (epoch, domain, generation);
+                if let hash_map::Entry::Vacant(vacant) = keys.entry(id) {
+                    let shard = self.shard.borrow();
+                    let data = shard.domains.get(&domain.0).and_then(|d| d.data.get(&generation));
+                    let Some(data) = data else { return Ok(None) };
+                    vacant.insert(JournalKey::derive(&data.journal_root(self.uuid), epoch));
+                }
+                keys.get(&id)
+            }
+        };
+        batch.records(at, key).map(Some).map_err(|error| self.broken(error.to_string()))
+    }
+
+    /// Loads what the next records of a window need, as much as a quarter of the cache holds. A hint: what goes wrong here
+    /// comes again, and is reported, when the record itself is applied.
+    async fn load_ahead_of(self: &Rc<Self>, ahead: &mut Ahead) {
+        let most = (self.cache_bytes / 4 / LEAF_BYTES).max(16);
+        let mut wanted = HashSet::new();
+        let mut until = usize::MAX;
+        // Half of them: the containers of what is replaced come on top.
+        while let Some((at, leaf)) = ahead.leaves.front().copied() {
+            if wanted.len() >= most / 2 && at > ahead.until {
+                until = at;
+                break;
+            }
+            wanted.insert(leaf);
+            ahead.leaves.pop_front();
+        }
+        ahead.until = until;
+        self.load_together(wanted.drain()).await;
+        while let Some((at, volume, lba, count)) = ahead.blocks.front().copied() {
+            if at >= until {
+                break;
+            }
+            ahead.blocks.pop_front();
+            let shard = self.shard.borrow();
+            let Ok(v) = shard.volume(volume) else { continue };
+            for leaf in leaf_of(lba).0..=leaf_of(lba + count - 1).0 {
+                let Some(entries) = v.tree.peek(leaf) else { continue };
+                let first = leaf * MAP_ENTRIES as u64;
+                for block in lba.max(first)..(lba + count).min(first + MAP_ENTRIES as u64) {
+                    if let Some(addr) = entries.get((block - first) as usize).chunk()
+                        && wanted.len() < most
+                    {
+                        let number = addr.container().get();
+                        wanted.insert((node::Tree::Containers, v.record.domain.0, number));
+                    }
+                }
+            }
+        }
+        self.load_together(wanted.drain()).await;
     }
 
     async fn replay_record(
@@ -220,10 +371,7 @@ impl Pool {
         needs: &mut Needs,
     ) -> Result<(), crate::shard::ApplyError> {
         let shard = self.shard.borrow();
-        let domain = match scope {
-            Scope::Domain { domain, .. } => Some(domain),
-            _ => None,
-        };
+        let domain = domain_of(scope);
         match record {
             Record::FragmentAdd { container, .. } => {
                 if let Some(d) = domain.and_then(|id| shard.domains.get(&id.0)) {
@@ -250,6 +398,9 @@ impl Pool {
                 for leaf in *leaf..leaf + u64::from(*count) {
                     shard.needs_of_merge(*volume, leaf, needs)?;
                 }
+            }
+            Record::MapRetarget { volume, leaf, changes } => {
+                shard.needs_of_retarget(*volume, *leaf, changes, needs)?;
             }
             Record::MapOwn { volume, leaf, count, from } => {
                 for leaf in *leaf..leaf + u64::from(*count) {

@@ -15,7 +15,7 @@ use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
 use cryptfold_reduce_format::container::{ContainerError, FragmentEntry};
-use cryptfold_reduce_format::entry::{FragmentRaw, MapRun, Record};
+use cryptfold_reduce_format::entry::{FragmentRaw, MapRun, Record, Retarget};
 use cryptfold_reduce_format::fingerprint::{Fingerprint, HashId, Hasher};
 use cryptfold_reduce_format::ids::{
     ChunkAddr, ContainerId, DomainId, Epoch, Generation, Lba, SLOTS, SegmentAddr, Sequence, ShardIx, VolumeId,
@@ -42,7 +42,7 @@ use crate::tree::{Found, Leaf, Meter, Missing, Tree};
 /// A duplicate of a chunk in such a slot may go on in the next container.
 const NEAR_END: u16 = SLOTS as u16 - 64;
 /// A slot with more references than this is not referenced again: another copy is stored.
-const MAX_REFS: u32 = u32::MAX - (1 << 20);
+pub(crate) const MAX_REFS: u32 = u32::MAX - (1 << 20);
 
 /// Look-ups in the index that wait for memory together.
 const PREFETCHED: usize = 16;
@@ -520,7 +520,7 @@ impl Shard {
     }
 
     /// Whether the chunk is in a damaged fragment; remembers that its data was asked for.
-    fn is_damaged(&self, domain: DomainId, container: &container::Container, addr: ChunkAddr) -> bool {
+    pub fn is_damaged(&self, domain: DomainId, container: &container::Container, addr: ChunkAddr) -> bool {
         if self.damaged.is_empty() {
             return false;
         }
@@ -584,6 +584,7 @@ impl Shard {
             Record::MapOwn { volume, leaf, count, from } => {
                 (leaf..leaf + u64::from(count)).try_for_each(|leaf| self.map_own(volume, leaf, from, now))
             }
+            Record::MapRetarget { volume, leaf, changes } => self.map_retarget(volume, leaf, changes, now),
             _ => self.apply_catalogue(record, wrap),
         }
     }
@@ -792,6 +793,60 @@ impl Shard {
             Some(keeper) => self.keep(keeper, &lost.kept),
             None => Ok(()),
         }
+    }
+
+    /// Adds what is missing before [`Shard::map_retarget`].
+    pub fn needs_of_retarget(
+        &self,
+        volume: VolumeId,
+        leaf: u64,
+        changes: &[Retarget],
+        needs: &mut Needs,
+    ) -> Result<(), ApplyError> {
+        let v = self.volume(volume)?;
+        let d = self.domain(v.record.domain)?;
+        let entries = match v.tree.find(leaf) {
+            Found::Here(entries) => entries,
+            Found::Absent => return Ok(()),
+            Found::Away(_) => {
+                Shard::need(&v.tree, volume.0, leaf, needs);
+                return Ok(());
+            }
+        };
+        for change in changes {
+            let old = entries.get(change.slot().into()).chunk();
+            for addr in old.into_iter().chain(change.addr()) {
+                Shard::need(&d.containers, d.record.id.0, addr.container().get(), needs);
+            }
+        }
+        Ok(())
+    }
+
+    /// Entries of a leaf are other chunks now, with the same content and everything else as it was. Who sees them and whose they
+    /// are does not change, so snapshots and clones are not concerned.
+    pub fn map_retarget(
+        &mut self,
+        volume: VolumeId,
+        leaf: u64,
+        changes: &[Retarget],
+        now: Sequence,
+    ) -> Result<(), ApplyError> {
+        let v = self.volumes.get_mut(&volume.0).ok_or(ApplyError::NoVolume(volume))?;
+        let id = v.record.domain;
+        let d = self.domains.get_mut(&id.0).ok_or(ApplyError::NoDomain(id))?;
+        for change in changes {
+            let slot = usize::from(change.slot());
+            let entries = v.tree.get_mut(leaf);
+            let entry = entries.get(slot);
+            let (Some(old), Some(new)) = (entry.chunk(), change.addr()) else {
+                return Err(ApplyError::Record(format!("entry {slot} of leaf {leaf} is no chunk")));
+            };
+            entries.set(slot, MapEntry { target: Target::Chunk(new), ..entry });
+            take_reference(d, &mut self.segments, new, now)?;
+            drop_reference(d, &mut self.segments, &mut self.index, &mut self.emptied, old, now)?;
+        }
+        self.views.get_mut().forget(leaf, &self.meter);
+        Ok(())
     }
 
     /// Remembers fingerprints that have references now.

@@ -78,6 +78,7 @@ impl Pool {
             v.record.domain,
             v.record.blocks,
         );
+        record.created_ms = crate::open::now_ms();
         record.block_bytes = v.record.block_bytes;
         record.compression = v.record.compression;
         record.host_keys = v.record.host_keys.clone();

@@ -261,6 +261,16 @@ impl<L: Leaf> Tree<L> {
         self.leaves.get(&index).map(|slot| &*slot.leaf)
     }
 
+    /// The leaf, if it is in RAM, to be kept while others change it.
+    pub fn share(&self, index: u64) -> Option<Rc<L>> {
+        self.leaves.get(&index).map(|slot| slot.leaf.clone())
+    }
+
+    /// Whether the leaf is not in RAM and the device has it there (or nowhere), as far as is known without a load.
+    pub fn is_copy(&self, index: u64, ptr: Option<NodePtr>) -> bool {
+        !self.leaves.contains_key(&index) && self.pointer(0, index).is_ok_and(|now| now == ptr)
+    }
+
     /// The node to load before leaf `index` can be used; `None` if it is here or absent.
     #[inline]
     pub fn locate(&self, index: u64) -> Option<Missing> {

@@ -116,6 +116,16 @@ pub enum PoolCommand {
         #[command(flatten)]
         socket: SocketArgs,
     },
+    /// Find duplicates that the sampled index of a large pool has missed, in the background; prints how that stands.
+    Dedupe {
+        /// Name of the pool.
+        name: String,
+        /// What to do.
+        #[arg(value_enum, default_value_t = ScrubAction::Start)]
+        action: ScrubAction,
+        #[command(flatten)]
+        socket: SocketArgs,
+    },
     /// Give a pool the rest of its device, which has become larger. Hosts go on.
     Grow {
         /// Name of the pool.
@@ -148,12 +158,22 @@ pub enum PoolCommand {
 
 #[derive(Clone, Copy, ValueEnum)]
 pub enum ScrubAction {
-    /// Start one, or give the one that runs another rate.
+    /// Start it; a scrub that runs gets another rate.
     Start,
     /// End it.
     Stop,
     /// Show how it stands.
     Status,
+}
+
+impl ScrubAction {
+    fn name(self) -> &'static str {
+        match self {
+            ScrubAction::Start => "start",
+            ScrubAction::Stop => "stop",
+            ScrubAction::Status => "status",
+        }
+    }
 }
 
 #[derive(Subcommand)]
@@ -251,13 +271,12 @@ pub fn pool(command: PoolCommand) -> Result<(), Failure> {
             print(&call(&mut connect(&socket)?, "bdev_lvol_create_lvstore", Some(params))?);
         }
         PoolCommand::Scrub { name, action, rate, socket } => {
-            let action = match action {
-                ScrubAction::Start => "start",
-                ScrubAction::Stop => "stop",
-                ScrubAction::Status => "status",
-            };
-            let params = given(json!({"lvs_name": name, "action": action, "rate_mb_s": rate}));
+            let params = given(json!({"lvs_name": name, "action": action.name(), "rate_mb_s": rate}));
             print(&call(&mut connect(&socket)?, "cryptfold_pool_scrub", Some(params))?);
+        }
+        PoolCommand::Dedupe { name, action, socket } => {
+            let params = json!({"lvs_name": name, "action": action.name()});
+            print(&call(&mut connect(&socket)?, "cryptfold_pool_dedupe", Some(params))?);
         }
         PoolCommand::Grow { name, socket } => {
             call(&mut connect(&socket)?, "bdev_lvol_grow_lvstore", Some(json!({"lvs_name": name})))?;

@@ -210,6 +210,8 @@ fn a_pool_is_checked_online_and_offline() {
         assert!(out.status.success(), "{more:?}: {}", String::from_utf8_lossy(&out.stderr));
         String::from_utf8_lossy(&out.stdout).into_owned()
     };
+    assert!(pool(&["dedupe", "p", "status"]).contains("\"never\""));
+    assert!(pool(&["dedupe", "p"]).contains("\"running\""));
     assert!(pool(&["scrub", "p", "status"]).contains("\"never\""));
     assert!(pool(&["scrub", "p", "--rate", "50"]).contains("\"bytes_per_s\": 50000000"));
     let limit = Instant::now() + Duration::from_secs(20);

@@ -122,6 +122,40 @@ impl RefChange {
     }
 }
 
+/// Another chunk with the same content for an entry of a map's leaf.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
+#[repr(C)]
+pub struct Retarget {
+    slot: U16,
+    addr: U64,
+}
+
+const _: () = assert!(size_of::<Retarget>() == 10);
+
+impl Retarget {
+    /// Entry `slot` (below 512) of the leaf is `addr` now.
+    pub fn new(slot: u16, addr: ChunkAddr) -> Self {
+        Self { slot: slot.into(), addr: addr.raw().into() }
+    }
+
+    fn check(&self) -> Result<ChunkAddr, WireError> {
+        if usize::from(self.slot.get()) >= MAP_ENTRIES {
+            return Err(range("entry of a leaf", self.slot.get()));
+        }
+        ChunkAddr::from_raw(self.addr.get()).ok_or(range("chunk", self.addr.get()))
+    }
+
+    /// The entry of the leaf.
+    pub fn slot(&self) -> u16 {
+        self.slot.get()
+    }
+
+    /// The chunk; `None` for one out of range, which does not come out of a record.
+    pub fn addr(&self) -> Option<ChunkAddr> {
+        self.check().ok()
+    }
+}
+
 /// On-disk form of a [`FragmentEntry`] in a record.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, FromBytes, IntoBytes, KnownLayout, Immutable, Unaligned)]
 #[repr(C)]
@@ -308,6 +342,16 @@ pub enum Record<'a> {
         count: u32,
         /// Of what.
         from: OwnFrom,
+    },
+    /// Entries of a leaf of a volume's map, which are chunks, are other chunks with the same content now; whatever else an entry
+    /// says stays, as when it was written.
+    MapRetarget {
+        /// Volume.
+        volume: VolumeId,
+        /// Leaf.
+        leaf: u64,
+        /// Entries.
+        changes: &'a [Retarget],
     },
     /// A volume is made.
     VolumeCreate {
@@ -532,6 +576,12 @@ impl<'a> Record<'a> {
                 put(&[from as u8]);
                 23
             }
+            Self::MapRetarget { volume, leaf, changes } => {
+                put(&volume.0.to_le_bytes());
+                put(&leaf.to_le_bytes());
+                put(changes.as_bytes());
+                24
+            }
             Self::VolumeCreate { record } => {
                 put(record);
                 30
@@ -620,6 +670,18 @@ impl<'a> Record<'a> {
                         OwnFrom::from_raw(raw).ok_or(range("what a map is made independent of", raw))?;
                     Self::MapOwn { volume, leaf, count, from }
                 }
+            }
+            24 => {
+                let (volume, leaf) = (volume(&mut reader)?, reader.u64()?);
+                if leaf >= MAX_LEAVES {
+                    return Err(range("leaf", leaf));
+                }
+                let changes = array::<Retarget>(&mut reader)?;
+                if changes.len() > MAP_ENTRIES {
+                    return Err(range("entries", changes.len() as u64));
+                }
+                changes.iter().try_for_each(|change| change.check().map(|_| ()))?;
+                Self::MapRetarget { volume, leaf, changes }
             }
             30 => Self::VolumeCreate { record: rest(&mut reader) },
             31 => {

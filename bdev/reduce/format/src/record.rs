@@ -353,6 +353,8 @@ pub struct DomainRecord {
     pub index: TreeRoot,
     /// Mapped, unique and stored bytes, as in [`PoolCounters`].
     pub counters: [u64; 3],
+    /// All containers below this one have been compared with each other (0: none).
+    pub compared: u64,
     /// Fields of later versions.
     pub unknown: Vec<UnknownField>,
 }
@@ -370,6 +372,7 @@ impl DomainRecord {
             shards: Vec::new(),
             index: TreeRoot::default(),
             counters: [0; 3],
+            compared: 0,
             unknown: Vec::new(),
         }
     }
@@ -400,6 +403,9 @@ impl DomainRecord {
         }
         out.root(8, &self.index)?;
         out.field(9, self.counters.map(u64::to_le_bytes).as_bytes())?;
+        if self.compared > 0 {
+            out.field(10, &self.compared.to_le_bytes())?;
+        }
         out.end(&self.unknown)
     }
 
@@ -425,6 +431,10 @@ impl DomainRecord {
                     for counter in &mut record.counters {
                         *counter = value.1.u64()?;
                     }
+                    value.1.end()?;
+                }
+                10 => {
+                    record.compared = value.1.u64()?;
                     value.1.end()?;
                 }
                 _ => return Ok(false),

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use common::*;
 use cryptfold_reduce_format::codec::{Codec, Compressor, Decompressor};
 use cryptfold_reduce_format::container::{Container, Fingerprints};
-use cryptfold_reduce_format::entry::{OwnFrom, Record, RecordReader, RefChange, runs};
+use cryptfold_reduce_format::entry::{OwnFrom, Record, RecordReader, RefChange, Retarget, runs};
 use cryptfold_reduce_format::fingerprint::Fingerprint;
 use cryptfold_reduce_format::fragment::*;
 use cryptfold_reduce_format::ids::*;
@@ -75,6 +75,7 @@ fn images() -> Vec<(&'static str, Vec<u8>)> {
         ("records", encoded_records()),
         ("snapshot_record", snapshot_record().encode().unwrap()),
         ("snapshot_records", encoded_snapshot_records()),
+        ("retarget_record", encoded_retarget()),
         ("journal_batch", batch()),
     ];
     images.sort();
@@ -216,6 +217,29 @@ fn with_snapshot_records(mut each: impl FnMut(&Record<'_>)) {
     ] {
         each(&record);
     }
+}
+
+/// What late deduplication added.
+const RETARGETS: fn() -> [Retarget; 2] =
+    || [Retarget::new(0, chunk(77, 5)), Retarget::new(511, chunk(1, 511))];
+
+fn encoded_retarget() -> Vec<u8> {
+    let mut out = Vec::new();
+    let changes = RETARGETS();
+    Record::MapRetarget { volume: VolumeId(5), leaf: 9, changes: &changes }.encode(&mut out).unwrap();
+    out
+}
+
+#[test]
+fn retargets_are_read_and_checked() {
+    let bytes = image("retarget_record");
+    let read: Vec<_> = RecordReader::new(&bytes).collect::<Result<_, _>>().unwrap();
+    let changes = RETARGETS();
+    assert_eq!(read, [Record::MapRetarget { volume: VolumeId(5), leaf: 9, changes: &changes }]);
+    assert_eq!((changes[1].slot(), changes[1].addr()), (511, Some(chunk(1, 511))));
+    let mut out = Vec::new();
+    let beyond = [Retarget::new(512, chunk(77, 5))];
+    assert!(Record::MapRetarget { volume: VolumeId(5), leaf: 9, changes: &beyond }.encode(&mut out).is_err());
 }
 
 fn encoded_snapshot_records() -> Vec<u8> {

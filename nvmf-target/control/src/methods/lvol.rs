@@ -24,9 +24,9 @@ choices! {
         /// Zeros.
         Zeroes = "write_zeroes",
     }
-    /// What to do about a scrub.
+    /// What to do about work in the background.
     pub enum ScrubAction {
-        /// Start one, or give the one that runs another rate.
+        /// Start it; a scrub that runs gets another rate.
         Start = "start",
         /// End it.
         Stop = "stop",
@@ -201,6 +201,15 @@ params! {
         /// Megabytes (10^6) of stored data per second at most; 100 when not given.
         rate_mb_s: Option<u32>,
     }
+    /// `cryptfold_pool_dedupe`.
+    pub struct Dedupe {
+        /// UUID of the pool.
+        uuid: Option<String>,
+        /// Name of the pool.
+        lvs_name: Option<String>,
+        /// What to do.
+        action: ScrubAction = ScrubAction::Start,
+    }
     /// `cryptfold_pool_create_domain`.
     pub struct CreateDomain {
         /// Name of the pool.
@@ -325,6 +334,12 @@ pub fn methods() -> Vec<Method> {
             "Reads and verifies all stored data in the background. Blocks whose data is damaged read as errors; a later write \
              of the same data, anywhere in the domain, heals all of them. Replies how it stands. Ours.",
             scrub,
+        ),
+        Method::new(
+            "cryptfold_pool_dedupe",
+            "Looks in the background for duplicates that a sampled index has missed, and makes one chunk of two. Starts by itself \
+             when 4 GiB of new data have come while the index is sampled. Replies how it stands. Ours.",
+            dedupe,
         ),
         Method::new(
             "cryptfold_pool_create_domain",
@@ -484,7 +499,7 @@ fn describe_store(pools: &Pools, p: &PoolInfo) -> Value {
         "index_sampling": p.index_sampling,
         "damaged": p.damaged,
         "healed": p.healed,
-        "scrub": p.scrub,
+        "scrub": p.scrub, "late_dedupe": p.late,
         "failed": p.failed,
         "key_file": pools.key_file(p.uuid),
     })
@@ -560,6 +575,7 @@ fn get_volumes(c: &Control, p: GetVolumes) -> RpcResult {
                 "exclusive_bytes": v.exclusive_bytes,
                 "reclaimable_bytes": v.reclaimable_bytes,
                 "written_bytes": v.written_bytes,
+                "created_ms": v.created_ms,
                 "num_allocated_clusters": v.logical_bytes.div_ceil(u64::from(s.segment_bytes).max(1)),
             });
             if let Some(parent) = v.parent {
@@ -627,6 +643,15 @@ fn scrub(c: &Control, p: Scrub) -> RpcResult {
         }
     };
     Ok(json!(scrub))
+}
+
+fn dedupe(c: &Control, p: Dedupe) -> RpcResult {
+    let (pools, info) = find_store(c, Store { uuid: p.uuid, lvs_name: p.lvs_name })?;
+    Ok(json!(match p.action {
+        ScrubAction::Status => info.late,
+        ScrubAction::Stop => pools.manager().stop_late(&info.name)?,
+        ScrubAction::Start => pools.manager().start_late(&info.name)?,
+    }))
 }
 
 fn get_domains(c: &Control, p: Store) -> RpcResult {
