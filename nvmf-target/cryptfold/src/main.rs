@@ -3,6 +3,7 @@
 //! Exit codes: 0, 1 for what went wrong (one line on standard error), 2 for wrong usage.
 
 mod cores;
+mod estimate;
 mod rpc;
 mod signals;
 mod size;
@@ -38,6 +39,8 @@ enum Command {
     /// Pools of a running target.
     #[command(subcommand)]
     Pool(rpc::PoolCommand),
+    /// Read files or devices and tell what a pool would make of them.
+    Estimate(estimate::EstimateArgs),
     /// Volumes of a running target.
     #[command(subcommand)]
     Volume(rpc::VolumeCommand),
@@ -70,6 +73,7 @@ fn main() -> ExitCode {
         Command::Target(a) => target::run(a),
         Command::Rpc(a) => rpc::run(a),
         Command::Status(a) => status::run(a),
+        Command::Estimate(a) => estimate::run(a),
         Command::Pool(c) => rpc::pool(c),
         Command::Volume(c) => rpc::volume(c),
     };
