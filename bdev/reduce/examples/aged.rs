@@ -152,8 +152,7 @@ async fn crash_of(pool: &LocalPool, host: &Channel, blocks: u64) -> Fallible<()>
         // First one block in eight MiB: each changes a leaf of the map and a container. Before these are so many that changes
         // wait, the same blocks again, until the ring is so full that they do.
         let backlog = pool.backlog();
-        let again =
-            written.len() > 1000 && (backlog.dirty_bytes > backlog.dirty_limit * 5 / 4 || n > 60_000);
+        let again = written.len() > 1000 && (backlog.dirty_bytes > backlog.dirty_limit * 5 / 4 || n > 60_000);
         let mut lba = random(&mut state) % blocks;
         if again {
             lba = written[lba as usize % written.len()];
