@@ -568,13 +568,14 @@ fn idle_costs_nothing() {
 
 #[test]
 fn keep_alive_expires() {
-    let options = TransportOptions { kas: 1, min_kato: 300, ..Default::default() };
+    let options = TransportOptions { kas: 1, min_kato: 1500, ..Default::default() };
     let rig = Rig::with(2, IdlePolicy::Interrupt, options);
     let mut admin = rig.admin();
     let mut io = rig.io(&admin, 1, false, false);
-    admin.feature(Admin::SetFeatures, Fid::KeepAliveTimer as u32, 300);
-    for _ in 0..5 {
-        std::thread::sleep(Duration::from_millis(150));
+    admin.feature(Admin::SetFeatures, Fid::KeepAliveTimer as u32, 1500);
+    // More than the time-out in all, each far below it: a test machine may stand still for a second.
+    for _ in 0..6 {
+        std::thread::sleep(Duration::from_millis(300));
         let alive = admin.run(Sqe::admin(Admin::KeepAlive, Cid(0), Nsid(0)), &[], &[]).0;
         assert_eq!(alive.status(), Status::SUCCESS);
     }
