@@ -354,6 +354,19 @@ fn secrets() {
 }
 
 #[test]
+fn an_immortal_buffer_is_read_only_and_outlives_its_views() {
+    let _alone = alone();
+    let buf = Buf::immortal(10_000, |bytes| bytes.iter_mut().zip(0u32..).for_each(|(b, n)| *b = n as u8));
+    let (mut copy, part) = (buf.clone(), buf.slice(300..400));
+    drop(buf);
+    assert!(!copy.is_unique() && copy.get_mut().is_none(), "nobody may write what anybody may hold");
+    copy.make_mut()[300] = 0;
+    drop(copy);
+    let from_elsewhere = std::thread::spawn(move || part.slice(0..2).to_vec()).join().unwrap();
+    assert_eq!(from_elsewhere, [300u32 as u8, 301u32 as u8]);
+}
+
+#[test]
 fn contents_are_not_printed() {
     let _alone = alone();
     let buf = Buf::from_slice(b"secret");

@@ -4,7 +4,8 @@
 //! - `off + len <= block.capacity`.
 //! - A mutable slice exists only through `&mut Buf` of a writable block whose count is 1; a block with more references
 //!   is read-only for everybody. That is what makes `Buf` both `Send` and `Sync`.
-//! - The zero block is immortal and not counted, so that zero buffers shared by all cores cost no atomic traffic.
+//! - The zero block and [`Buf::immortal`] ones are never freed and not counted, so that sharing them costs no atomic
+//!   traffic.
 
 use super::{Prefetch, arena, pool, prefetch};
 use std::cell::UnsafeCell;
@@ -38,6 +39,15 @@ enum Kind {
     Lent,
     /// The shared zeroes; never counted or freed.
     Zero,
+    /// [`Buf::immortal`]: neither counted nor freed.
+    Immortal,
+}
+
+impl Kind {
+    #[inline]
+    fn is_counted(self) -> bool {
+        !matches!(self, Kind::Zero | Kind::Immortal)
+    }
 }
 
 /// Header of a block. One cache line: neighbours' counts must not share it.
@@ -129,12 +139,29 @@ impl Buf {
         if len == 0 {
             return Buf::empty();
         }
+        Buf::map(Kind::Large, len)
+    }
+
+    fn map(kind: Kind, len: usize) -> Buf {
         let short = u32::try_from(len).expect("a buffer is below 4 GiB");
         let capacity = len.next_multiple_of(super::ALIGNMENT);
         let data = arena::map_large(capacity);
         LARGE.fetch_add(capacity as u64, Ordering::Relaxed);
-        let block = Box::new(Block::new(Kind::Large, 1, data, capacity, None));
+        let block = Box::new(Block::new(kind, 1, data, capacity, None));
         Buf { block: NonNull::from(Box::leak(block)), off: 0, len: short }
+    }
+
+    /// A read-only buffer of `len` bytes (above 0) that live as long as the process, written once by `fill`. Its clones and
+    /// slices are not counted: sharing it costs no locked instruction, which would wait for all stores before it.
+    ///
+    /// # Panics
+    /// As [`Buf::alloc`]; if `len` is 0.
+    pub fn immortal(len: usize, fill: impl FnOnce(&mut [u8])) -> Buf {
+        assert!(len > 0, "an immortal buffer has bytes");
+        let buf = Buf::map(Kind::Immortal, len);
+        // SAFETY: fresh zeroed memory of `len` bytes that nobody else refers to yet.
+        fill(unsafe { std::slice::from_raw_parts_mut(buf.as_ptr().cast_mut(), len) });
+        buf
     }
 
     /// A writable buffer of `len` zero bytes. See [`Buf::zeroes`] for one that is only read.
@@ -187,7 +214,7 @@ impl Buf {
 
     #[inline]
     fn block(&self) -> &Block {
-        // SAFETY: this Buf holds a reference (or the block is the immortal zero block), so the header lives.
+        // SAFETY: this Buf holds a reference (or the block is never freed), so the header lives.
         unsafe { self.block.as_ref() }
     }
 
@@ -338,7 +365,7 @@ impl Buf {
         let (kind, class) = unsafe { (block.as_ref().kind, block.as_ref().class) };
         match kind {
             Kind::Pool => pool::give(class as usize, block),
-            Kind::Zero => {}
+            Kind::Zero | Kind::Immortal => {}
             Kind::Large | Kind::Lent => {
                 // SAFETY: headers of these kinds come from Box::leak, and the count is 0: nobody else refers to it.
                 let block = unsafe { Box::from_raw(block.as_ptr()) };
@@ -358,7 +385,7 @@ impl Clone for Buf {
     #[inline]
     fn clone(&self) -> Buf {
         let block = self.block();
-        if block.kind != Kind::Zero {
+        if block.kind.is_counted() {
             let before = block.refs.fetch_add(1, Ordering::Relaxed);
             // An overflow would free memory in use; 2^31 references mean a leak that must not become that.
             assert!(before < u32::MAX / 2, "too many references to one buffer");
@@ -371,7 +398,7 @@ impl Drop for Buf {
     #[inline]
     fn drop(&mut self) {
         let block = self.block();
-        if block.kind == Kind::Zero {
+        if !block.kind.is_counted() {
             return;
         }
         // A count of 1 is ours and cannot grow behind our back, so the usual case needs no atomic write.

@@ -16,11 +16,13 @@ mod pool;
 mod prefetch;
 mod secret;
 mod sg;
+mod stream;
 
 pub use buf::Buf;
 pub use prefetch::{Prefetch, prefetch};
 pub use secret::{SecretBytes, forbid_core_dumps};
 pub use sg::SgList;
+pub use stream::{fence_streams, stream};
 
 pub(crate) use arena::{MAX_INDEXED_SLABS, slab_at, slab_count};
 
