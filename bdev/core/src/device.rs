@@ -33,6 +33,10 @@ pub struct DeviceInfo {
     pub optimal_io_blocks: u32,
     /// Required alignment of buffer addresses, as a power of two in bytes (4096 for O_DIRECT files).
     pub buffer_align_bytes: u32,
+    /// A written buffer of this size, at a multiple of it, is kept as it is instead of being copied (0: none). Such a device
+    /// has [`fence_streams`](cryptfold_reactor::memory::fence_streams) executed before anybody else sees the bytes, so they may
+    /// have been stored past the caches. A promise of this device alone: layers do not pass it on.
+    pub keeps_bytes: u32,
     /// Reads report unmapped ranges, and unmapped or zeroed ranges read back as unmapped.
     pub reports_unmapped: bool,
     /// Space is allocated on first write.
@@ -61,6 +65,7 @@ impl DeviceInfo {
             atomic_blocks: 1,
             optimal_io_blocks: 0,
             buffer_align_bytes: 1,
+            keeps_bytes: 0,
             reports_unmapped: false,
             thin: false,
             read_only: false,
@@ -74,6 +79,7 @@ impl DeviceInfo {
             product_name,
             uuid: Uuid::new_v4(),
             aliases: Vec::new(),
+            keeps_bytes: 0,
             ..base.clone()
         }
     }

@@ -8,6 +8,7 @@
 //!   compare, compare-and-write and copy are left to the core's emulation above this layer.
 //! - Blocks that the base reports as unmapped read as zeros (what they hold below is no ciphertext), and stay reported.
 
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -15,7 +16,7 @@ use cryptfold_bdev::{
     Base, Bdev, BdevError, Channel, Complete, Device, DeviceInfo, Frame, Io, OnResize, Op, OpSet, Queue,
     Registry, Status,
 };
-use cryptfold_reactor::memory::SgList;
+use cryptfold_reactor::memory::{Buf, SgList, stream};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -86,11 +87,13 @@ impl Device for Crypto {
             unit_bytes: block_bytes as usize,
         };
         let context = context(&self.key)?;
+        let kept = self.base.bdev().info().keeps_bytes;
         Ok(Rc::new(CryptoQueue {
             base: self.base.channel()?,
             context,
             numbering,
             reports_unmapped: self.info.reports_unmapped,
+            hot: (kept > 0).then(|| RefCell::new(Buf::alloc(kept as usize))),
         }))
     }
 
@@ -124,9 +127,34 @@ struct CryptoQueue {
     context: XtsContext,
     numbering: Numbering,
     reports_unmapped: bool,
+    /// Where the next ciphertext of a whole page is made, before it goes past the caches to its place; [`None`] when the base
+    /// does not keep pages.
+    hot: Option<RefCell<Buf>>,
 }
 
 impl CryptoQueue {
+    /// Encrypts a write that the base keeps as it is, past the caches: nobody reads it soon. False, with nothing changed, for
+    /// any other write.
+    fn encrypt_past_caches(&self, io: &mut Io) -> bool {
+        let Some(hot) = &self.hot else { return false };
+        let unit = self.numbering.unit_bytes;
+        let (start, len) = (io.lba * unit as u64, io.blocks as usize * unit);
+        let (mut hot, [from]) = (hot.borrow_mut(), io.data.segments_mut()) else { return false };
+        let Some(hot) = hot.get_mut().filter(|hot| hot.len() == len && from.len() == len) else {
+            return false;
+        };
+        // What nobody else holds is encrypted where it lies, and is in the cache already.
+        if !start.is_multiple_of(len as u64) || from.is_unique() {
+            return false;
+        }
+        let mut to = Buf::alloc(hot.len());
+        let Some(bytes) = to.get_mut() else { return false };
+        self.context.run_buffer(Direction::Encrypt, self.numbering.run_at(start), from, hot);
+        stream(bytes, hot);
+        *from = to;
+        true
+    }
+
     /// Runs the payload of an I/O through the cipher, but for its unmapped blocks.
     fn transform(&self, direction: Direction, io: &mut Io, into: Option<SgList>) -> Result<(), Status> {
         let block = self.numbering.unit_bytes;
@@ -155,7 +183,9 @@ impl Queue for CryptoQueue {
                 io.push_with(self.clone(), 0, 0, into);
             }
             Op::Write => {
-                if let Err(status) = self.transform(Direction::Encrypt, &mut io, None) {
+                if !self.encrypt_past_caches(&mut io)
+                    && let Err(status) = self.transform(Direction::Encrypt, &mut io, None)
+                {
                     return io.finish(status);
                 }
             }

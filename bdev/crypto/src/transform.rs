@@ -29,7 +29,7 @@ pub(crate) struct Numbering {
 
 impl Numbering {
     /// The units from `position` on, which lies on a unit at or behind the origin.
-    fn run_at(&self, position: u64) -> UnitRun {
+    pub(crate) fn run_at(&self, position: u64) -> UnitRun {
         UnitRun {
             first_tweak: u128::from(self.first)
                 + u128::from((position - self.origin) >> self.step_bytes.trailing_zeros()),
@@ -108,11 +108,7 @@ pub(crate) fn apply(
         let mut to = Buf::alloc(len);
         let bytes = to.get_mut().ok_or(Status::INTERNAL_ERROR)?;
         let run = numbering.run_at(start);
-        if len == run.unit_bytes {
-            context.unit(direction, run.first_tweak, from, bytes);
-        } else {
-            context.run(direction, run, [from.as_slice()], [bytes]);
-        }
+        context.run_buffer(direction, run, from, bytes);
         *from = to;
         return Ok(());
     }

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use cryptfold_bdev::{Bdev, BdevError, Device, DeviceInfo, Io, Op, OpSet, Queue, Registry, Status};
 use cryptfold_reactor as reactor;
-use reactor::memory::{Buf, SgList};
+use reactor::memory::{Buf, SgList, fence_streams};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -68,6 +68,7 @@ pub fn create(registry: &Arc<Registry>, options: MallocOptions) -> Result<Arc<Bd
     info.ops =
         OpSet::of(&[Op::Read, Op::Write, Op::Flush, Op::Unmap, Op::WriteZeroes, Op::Compare, Op::Reset]);
     info.atomic_blocks = (PAGE as u32 / options.block_size_bytes.max(1)).max(1);
+    info.keeps_bytes = PAGE as u32;
     info.optimal_io_blocks = options.optimal_io_boundary;
     let pages = Pages::new(bytes.div_ceil(PAGE as u64) as usize);
     registry.register(Arc::new(Malloc { info, pages }))
@@ -109,11 +110,18 @@ impl Device for Malloc {
 struct MallocQueue {
     disk: Arc<Malloc>,
     /// Submitted, hinted, waiting for the drain.
-    pending: RefCell<Vec<Box<Io>>>,
+    pending: RefCell<Vec<Pending>>,
     /// The empty list that takes turns with it.
-    spare: Cell<Vec<Box<Io>>>,
+    spare: Cell<Vec<Pending>>,
     /// The drain, when it is not under way.
     drain: Cell<Option<Box<Drain>>>,
+}
+
+struct Pending {
+    io: Box<Io>,
+    /// A read without a buffer of its own.
+    lends: bool,
+    status: Status,
 }
 
 /// Works on everything pending, one turn of the reactor's queue after the first of it was submitted.
@@ -127,7 +135,11 @@ impl Queue for MallocQueue {
     fn submit(self: Rc<Self>, io: Box<Io>) {
         let (at, len) = self.place(&io);
         self.disk.pages.hint_places(at, len);
-        self.pending.borrow_mut().push(io);
+        self.pending.borrow_mut().push(Pending {
+            lends: io.op == Op::Read && io.data.is_empty(),
+            io,
+            status: Status::SUCCESS,
+        });
         if let Some(mut drain) = self.drain.take() {
             drain.queue = Some(self);
             reactor::defer(drain);
@@ -141,13 +153,17 @@ impl reactor::Deferred for Drain {
         let mut batch = queue.pending.replace(queue.spare.take());
         // What is submitted from here on waits for the next drain.
         queue.drain.set(Some(self));
-        for io in &batch {
+        fence_streams();
+        for Pending { io, .. } in &batch {
             let (at, len) = queue.place(io);
             queue.disk.pages.hint_counts(at, len);
         }
-        for mut io in batch.drain(..) {
-            let lends = io.op == Op::Read && io.data.is_empty();
-            let status = queue.work(&mut io);
+        // All pages change before anybody hears of it: the exchange of a page is a locked instruction, which waits until all
+        // that the completion before it has stored (the next write's data) is in memory.
+        for pending in &mut batch {
+            pending.status = queue.work(&mut pending.io);
+        }
+        for Pending { io, lends, status } in batch.drain(..) {
             // What is lent goes through the reactor's queue: its first bytes are on their way.
             if lends { io.finish(status) } else { io.up(status) }
         }

@@ -5,7 +5,7 @@ use std::mem::ManuallyDrop;
 use std::ptr::NonNull;
 use std::sync::atomic::{AtomicPtr, Ordering};
 
-use cryptfold_reactor::memory::{Buf, Prefetch, SgList, prefetch};
+use cryptfold_reactor::memory::{Buf, Prefetch, SgList, fence_streams, prefetch, stream};
 
 use crate::{PAGE, by_page};
 
@@ -214,12 +214,12 @@ fn copy_run(pages: &[Page], new: &[[u8; PAGE]]) {
     }
     for (at, new) in new.iter().enumerate() {
         let Some(buf) = &mut held[at] else { continue };
-        match buf.get_mut().map(|bytes| bytes.try_into()) {
-            Some(Ok(page)) => copy_page(page, new),
-            _ => old[at] = Some(std::mem::replace(&mut **buf, Buf::from_slice(new))),
+        match buf.get_mut() {
+            Some(page) => stream(page, new),
+            None => old[at] = Some(std::mem::replace(&mut **buf, Buf::from_slice(new))),
         }
     }
-    fence_copies();
+    fence_streams();
     for (held, page) in held.into_iter().zip(pages) {
         held.into_iter().for_each(|buf| page.unlock(buf));
     }
@@ -230,12 +230,11 @@ fn put(page: &mut Buf, offset: usize, piece: &mut Option<Buf>) -> Option<Buf> {
     let mut new = piece.take()?;
     let range = offset..offset + new.len();
     if let Some(bytes) = page.get_mut() {
-        match <&mut [u8; PAGE]>::try_from(&mut *bytes).ok().zip(<&[u8; PAGE]>::try_from(&*new).ok()) {
-            Some((page, new)) => {
-                copy_page(page, new);
-                fence_copies();
-            }
-            None => bytes[range].copy_from_slice(&new),
+        if range.len() == PAGE {
+            stream(bytes, &new);
+            fence_streams();
+        } else {
+            bytes[range].copy_from_slice(&new);
         }
         return Some(new);
     }
@@ -248,41 +247,4 @@ fn put(page: &mut Buf, offset: usize, piece: &mut Option<Buf>) -> Option<Buf> {
     std::mem::swap(page, &mut fresh);
     new = fresh;
     Some(new)
-}
-
-/// Copies a whole page past the caches: a disk's page is seldom read soon, and fetching what is overwritten would cost as much
-/// as writing it. [`fence_copies`] has to follow before others may see it.
-#[cfg(target_arch = "x86_64")]
-fn copy_page(to: &mut [u8; PAGE], from: &[u8; PAGE]) {
-    use std::arch::x86_64::{__m128i, _mm_loadu_si128, _mm_stream_si128};
-    if !to.as_ptr().addr().is_multiple_of(64) {
-        return to.copy_from_slice(from);
-    }
-    let (to, from) = (to.as_mut_ptr().cast::<__m128i>(), from.as_ptr().cast::<__m128i>());
-    for at in (0..PAGE / 16).step_by(4) {
-        // SAFETY: both are pages; `to` is aligned to more than 16 bytes; SSE2 is part of x86_64.
-        unsafe {
-            let line = [0, 1, 2, 3].map(|n| _mm_loadu_si128(from.add(at + n)));
-            for (n, part) in line.into_iter().enumerate() {
-                _mm_stream_si128(to.add(at + n), part);
-            }
-        }
-    }
-}
-
-/// Orders what [`copy_page`] has written before the release of its page's lock.
-#[cfg(target_arch = "x86_64")]
-#[inline]
-fn fence_copies() {
-    // SAFETY: no memory is touched.
-    unsafe { std::arch::x86_64::_mm_sfence() };
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-#[inline]
-fn fence_copies() {}
-
-#[cfg(not(target_arch = "x86_64"))]
-fn copy_page(to: &mut [u8; PAGE], from: &[u8; PAGE]) {
-    to.copy_from_slice(from);
 }

@@ -35,6 +35,16 @@ impl Scratch {
 }
 
 impl XtsContext {
+    /// [`XtsContext::run`] of one buffer, the usual case.
+    #[inline]
+    pub fn run_buffer(&self, direction: Direction, run: UnitRun, src: &[u8], dst: &mut [u8]) {
+        if src.len() == run.unit_bytes {
+            self.unit(direction, run.first_tweak, src, dst);
+        } else {
+            self.run(direction, run, [src], [dst]);
+        }
+    }
+
     /// Runs the data units in the pieces of `src` into the pieces of `dst`. Pieces may be of any length; both sides
     /// hold the same number of bytes, a multiple of the unit.
     ///
