@@ -1,7 +1,7 @@
 //! What is written.
 
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use cryptfold_reactor::memory::Buf;
 
@@ -69,7 +69,14 @@ impl Generator {
         let mut rng = Rng::new(seed ^ 0xDA7A);
         let ios = (POOL_BYTES / bytes).clamp(1, 256);
         let pool = match &source {
-            DataSource::Repeat => (0..ios).map(|_| random_buf(&mut rng, bytes)).collect(),
+            DataSource::Repeat => {
+                let all = random();
+                if bytes > all.len() {
+                    vec![random_buf(&mut rng, bytes)]
+                } else {
+                    (0..ios).map(|i| all.slice(i * bytes..(i + 1) * bytes)).collect()
+                }
+            }
             DataSource::Buffers(bufs) | DataSource::Stamped(bufs) => bufs.to_vec(),
             DataSource::File(path) => file_bufs(path, bytes)?,
             DataSource::Unique { compress_ratio, .. } => (0..POOL_BYTES / BLOCK / 4)
@@ -130,6 +137,20 @@ impl Generator {
         }
         out
     }
+}
+
+/// Incompressible bytes, [`POOL_BYTES`] of them, the same for all generators: made once, and handing them out counts
+/// nothing, so that the generator's share of a write stays small.
+fn random() -> &'static Buf {
+    static ALL: OnceLock<Buf> = OnceLock::new();
+    ALL.get_or_init(|| {
+        let mut rng = Rng::new(0xDA7A);
+        Buf::immortal(POOL_BYTES, |bytes| {
+            for piece in bytes.chunks_exact_mut(BLOCK) {
+                piece.copy_from_slice(&block(&mut rng, 1.0));
+            }
+        })
+    })
 }
 
 fn random_buf(rng: &mut Rng, bytes: usize) -> Buf {
