@@ -1,6 +1,6 @@
 //! Who is there: DH-HMAC-CHAP for both sides, and the pre-shared keys of TLS. No I/O, no clock, no source of randomness.
 //!
-//! `secret` owns the format in which secrets are handed around (`DHHC-1:...`), `dh` the Diffie-Hellman groups, `chap` the
+//! `interchange` owns the text form of all keys, `secret` those of DH-HMAC-CHAP (`DHHC-1:...`), `dh` the Diffie-Hellman groups, `chap` the
 //! two state machines; messages are those of `nvmf-spec`. `psk` owns keys for TLS (`NVMeTLSkey-1:...`), their identities
 //! and what is derived from them; the handshake is `nvmf-tls`'s.
 //!
@@ -9,6 +9,7 @@
 
 pub mod chap;
 pub mod dh;
+mod interchange;
 mod mac;
 pub mod psk;
 pub mod secret;

@@ -21,9 +21,10 @@ use thiserror::Error;
 use zeroize::Zeroizing;
 
 use crate::chap::Names;
+use crate::interchange::{self, TextError};
 use crate::mac::{mac, same};
-use crate::secret::decode_with_crc;
 
+const PREFIX: &str = "NVMeTLSkey-1";
 /// What goes into the digest of a version 1 identity beside the names.
 const DIGEST_LABEL: &[u8] = b" NVMe-over-Fabrics";
 /// Longest context of HKDF-Expand-Label, bytes.
@@ -44,6 +45,16 @@ pub enum PskError {
     /// Mistyped.
     #[error("the key's CRC is wrong: it was mistyped or cut")]
     Crc,
+}
+
+impl From<TextError> for PskError {
+    fn from(error: TextError) -> PskError {
+        match error {
+            TextError::Form => PskError::Form,
+            TextError::Hash(code) => PskError::Hash(code),
+            TextError::Crc => PskError::Crc,
+        }
+    }
 }
 
 /// A configured pre-shared key.
@@ -141,29 +152,13 @@ impl Psk {
     /// # Errors
     /// See [`PskError`].
     pub fn parse(text: &str) -> Result<Psk, PskError> {
-        let rest = text.trim().strip_prefix("NVMeTLSkey-1:").ok_or(PskError::Form)?;
-        let (code, rest) = rest.split_once(':').ok_or(PskError::Form)?;
-        let encoded = rest.strip_suffix(':').ok_or(PskError::Form)?;
-        if code.len() != 2 {
-            return Err(PskError::Form);
-        }
-        let code = u8::from_str_radix(code, 16).map_err(|_| PskError::Form)?;
-        let transform = match code {
-            0 => None,
-            c => Some(HashId::from_u8(c).ok_or(PskError::Hash(c))?),
-        };
-        let key = decode_with_crc(encoded).ok_or(PskError::Form)?.ok_or(PskError::Crc)?;
+        let (transform, key) = interchange::parse(PREFIX, text)?;
         Psk::new(&key, transform)
     }
 
     /// Its text.
     pub fn to_text(&self) -> Zeroizing<String> {
-        let code = self.transform.map_or(0, |h| h as u8);
-        let mut bytes = Zeroizing::new(Vec::with_capacity(self.key.len() + 4));
-        bytes.extend_from_slice(&self.key);
-        bytes.extend_from_slice(&crc32fast::hash(&self.key).to_le_bytes());
-        let encoded = Zeroizing::new(STANDARD.encode(&*bytes));
-        Zeroizing::new(format!("NVMeTLSkey-1:{code:02x}:{}:", encoded.as_str()))
+        interchange::to_text(PREFIX, self.transform, &self.key)
     }
 
     /// The hash that its identities name.

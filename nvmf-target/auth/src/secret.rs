@@ -4,14 +4,14 @@
 
 use std::fmt;
 
-use base64::Engine as _;
-use base64::engine::general_purpose::STANDARD;
 use cryptfold_nvmf_spec::auth::HashId;
 use thiserror::Error;
 use zeroize::Zeroizing;
 
+use crate::interchange::{self, TextError};
 use crate::mac::mac;
 
+const PREFIX: &str = "DHHC-1";
 /// What goes into a transformed key beside the name.
 const TRANSFORM_LABEL: &[u8] = b"NVMe-over-Fabrics";
 
@@ -30,6 +30,16 @@ pub enum SecretError {
     /// Mistyped.
     #[error("the secret's CRC is wrong: it was mistyped or cut")]
     Crc,
+}
+
+impl From<TextError> for SecretError {
+    fn from(error: TextError) -> SecretError {
+        match error {
+            TextError::Form => SecretError::Form,
+            TextError::Hash(code) => SecretError::Hash(code),
+            TextError::Crc => SecretError::Crc,
+        }
+    }
 }
 
 /// A secret.
@@ -66,29 +76,13 @@ impl Secret {
     /// # Errors
     /// See [`SecretError`].
     pub fn parse(text: &str) -> Result<Secret, SecretError> {
-        let rest = text.trim().strip_prefix("DHHC-1:").ok_or(SecretError::Form)?;
-        let (code, rest) = rest.split_once(':').ok_or(SecretError::Form)?;
-        let encoded = rest.strip_suffix(':').ok_or(SecretError::Form)?;
-        if code.len() != 2 {
-            return Err(SecretError::Form);
-        }
-        let code = u8::from_str_radix(code, 16).map_err(|_| SecretError::Form)?;
-        let transform = match code {
-            0 => None,
-            c => Some(HashId::from_u8(c).ok_or(SecretError::Hash(c))?),
-        };
-        let key = decode_with_crc(encoded).ok_or(SecretError::Form)?.ok_or(SecretError::Crc)?;
+        let (transform, key) = interchange::parse(PREFIX, text)?;
         Secret::new(&key, transform)
     }
 
     /// Its text.
     pub fn to_text(&self) -> Zeroizing<String> {
-        let code = self.transform.map_or(0, |h| h as u8);
-        let mut bytes = Zeroizing::new(Vec::with_capacity(self.key.len() + 4));
-        bytes.extend_from_slice(&self.key);
-        bytes.extend_from_slice(&crc32fast::hash(&self.key).to_le_bytes());
-        let encoded = Zeroizing::new(STANDARD.encode(&*bytes));
-        Zeroizing::new(format!("DHHC-1:{code:02x}:{}:", encoded.as_str()))
+        interchange::to_text(PREFIX, self.transform, &self.key)
     }
 
     /// The key that responses are made with by the holder of this name (NVMe Base 2.0 section 8.13.5.8).
@@ -98,15 +92,6 @@ impl Secret {
             Some(h) => mac(h, &self.key, &[nqn.as_bytes(), TRANSFORM_LABEL]),
         }
     }
-}
-
-/// Base64 of a key and its CRC-32. `None`: no base64 or too short; `Some(None)`: the CRC is wrong.
-pub(crate) fn decode_with_crc(encoded: &str) -> Option<Option<Zeroizing<Vec<u8>>>> {
-    let mut bytes = Zeroizing::new(STANDARD.decode(encoded).ok()?);
-    let at = bytes.len().checked_sub(4)?;
-    let crc = u32::from_le_bytes(bytes[at..].try_into().ok()?);
-    bytes.truncate(at);
-    Some((crc32fast::hash(&bytes) == crc).then_some(bytes))
 }
 
 #[cfg(test)]
