@@ -1,9 +1,9 @@
 //! `kill-loop [N] [--seed S]`: kills the real program N times under load; see [`cryptfold_tests::kill`].
 
 use std::process::ExitCode;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use clap::Parser;
+use cryptfold_tests::announce_seed;
 use cryptfold_tests::kill::{Options, find_or_build, run};
 
 /// Kills a target under write load and verifies every restart.
@@ -22,10 +22,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let clock =
-        || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64 % 1_000_000_000);
-    let seed = args.seed.unwrap_or_else(clock);
-    println!("seed {seed}");
+    let seed = announce_seed(args.seed);
     let done = find_or_build().and_then(|program| {
         run(&Options { program, kills: args.kills, seed, forget: false, verbose: args.verbose })
     });

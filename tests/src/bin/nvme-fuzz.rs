@@ -1,9 +1,10 @@
 //! `nvme-fuzz [--seed S] [--sessions N] [--seconds T] [--only SESSION]`: see [`cryptfold_tests::fuzz`].
 
 use std::process::ExitCode;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use clap::Parser;
+use cryptfold_tests::announce_seed;
 use cryptfold_tests::fuzz::{Options, run};
 use cryptfold_tests::kill::find_or_build;
 
@@ -26,10 +27,7 @@ struct Args {
 
 fn main() -> ExitCode {
     let args = Args::parse();
-    let clock =
-        || SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64 % 1_000_000_000);
-    let seed = args.seed.unwrap_or_else(clock);
-    println!("seed {seed}");
+    let seed = announce_seed(args.seed);
     let done = find_or_build().and_then(|program| {
         let time = args.seconds.map(Duration::from_secs);
         run(&Options { program, seed, sessions: args.sessions, time, only: args.only })
