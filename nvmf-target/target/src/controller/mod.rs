@@ -45,6 +45,30 @@ const VERSION: Vs = Vs::V1_4;
 const ACL: u8 = 3;
 /// Space below which hosts are warned, percent.
 pub(crate) const SPARE_THRESHOLD_PCT: u8 = 10;
+/// Space below which they are warned once more, percent.
+const CRITICAL_PCT: u8 = 2;
+/// So much more than a threshold has to be free before falling below it counts again, percent.
+const HYSTERESIS_PCT: u8 = 2;
+
+/// What is left of the space behind a controller's namespaces.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Room {
+    Enough,
+    Low,
+    Critical,
+}
+
+impl Room {
+    /// With so much free (percent): down at a threshold, up only well above it.
+    fn next(self, free: u8) -> Room {
+        let below = |limit: u8, is: Room| free < limit + if self >= is { HYSTERESIS_PCT } else { 0 };
+        match () {
+            () if below(CRITICAL_PCT, Room::Critical) => Room::Critical,
+            () if below(SPARE_THRESHOLD_PCT, Room::Low) => Room::Low,
+            () => Room::Enough,
+        }
+    }
+}
 /// How often space is looked at.
 const SPACE_INTERVAL: Duration = Duration::from_secs(2);
 /// Changed namespaces that are remembered one by one (NVMe Base 2.0 section 5.16.1.5).
@@ -113,7 +137,7 @@ pub(crate) struct State {
     busy: Duration,
     /// When space was last looked at, and whether there was too little.
     space_sampled: Nanos,
-    space_low: bool,
+    room: Room,
 }
 
 /// A controller.
@@ -181,7 +205,7 @@ impl Controller {
                 sampled: now,
                 busy: Duration::ZERO,
                 space_sampled: now,
-                space_low: false,
+                room: Room::Enough,
             }),
             options: n.options,
         });
@@ -502,10 +526,21 @@ impl Controller {
         s.space_sampled = now;
         drop(s);
         // Lock order: subsystem before controller.
-        let low = self.subsystem.free_percent(&self.host.nqn) < SPARE_THRESHOLD_PCT;
-        let was_low = std::mem::replace(&mut self.state().space_low, low);
-        if low && !was_low {
-            tracing::warn!("{}: less than {SPARE_THRESHOLD_PCT}% of the space is left", self.subsystem.nqn());
+        let free = self.subsystem.free_percent(&self.host.nqn);
+        let mut s = self.state();
+        let (was, now) = (s.room, s.room.next(free));
+        s.room = now;
+        drop(s);
+        if now == was {
+            return;
+        }
+        let nqn = self.subsystem.nqn();
+        match now {
+            Room::Enough => tracing::info!("{nqn}: {free}% of the space are free again"),
+            Room::Low => tracing::warn!("{nqn}: {free}% of the space are left"),
+            Room::Critical => tracing::error!("{nqn}: {free}% of the space are left; writes will fail soon"),
+        }
+        if now > was {
             self.raise(EventKind::SpareBelow);
         }
     }
@@ -519,5 +554,24 @@ impl Controller {
     pub(crate) fn totals(&self) -> crate::stats::Totals {
         let s = self.state();
         s.queues.values().fold(s.past, |sum, q| sum + q.stats.totals())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Room::{self, Critical, Enough, Low};
+
+    #[test]
+    fn space_that_wavers_around_a_threshold_warns_once() {
+        let seen: Vec<Room> = [100, 10, 9, 10, 11, 9, 12, 9, 2, 1, 2, 3, 1, 4, 11, 12, 0, 100]
+            .into_iter()
+            .scan(Enough, |room, free| {
+                *room = room.next(free);
+                Some(*room)
+            })
+            .collect();
+        let low = [Enough, Enough, Low, Low, Low, Low, Enough, Low, Low];
+        let critical = [Critical, Critical, Critical, Critical, Low, Low, Enough, Critical, Enough];
+        assert_eq!(seen, [low, critical].concat());
     }
 }
