@@ -1,6 +1,7 @@
 //! An association with a controller: the admin queue, what the controller says about itself, and the way to I/O queues.
 
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
@@ -13,12 +14,16 @@ use cryptfold_reactor::sync::mpsc;
 use cryptfold_reactor::{self as reactor, Task};
 use spec::fabrics::{Cattr, Connect, ConnectData, ConnectResult, PropertyCommand};
 use spec::features::{AsyncEvent, AsyncEventConfig, Fid, NumberOfQueues};
-use spec::identify::{Cns, IdentifyController, NamespaceIdentify, NamespaceList, oncs};
+use spec::identify::{
+    Cns, DescriptorList, IdentifyController, NamespaceId, NamespaceIdentify, NamespaceList, cmic, oncs,
+};
+use spec::log::{ANA_RGO, AnaGroup, AnaHeader, AnaState, ChangedNamespaces, GetLogPage, Lid};
 use spec::nqn::Nqn;
 use spec::opcode::Admin;
 use spec::pdu::ADMIN_CAPSULE_DATA_BYTES;
 use spec::property::{Cap, Cc, Csts, Property};
 use spec::{Cid, Cntlid, Nsid, Qid, Sqe};
+use uuid::Uuid;
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, IntoBytes};
 
@@ -40,6 +45,8 @@ const MAX_CAPSULE_BYTES: u32 = 1 << 20;
 const EVENTS: usize = 64;
 /// Longest answers to wait for: Identify lists of at most so many namespaces. A bound on what a target can make us do.
 const MAX_NAMESPACES: usize = 1 << 16;
+/// ANA groups of a controller that are looked at, at most.
+const MAX_ANA_GROUPS: u64 = 4096;
 
 /// What is needed to open I/O queues, on any reactor.
 pub struct Connector {
@@ -79,6 +86,12 @@ pub struct NamespaceInfo {
     pub max_copy_blocks: u64,
     /// NGUID; zeros = none.
     pub nguid: [u8; 16],
+    /// EUI64; zeros = none.
+    pub eui64: [u8; 8],
+    /// UUID, if it has one.
+    pub uuid: Option<Uuid>,
+    /// ANA group; 0 = none.
+    pub ana_group: u32,
 }
 
 impl NamespaceInfo {
@@ -248,7 +261,78 @@ impl Controller {
             max_transfer_bytes: mdts.unwrap_or(MAX_TRANSFER_BYTES).min(MAX_TRANSFER_BYTES),
             max_copy_blocks: copy,
             nguid: id.nguid,
+            eui64: id.eui64,
+            uuid: self.namespace_uuid(nsid).await?,
+            ana_group: id.anagrpid.get(),
         })
+    }
+
+    /// The UUID among a namespace's identifiers. A controller that has no list of them is asked no further.
+    async fn namespace_uuid(&self, nsid: Nsid) -> Result<Option<Uuid>, Error> {
+        match identify::<DescriptorList>(&self.admin, Cns::NamespaceDescriptors, nsid).await {
+            Ok(list) => Ok(list.iter().find_map(|id| match id {
+                NamespaceId::Uuid(bytes) => Some(Uuid::from_bytes(bytes)),
+                _ => None,
+            })),
+            Err(Error::Status { .. }) => Ok(None),
+            Err(e) => Err(e),
+        }
+    }
+
+    /// The states of the ANA groups by identifier; empty where the controller does not report them. Reading them lets
+    /// the next change be told.
+    ///
+    /// # Errors
+    /// The connection's or the command's; [`Error::Unsupported`] for a page that makes no sense.
+    pub async fn ana_states(&self) -> Result<BTreeMap<u32, AnaState>, Error> {
+        if self.identify.cmic & cmic::ANA == 0 {
+            return Ok(BTreeMap::new());
+        }
+        let unsupported = |why: String| Error::Unsupported { what: "ANA log page", why };
+        let groups = u64::from(self.identify.nanagrpid.get());
+        if groups > MAX_ANA_GROUPS {
+            return Err(unsupported(format!("{groups} groups; {MAX_ANA_GROUPS} are taken")));
+        }
+        let header = size_of::<AnaHeader>();
+        let bytes = header as u64 + groups * size_of::<AnaGroup>() as u64;
+        let page = self.log_page(Lid::Ana, ANA_RGO, 0, bytes).await?;
+        let (head, rest) = AnaHeader::read_from_prefix(&page)
+            .map_err(|_| unsupported(format!("{} bytes; {header} are the least", page.len())))?;
+        let mut states = BTreeMap::new();
+        for group in rest.chunks_exact(size_of::<AnaGroup>()).take(usize::from(head.ngrps.get())) {
+            let Ok(group) = AnaGroup::read_from_bytes(group) else { continue };
+            let state = AnaState::from_u8(group.state & 0xf).ok_or_else(|| {
+                unsupported(format!("group {} is in state {:#x}", group.grpid, group.state))
+            })?;
+            states.insert(group.grpid.get(), state);
+        }
+        Ok(states)
+    }
+
+    /// Takes note of the list of changed namespaces, so that the next change is told.
+    ///
+    /// # Errors
+    /// The connection's or the command's.
+    pub async fn acknowledge_changes(&self) -> Result<(), Error> {
+        let size = size_of::<ChangedNamespaces>() as u64;
+        self.log_page(Lid::ChangedNamespaces, 0, 0, size).await.map(drop)
+    }
+
+    /// So many bytes of a log page, from `offset`; both multiples of 4.
+    pub(crate) async fn log_page(
+        &self,
+        lid: Lid,
+        lsp: u8,
+        offset: u64,
+        bytes: u64,
+    ) -> Result<Vec<u8>, Error> {
+        let request = GetLogPage::new(lid, offset, bytes).ok_or_else(|| Error::Unsupported {
+            what: "log page",
+            why: format!("{bytes} bytes from {offset}; multiples of 4 are needed"),
+        })?;
+        let sqe = GetLogPage { lsp, ..request }.to_sqe(Cid(0), Nsid::NONE);
+        let reply = command(&self.admin, "Get Log Page", sqe, Payload::In(bytes as u32)).await?;
+        Ok(reply.data.to_contiguous().to_vec())
     }
 
     fn operations(&self, copy: bool) -> OpSet {
@@ -275,10 +359,6 @@ impl Controller {
     /// As there.
     pub async fn io_queue(&self, depth: u16) -> Result<IoQueue, Error> {
         self.connector.clone().io_queue(depth).await
-    }
-
-    pub(crate) fn admin(&self) -> &Conn {
-        &self.admin
     }
 
     /// Tells the controller that this host shuts down, waits until it is ready for that, and ends the association.

@@ -1,13 +1,10 @@
 //! Asking a discovery controller what there is.
 
 use cryptfold_nvmf_spec as spec;
-use spec::log::{
-    DiscoveryEntry, DiscoveryHeader, GetLogPage, Lid, SubsystemType, TransportType, sectype, treq,
-};
-use spec::{Cid, Nsid, nqn};
+use spec::log::{DiscoveryEntry, DiscoveryHeader, Lid, SubsystemType, TransportType, sectype, treq};
+use spec::nqn;
 use zerocopy::FromBytes;
 
-use crate::conn::Payload;
 use crate::{ConnectOptions, Controller, Error};
 
 /// Entries that are read at most.
@@ -75,7 +72,9 @@ async fn read_page(controller: &Controller) -> Result<Option<Vec<DiscoveredSubsy
     while at < count {
         let n = BATCH.min(count - at);
         let size = size_of::<DiscoveryEntry>() as u64;
-        let bytes = read(controller, size_of::<DiscoveryHeader>() as u64 + at * size, n * size).await?;
+        let bytes = controller
+            .log_page(Lid::Discovery, 0, size_of::<DiscoveryHeader>() as u64 + at * size, n * size)
+            .await?;
         for entry in bytes.chunks_exact(size_of::<DiscoveryEntry>()) {
             found.extend(DiscoveryEntry::read_from_bytes(entry).ok().as_ref().and_then(usable));
         }
@@ -86,26 +85,11 @@ async fn read_page(controller: &Controller) -> Result<Option<Vec<DiscoveredSubsy
 }
 
 async fn read_header(controller: &Controller) -> Result<DiscoveryHeader, Error> {
-    let bytes = read(controller, 0, size_of::<DiscoveryHeader>() as u64).await?;
+    let bytes = controller.log_page(Lid::Discovery, 0, 0, size_of::<DiscoveryHeader>() as u64).await?;
     DiscoveryHeader::read_from_bytes(&bytes).map_err(|_| Error::Unsupported {
         what: "discovery log page",
         why: format!("a header of {} bytes", bytes.len()),
     })
-}
-
-async fn read(controller: &Controller, offset: u64, len: u64) -> Result<Vec<u8>, Error> {
-    let request = GetLogPage::new(Lid::Discovery, offset, len).ok_or(Error::Unsupported {
-        what: "discovery log page",
-        why: "its size is no multiple of 4".into(),
-    })?;
-    let sqe = request.to_sqe(Cid(0), Nsid::NONE);
-    let reply = controller.admin().call(sqe, Payload::In(len as u32), true).await?;
-    let status = reply.cqe.status();
-    if !status.is_success() {
-        let what = format!("{}: Get Log Page (Discovery)", controller.admin().label());
-        return Err(Error::Status { what, status });
-    }
-    Ok(reply.data.to_contiguous().to_vec())
 }
 
 fn usable(entry: &DiscoveryEntry) -> Option<DiscoveredSubsystem> {
