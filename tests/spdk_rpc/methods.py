@@ -39,14 +39,9 @@ GROUPS = {
         bdev_error_delete bdev_passthru_create bdev_passthru_delete bdev_split_create bdev_split_delete
         bdev_error_inject_error bdev_null_resize bdev_crypto_create bdev_crypto_delete accel_crypto_key_create
         accel_crypto_key_destroy accel_crypto_keys_get bdev_get_iostat bdev_reset_iostat bdev_enable_histogram
-        bdev_get_histogram bdev_set_qos_limit iobuf_set_options iobuf_get_stats sock_impl_get_options
+        bdev_get_histogram bdev_set_qos_limit bdev_nvme_attach_controller bdev_nvme_detach_controller
+        bdev_nvme_get_controllers bdev_nvme_reset_controller bdev_nvme_set_options iobuf_set_options iobuf_get_stats sock_impl_get_options
         sock_impl_set_options save_config load_config""",
-}
-# Not built: the target has no NVMe below it yet. Each must say so (method not found); building one makes this fail.
-NOT_BUILT = {
-    "bdev_nvme_attach_controller": "-b n0 -t TCP -a 127.0.0.1 -f ipv4 -s 1 -n nqn.2016-06.io.spdk:x",
-    "bdev_nvme_detach_controller": "n0",
-    "bdev_nvme_get_controllers": "",
 }
 NQN = "nqn.2016-06.io.spdk:c1"
 HOST = "nqn.2014-08.org.nvmexpress:uuid:0b5f7f6e-4f63-4a53-9b64-0a5f2e1d9c77"
@@ -381,9 +376,42 @@ def and_away(r, d):
     equal(r.ok("bdev_get_bdevs"), [])
 
 
-def not_built(r, d):
-    for method, arguments in NOT_BUILT.items():
-        r.refused(f"{method} {arguments}", "Method not found")
+def remote(r, d):
+    """Controllers of other targets; the other target is this one."""
+    far, ports = "nqn.2016-06.io.spdk:far", (free_port(), free_port())
+    where = [f"-t tcp -a 127.0.0.1 -f ipv4 -s {port}" for port in ports]
+    equal(r.ok("bdev_null_create z0 64 4096"), "z0")
+    r.done(f"nvmf_create_subsystem {far} -a")
+    r.ok(f"nvmf_subsystem_add_ns {far} z0 -u 3c9f7a52-0f0e-4a53-9b64-5a3c4f0e9d2a")
+    for w in where:
+        r.done(f"nvmf_subsystem_add_listener {far} {w}")
+    r.done("bdev_nvme_set_options --keep-alive-timeout-ms 10000 --bdev-retry-count 4")
+    attach = f"bdev_nvme_attach_controller -b far -n {far} -x multipath -l -1 -o 1"
+    equal(r.ok(f"{attach} {where[0]} --hdgst --ddgst"), "farn1")
+    equal(r.ok(f"{attach} {where[1]}"), "farn1")
+    r.refused(f"{attach} {where[1]}", "already exists with the specified network path", '"code": -114,')
+    r.refused(f"{attach.replace('multipath', 'disable')} {where[1]}", "already exists and multipath is disabled", "-114")
+    r.refused(f"{attach.replace('-b far', '-b none').replace(far, far + 'x')} {where[0]}", "Input/output error", '"code": -5,')
+    r.refused("bdev_nvme_set_options --bdev-retry-count 4", '"code": -1,')
+    bdev = one(r.ok("bdev_get_bdevs -b farn1"))
+    equal((bdev["num_blocks"], bdev["product_name"]), (16384, "NVMe disk"))
+    equal(bdev["uuid"], "3c9f7a52-0f0e-4a53-9b64-5a3c4f0e9d2a")
+    equal(bdev["driver_specific"]["nvme"][0]["trid"]["subnqn"], far)
+    controller = one(r.ok("bdev_nvme_get_controllers -n far"))
+    has(controller, "name", "ctrlrs")
+    equal([c["trid"]["trsvcid"] for c in controller["ctrlrs"]], [str(port) for port in ports])
+    for path in controller["ctrlrs"]:
+        has(path, "state", "trid", "cntlid", "host", "numa_id")
+        equal(path["state"], "enabled")
+    r.done("bdev_nvme_reset_controller far")
+    equal([c["method"] for c in r.ok("framework_get_config bdev")].count("bdev_nvme_attach_controller"), 2)
+    r.done(f"bdev_nvme_detach_controller far {where[0]} -n {far}")
+    equal(len(one(r.ok("bdev_nvme_get_controllers"))["ctrlrs"]), 1)
+    r.done("bdev_nvme_detach_controller far")
+    r.refused("bdev_nvme_detach_controller far", "No such device", '"code": -19,')
+    equal(r.ok("bdev_nvme_get_controllers"), [])
+    r.done(f"nvmf_delete_subsystem {far}")
+    r.done("bdev_null_delete z0")
 
 
 class Target:
@@ -423,7 +451,7 @@ def main(spdk_rpc, program):
         d = Directory(path)
         d.port = free_port()
         first = [before_initialisation, framework, device_kinds, volumes, target, access, configuration]
-        runs = [(["--wait-for-rpc"], first), (["--wait-for-rpc"], [everything_back, and_away, not_built])]
+        runs = [(["--wait-for-rpc"], first), (["--wait-for-rpc"], [everything_back, and_away, remote])]
         succeeded, targets = set(), []
         try:
             for options, parts in runs:

@@ -10,10 +10,12 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use cryptfold_bdev::Registry;
+use cryptfold_bdev_remote::Remotes;
 use cryptfold_nvmf_target::Target;
 use cryptfold_reactor::{Handle, IdlePolicy, MemoryConfig, Runtime, RuntimeConfig};
 use cryptfold_reduce::PoolManager;
 use serde_json::{Value, json};
+use uuid::Uuid;
 
 use crate::jsonrpc::{Handler, RpcError, RpcResult};
 use crate::keyring::Keyring;
@@ -96,6 +98,10 @@ pub(crate) struct Running {
 /// The control plane's state. One per process (tests make several).
 pub struct Control {
     pub(crate) registry: Arc<Registry>,
+    /// Controllers of other targets.
+    pub(crate) remotes: Remotes,
+    /// This host, to other targets, when no other name is given.
+    pub(crate) host_uuid: OnceLock<Uuid>,
     pub(crate) keys: KeyStore,
     pub(crate) ring: Keyring,
     pub(crate) kms: Kms,
@@ -121,8 +127,11 @@ pub(crate) fn lock<T>(m: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Control {
     /// Before initialisation: no reactor runs yet.
     pub fn new(config: ControlConfig) -> Arc<Control> {
+        let registry = Registry::new();
         Arc::new(Control {
-            registry: Registry::new(),
+            remotes: Remotes::new(registry.clone()),
+            host_uuid: OnceLock::new(),
+            registry,
             keys: KeyStore::default(),
             ring: Keyring::default(),
             kms: Kms::default(),
@@ -312,6 +321,7 @@ impl Control {
                 tracing::warn!(bdev = b.name(), "still in use at the end");
             }
         }
+        self.remotes.stop();
         runtime.stop();
         drained
     }

@@ -1,6 +1,7 @@
 //! The methods, a module per subsystem.
 
 mod bdev;
+mod bdev_nvme;
 mod config;
 mod crypto;
 mod devices;
@@ -29,6 +30,8 @@ pub(crate) use options::sock_config;
 /// The calls that make the devices again, in the order in which they were made.
 pub(crate) fn bdev_config(c: &Control) -> Result<Vec<(String, Value)>, RpcError> {
     let mut calls = lock(&c.options).calls("bdev");
+    // Before what stands on their devices; they themselves stand on nothing.
+    calls.extend(bdev_nvme::config(c));
     for b in c.registry.list() {
         calls.extend(b.device().config());
         calls.extend(c.pools().ok().and_then(|p| p.config(b.name())));
@@ -46,6 +49,7 @@ pub fn all() -> Vec<Method> {
         log::methods(),
         bdev::methods(),
         devices::methods(),
+        bdev_nvme::methods(),
         crypto::methods(),
         keyring::methods(),
         kms::methods(),

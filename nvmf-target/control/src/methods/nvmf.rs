@@ -586,12 +586,12 @@ fn referral(r: &Referral) -> Value {
 }
 
 /// A DH-HMAC-CHAP secret of the keyring, read from its file now.
-fn secret(c: &Control, param: &str, name: Option<String>) -> Result<Option<Named<Secret>>, RpcError> {
+pub fn secret(c: &Control, param: &str, name: Option<String>) -> Result<Option<Named<Secret>>, RpcError> {
     ring_key(c, param, name, Secret::parse)
 }
 
 /// A key of the keyring, read from its file now.
-fn ring_key<T, E: std::fmt::Display>(
+pub fn ring_key<T, E: std::fmt::Display>(
     c: &Control,
     param: &str,
     name: Option<String>,
@@ -679,7 +679,7 @@ fn apply(t: &Target, method: &str, params: &Map<String, Value>) -> Result<(), Rp
 }
 
 /// What DH-HMAC-CHAP may use: as given, or everything.
-fn offer(params: &Map<String, Value>) -> Result<Offer, RpcError> {
+pub fn offer(params: &Map<String, Value>) -> Result<Offer, RpcError> {
     fn list<T: Copy>(
         params: &Map<String, Value>,
         key: &str,
