@@ -54,9 +54,9 @@ impl Journal {
         }
     }
 
-    /// The batch that the next record will be in, or an earlier one.
+    /// The batch that the last record is in: when it is durable, so is everything that has happened.
     pub fn now(&self) -> Sequence {
-        Sequence(self.sealer.cursor().sequence.0 + self.pending.len() as u64)
+        Sequence(self.sealer.cursor().sequence.0 + self.pending.len() as u64 - 1)
     }
 
     /// Newest durable batch.
