@@ -314,7 +314,8 @@ impl Pool {
             moved_bytes: self.moved_bytes.get(),
             memory_bytes: (shard.meter.bytes.get() + shard.index.memory_bytes()) as u64
                 + shard.domains.values().map(|d| d.recent.borrow().memory_bytes() as u64).sum::<u64>()
-                + self.logs.borrow().iter().map(|log| log.memory_bytes() as u64).sum::<u64>(),
+                + self.logs.borrow().iter().map(|log| log.memory_bytes() as u64).sum::<u64>()
+                + self.lent_bytes() as u64,
             index_entries: shard.index.len() as u64,
             index_sampling: 1 << shard.index.hook_bits(),
             checkpoints: superblock.generation,

@@ -23,6 +23,7 @@ use cryptfold_reduce_format::record::TreeRoot;
 use cryptfold_reduce_format::segment::Class;
 
 use crate::info::CheckReport;
+use crate::lend::from_filler;
 use crate::pool::Pool;
 use crate::read::decode_fragment;
 use crate::shard::{Volume, live_bytes};
@@ -366,6 +367,8 @@ impl Pool {
             Err(status) => return Err(FragmentError::Io(status)),
         };
         let end = entry.place.offset + entry.unit_bytes;
+        let asked = from_filler(&segment, entry.place.offset, entry.unit_bytes).await;
+        let found = asked.map_err(FragmentError::Io)?;
         let sealed = if segment.is_written(end) {
             let at = segment.start_bytes + u64::from(entry.place.offset);
             match self.base.read(at, entry.unit_bytes as usize).await {
@@ -374,6 +377,8 @@ impl Pool {
                 }
                 sealed => sealed?,
             }
+        } else if let Some(sealed) = found {
+            sealed
         } else {
             let logs = self.logs.borrow();
             logs.iter()

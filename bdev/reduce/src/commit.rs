@@ -1,7 +1,7 @@
 //! Group commit: makes what has happened durable, in the one order that recovery relies on.
 //!
-//! A commit: (1) take all records so far (seal them into batches) and send all sealed data so far to the device; (2) wait
-//! for the data; (3) flush the device; (4) write the batches; (5) flush; (6) wake who waited. So a record on the device
+//! A commit: (1) take all records so far (seal them into batches) and send all sealed data so far to the device, also what other
+//! cores have sealed; (2) wait for the data; (3) flush the device; (4) write the batches; (5) flush; (6) wake who waited. So a record on the device
 //! implies its data, and what a power cut takes from the journal is a tail.
 //!
 //! One commit runs at a time (the committer task), what comes meanwhile is collected for the next. At a commit's cut the
@@ -78,7 +78,7 @@ impl Pool {
         result.map_err(|error| self.inconsistent(&error))
     }
 
-    /// The batch that a record pushed now is in, or a later one.
+    /// The batch that holds the last record pushed.
     pub(crate) fn now(&self) -> Sequence {
         self.journal.borrow().now()
     }
@@ -246,6 +246,7 @@ impl Pool {
         let records = self.journal.borrow().records();
         let room = self.journal.borrow().has_room();
         let cuts = self.cut_logs();
+        let elsewhere = self.cut_loans();
         let sealed = self.seal_pending()?;
         let frozen = freeze.then(|| {
             self.commits.checkpoint_wanted.set(false);
@@ -255,6 +256,9 @@ impl Pool {
         // ---- the cut's end
         for (log, number) in cuts {
             log.written(number).await?;
+        }
+        for cut in elsewhere {
+            cut.await?;
         }
         if room {
             if !sealed.is_empty() {

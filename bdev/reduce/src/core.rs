@@ -1,7 +1,8 @@
-//! What a pool has on every core that uses it: a channel to the device, codecs, and fragments decoded lately.
+//! What a pool has on every core that uses it: a channel to the device, codecs, fragments decoded lately, and, on other cores
+//! than the home, segments and containers that it fills by itself (see [`crate::lend`]).
 //!
-//! Owns nothing of the pool's state. The expensive part of an I/O (hash, codec, cipher of reads) runs on the core that
-//! the I/O came to; only small messages about it go to the pool's home.
+//! Owns nothing of the pool's state. The expensive part of an I/O (hash, codec, cipher) runs on the core that the I/O came to;
+//! only small messages about it go to the pool's home.
 
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -9,9 +10,13 @@ use std::rc::{Rc, Weak};
 use std::sync::Arc;
 
 use cryptfold_bdev::{BdevError, Descriptor};
+use cryptfold_reactor::{self as reactor, ReactorId, Task};
 use cryptfold_reduce_format::codec::{Compressor, Decompressor};
+use cryptfold_reduce_format::ids::DomainId;
 
 use crate::base::Base;
+use crate::hash::FastMap;
+use crate::lend::LentLane;
 use crate::read::FragmentCache;
 
 /// See the module's head.
@@ -20,11 +25,14 @@ pub(crate) struct Core {
     pub compressor: RefCell<Compressor>,
     pub decompressor: RefCell<Decompressor>,
     pub fragments: RefCell<FragmentCache>,
+    pub lanes: RefCell<FastMap<DomainId, Rc<LentLane>>>,
+    /// Keeps all this while there is something in `lanes`, whether or not a queue is open.
+    keeper: RefCell<Option<Task<()>>>,
 }
 
 thread_local! {
-    /// By pool; shared by the queues of this core.
-    static CORES: RefCell<HashMap<u64, Weak<Core>>> = RefCell::default();
+    /// By pool and (in the simulator there are several on a thread) core; shared by the queues.
+    static CORES: RefCell<HashMap<(u64, ReactorId), Weak<Core>>> = RefCell::default();
 }
 
 impl Core {
@@ -34,18 +42,46 @@ impl Core {
             compressor: RefCell::new(Compressor::new()),
             decompressor: RefCell::new(Decompressor::new()),
             fragments: RefCell::default(),
+            lanes: RefCell::default(),
+            keeper: RefCell::default(),
         })
+    }
+
+    /// This core's part of a pool, if there is one. Never the home's.
+    pub fn find(pool: u64) -> Option<Rc<Core>> {
+        let key = (pool, reactor::current().id());
+        CORES.with_borrow(|cores| cores.get(&key).and_then(Weak::upgrade))
+    }
+
+    /// Has this core's part outlive its queues, until [`Core::let_go`].
+    pub fn keep(self: &Rc<Self>) {
+        let mut keeper = self.keeper.borrow_mut();
+        if keeper.is_none() {
+            let core = self.clone();
+            *keeper = Some(reactor::spawn_local(async move {
+                std::future::pending::<()>().await;
+                drop(core);
+            }));
+        }
+    }
+
+    /// Ends what [`Core::keep`] began.
+    pub async fn let_go(&self) {
+        let keeper = self.keeper.take();
+        if let Some(keeper) = keeper {
+            keeper.cancel().await;
+        }
     }
 
     /// This core's part of a pool.
     pub fn of(pool: u64, descriptor: &Arc<Descriptor>) -> Result<Rc<Core>, BdevError> {
-        if let Some(core) = CORES.with_borrow(|cores| cores.get(&pool).and_then(Weak::upgrade)) {
+        if let Some(core) = Core::find(pool) {
             return Ok(core);
         }
         let core = Core::new(Base::open(descriptor)?);
         CORES.with_borrow_mut(|cores| {
             cores.retain(|_, core| core.strong_count() > 0);
-            cores.insert(pool, Rc::downgrade(&core));
+            cores.insert((pool, reactor::current().id()), Rc::downgrade(&core));
         });
         Ok(core)
     }

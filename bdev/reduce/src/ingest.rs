@@ -11,7 +11,8 @@ use std::rc::Rc;
 
 use cryptfold_bdev::Status;
 use cryptfold_reactor as reactor;
-use cryptfold_reduce_format::codec::{self, Codec, Compression, Compressor};
+use cryptfold_reduce_format::block::Block;
+use cryptfold_reduce_format::codec::{self, Compression, Compressor};
 use cryptfold_reduce_format::container::FragmentEntry;
 use cryptfold_reduce_format::entry::{MapRun, Record, runs};
 use cryptfold_reduce_format::fingerprint::{Chunk, Fingerprint, Hasher};
@@ -22,15 +23,16 @@ use cryptfold_reduce_format::ids::{
 use cryptfold_reduce_format::journal::Scope;
 use cryptfold_reduce_format::map::{MapEntry, Target};
 use cryptfold_reduce_format::segment::Class;
-use reactor::memory::{Buf, SgList};
+use reactor::memory::SgList;
 use reactor::sync::Mutex;
 use smallvec::SmallVec;
 use std::sync::Arc;
 
+use crate::lend::{LentLane, LoanId};
 use crate::log::{Appended, DataLog, NotAppended, bound};
 use crate::pool::Pool;
-use crate::segments::{Purpose, Segment};
-use crate::shard::{FIRST_CONTAINER, Needs};
+use crate::segments::{Filler, Purpose, Segment};
+use crate::shard::{ApplyError, FIRST_CONTAINER, Needs, Shard};
 
 /// Blocks that are written in one step.
 pub(crate) const PIECE: usize = 32;
@@ -90,12 +92,12 @@ pub(crate) struct Scratch {
     /// (chunk, earlier chunk of the same piece with the same content)
     same: Vec<(u16, u16)>,
     runs: Vec<MapRun>,
-    /// What another core has compressed already.
-    packed: Vec<Packed>,
+    /// What another core has sealed already.
+    sealed: Option<Sealed>,
     /// Duplicates are not looked for: their lists can not be read.
     blind: bool,
-    /// New chunks are not stored but reported: another core is to compress them.
-    unpacked: bool,
+    /// New chunks are not stored but reported: another core is to seal them.
+    unsealed: bool,
 }
 
 /// A small write that came with others.
@@ -110,8 +112,8 @@ pub(crate) struct Small<'a> {
 enum Attempt {
     /// Nothing: it is.
     Done,
-    /// That the core that it came to compresses its new chunks.
-    Pack,
+    /// That the core that it came to seals its new chunks.
+    Seal,
     /// These are missing; `true`: only for finding duplicates.
     Load(Needs, bool),
     /// So many bytes of room in the log.
@@ -194,15 +196,14 @@ impl Pool {
         Ok(())
     }
 
-    /// Writes a piece that another core has prepared. Comes back unwritten, with how the volume wants it compressed, if it has
-    /// new chunks and is not packed yet.
+    /// Writes a piece that another core has prepared. Comes back unwritten if it has new chunks that could be sealed there.
     pub(crate) async fn write_prepared(
         self: &Rc<Self>,
         volume: VolumeId,
         generation: Generation,
         lba: u64,
         mut prepared: Prepared,
-    ) -> Result<Option<(Prepared, Compression)>, Status> {
+    ) -> Result<Option<ToSeal>, Status> {
         self.throttle().await?;
         let target = self.target(volume)?;
         if target.generation != generation {
@@ -211,7 +212,9 @@ impl Pool {
             return Ok(None);
         }
         let done = self.write_piece(&target, lba, &prepared.piece, &mut prepared.scratch).await?;
-        Ok((!done).then_some((prepared, target.compression)))
+        let Target4k { domain, compression, .. } = target;
+        let segment_bytes = self.segment_bytes;
+        Ok((!done).then_some(ToSeal { prepared, domain, compression, segment_bytes }))
     }
 
     /// Writes several small pieces at once, each if nothing has to be waited for; `answer` gets each one's number and result
@@ -274,7 +277,7 @@ impl Pool {
         }
     }
 
-    /// Stores a piece. False: it has to be packed first.
+    /// Stores a piece. False: the core that it came to has to seal it first.
     async fn write_piece(
         self: &Rc<Self>,
         target: &Target4k,
@@ -287,7 +290,7 @@ impl Pool {
         loop {
             match self.attempt(target, &lane, lba, piece, scratch)? {
                 Attempt::Done => return Ok(true),
-                Attempt::Pack => return Ok(false),
+                Attempt::Seal => return Ok(false),
                 Attempt::Load(needs, only_duplicates) => {
                     // Boxed: rare, and it would make every write's future large.
                     let loaded = Box::pin(self.load_all(needs, &mut pins)).await;
@@ -322,6 +325,9 @@ impl Pool {
             shard
                 .needs_of_fill(target.volume, lba, scratch.entries.len() as u64, &mut needs)
                 .map_err(gone)?;
+            if let Some(sealed) = &scratch.sealed {
+                shard.needs_of_sealed(target.domain, sealed, &mut needs).map_err(gone)?;
+            }
             if !needs.is_empty() {
                 return Ok(Attempt::Load(needs, false));
             }
@@ -338,16 +344,17 @@ impl Pool {
         }
         let new = scratch.found.iter().filter(|found| found.is_none()).count();
         self.expects_new.set(2 * new > scratch.found.len());
-        if new > 0 && scratch.unpacked {
-            return Ok(Attempt::Pack);
+        if new > 0 && scratch.unsealed {
+            return Ok(Attempt::Seal);
         }
         if new > 0 {
-            // Groups that are packed already are stored whole.
-            let most = if scratch.packed.is_empty() { new } else { scratch.sources.len() };
-            let bytes = (most.div_ceil(RAW_GROUP) + 1) * bound(0) + most * CHUNK_BYTES;
-            if lane.log.room_for(bytes).is_err() {
+            // A chunk that was sealed elsewhere may have been found then and be gone now; others are stored there.
+            let left = scratch.sealed.as_ref().map_or(new, |sealed| sealed.lacks(scratch));
+            let bytes = most_bytes(left);
+            if left > 0 && lane.log.room_for(bytes).is_err() {
                 return Ok(Attempt::Room(bytes));
             }
+            self.adopt(target, scratch)?;
             self.store(target, lane, piece, scratch)?;
         }
         for (found, source) in scratch.found.iter().zip(&scratch.sources) {
@@ -367,105 +374,48 @@ impl Pool {
         piece: &SgList,
         scratch: &mut Scratch,
     ) -> Result<(), Status> {
-        let Scratch { sources, fingerprints, found, new, same, packed, .. } = scratch;
-        for group in packed.drain(..) {
-            // What has been found since it was packed needs no second copy; all of the group or nothing is stored.
-            if group.members.iter().any(|&at| found[usize::from(at)].is_none()) {
-                self.store_packed(target, lane, piece, sources, fingerprints, found, &group)?;
-            }
-        }
-        new.clear();
-        same.clear();
-        for at in 0..found.len() {
-            if found[at].is_some() {
-                continue;
-            }
-            match fingerprints[..at].iter().position(|earlier| *earlier == fingerprints[at]) {
-                Some(earlier) => same.push((at as u16, earlier as u16)),
-                None => new.push(at as u16),
-            }
-        }
-        let mut rest = new.as_slice();
-        // Of the next chunks, those that were found to be nothing for a codec.
-        let mut raw = 0;
-        while !rest.is_empty() {
-            let (container, slot) = self.container(lane, 1);
-            let most = rest.len().min(GROUP).min(SLOTS - usize::from(slot));
-            let mut setting = target.compression;
-            let mut pieces = neighbours(&rest[..most], piece, sources);
-            if raw == 0 && most > RAW_GROUP && setting != Compression::Off {
-                raw = if codec::looks_incompressible(&pieces) { most } else { 0 };
-            }
-            if raw > 0 || setting == Compression::Off {
-                setting = Compression::Off;
-                let most = if raw > 0 { most.min(raw) } else { most };
-                pieces = neighbours(&rest[..most.min(RAW_GROUP)], piece, sources);
-            }
-            let count = pieces.iter().map(|piece| piece.len() / CHUNK_BYTES).sum();
-            let (group, others) = rest.split_at(count);
-            rest = others;
-            raw = raw.saturating_sub(count);
-            let first = ChunkAddr::new(container, slot).ok_or(Status::INTERNAL_ERROR)?;
-            let prints = prints_of(group, fingerprints);
-            let appended = {
-                let mut compressor = self.core.compressor.borrow_mut();
-                lane.log.append(first, count as u8, &pieces, &mut compressor, setting)
-            };
-            self.record_fragment(target, lane, first, &prints, appended)?;
-            assign(found, group, first);
-        }
+        let Scratch { sources, fingerprints, found, new, same, .. } = scratch;
+        split_new(fingerprints, found, new, same);
+        let added = |first: ChunkAddr, members: &[u16], appended: Appended| {
+            let prints = prints_of(members, fingerprints);
+            self.record_fragment(target, first, &prints, &appended)?;
+            lane.filled(first.container(), first.slot() + members.len() as u16);
+            assign(found, members, first);
+            Ok(())
+        };
+        let compressor = &mut self.core.compressor.borrow_mut();
+        let container = || Some(self.container(lane, 1));
+        append_new(&lane.log, (compressor, target.compression), (piece, sources), new, container, added)?;
         for &(at, earlier) in same.iter() {
             found[usize::from(at)] = found[usize::from(earlier)];
         }
         Ok(())
     }
 
-    /// Stores what another core has compressed.
-    #[allow(clippy::too_many_arguments)]
-    fn store_packed(
-        &self,
-        target: &Target4k,
-        lane: &Lane,
-        piece: &SgList,
-        sources: &[Source],
-        fingerprints: &[Fingerprint],
-        found: &mut [Option<ChunkAddr>],
-        group: &Packed,
-    ) -> Result<(), Status> {
-        let together = if group.body.is_some() { group.members.len() } else { RAW_GROUP };
-        for members in group.members.chunks(together) {
-            let (container, slot) = self.container(lane, members.len());
-            let first = ChunkAddr::new(container, slot).ok_or(Status::INTERNAL_ERROR)?;
-            let appended = match &group.body {
-                Some((codec, body)) => lane.log.append_encoded(first, members.len() as u8, *codec, &[body]),
-                None => {
-                    let pieces = neighbours(members, piece, sources);
-                    lane.log.append_encoded(first, members.len() as u8, Codec::Raw, &pieces)
-                }
-            };
-            let prints = prints_of(members, fingerprints);
-            self.record_fragment(target, lane, first, &prints, appended)?;
-            assign(found, members, first);
+    /// Records what another core has sealed, where it is still needed.
+    fn adopt(&self, target: &Target4k, scratch: &mut Scratch) -> Result<(), Status> {
+        let Scratch { fingerprints, found, sealed, .. } = scratch;
+        let Some(sealed) = sealed else { return Ok(()) };
+        for SealedFragment { first, members, appended } in &sealed.fragments {
+            // What has been found since needs no second copy; all of a fragment or nothing is recorded.
+            if members.iter().any(|&at| found[usize::from(at)].is_none()) {
+                self.record_fragment(target, *first, &prints_of(members, fingerprints), appended)?;
+                self.recorded(sealed.loan);
+                assign(found, members, *first);
+            }
         }
         Ok(())
     }
 
-    /// Records a fragment that is in the log now; its slots are taken.
+    /// Records a fragment that is in a log now.
     fn record_fragment(
         &self,
         target: &Target4k,
-        lane: &Lane,
         first: ChunkAddr,
         prints: &[Fingerprint],
-        appended: Result<Appended, NotAppended>,
+        appended: &Appended,
     ) -> Result<(), Status> {
         let chunks = prints.len() as u8;
-        let appended = appended.map_err(|why| {
-            if let NotAppended::Failed(error) = &why {
-                tracing::error!(pool = %self.name(), %error, "a fragment can not be sealed");
-            }
-            Status::INTERNAL_ERROR
-        })?;
         let fragment = FragmentEntry {
             first_slot: first.slot(),
             chunks,
@@ -482,7 +432,6 @@ impl Pool {
             .map_err(|error| self.inconsistent(&error))?;
         shard.index_fragment(target.domain, first, prints);
         self.host_bytes.set(self.host_bytes.get() + u64::from(appended.unit_bytes));
-        lane.container.set(Some((container, first.slot() + u16::from(chunks))));
         Ok(())
     }
 
@@ -505,24 +454,29 @@ impl Pool {
         match lane.container.get() {
             Some((container, slot)) if usize::from(slot) + count <= SLOTS => (container, slot),
             old => {
-                let mut shard = self.shard.borrow_mut();
-                let Some(d) = shard.domains.get_mut(&lane.domain.0) else {
-                    return (FIRST_CONTAINER, 0);
-                };
-                if let Some((old, _)) = old {
+                if let Some((old, _)) = old
+                    && let Some(d) = self.shard.borrow_mut().domains.get_mut(&lane.domain.0)
+                {
                     d.containers.unpin(old.get());
                     d.fingerprints.unpin(old.get());
                 }
-                d.draw_container = d.draw_container.max(d.next_container);
-                let number = ContainerId::new(d.draw_container).unwrap_or(FIRST_CONTAINER);
-                d.draw_container += 1;
-                // Absent until its first fragment; kept in RAM while it is filled.
-                d.containers.pin(number.get());
-                d.fingerprints.pin(number.get());
+                let Some(number) = self.draw_container(lane.domain) else { return (FIRST_CONTAINER, 0) };
                 lane.container.set(Some((number, 0)));
                 (number, 0)
             }
         }
+    }
+
+    /// A container that is to be filled. Absent until its first fragment; kept in RAM while it is filled.
+    pub(crate) fn draw_container(&self, domain: DomainId) -> Option<ContainerId> {
+        let mut shard = self.shard.borrow_mut();
+        let d = shard.domains.get_mut(&domain.0)?;
+        d.draw_container = d.draw_container.max(d.next_container);
+        let number = ContainerId::new(d.draw_container).unwrap_or(FIRST_CONTAINER);
+        d.draw_container += 1;
+        d.containers.pin(number.get());
+        d.fingerprints.pin(number.get());
+        Some(number)
     }
 
     /// Whether a container is being filled, so must not be dropped.
@@ -531,6 +485,7 @@ impl Pool {
         lanes
             .values()
             .any(|lane| lane.domain == domain && lane.container.get().is_some_and(|open| open.0 == container))
+            || self.lent_containers(domain).contains(&container)
     }
 
     /// Waits until `bytes` fit the lane's log.
@@ -561,9 +516,21 @@ impl Pool {
             self.shard.borrow_mut().segments.close(old.number(), now);
         }
         let number = self.free_segment(lane.purpose).await?;
+        let (segment, header) = self.begin_segment(number, lane.domain, None)?;
+        lane.log.begin(segment, &header);
+        Ok(())
+    }
+
+    /// Opens a free segment that has been taken: its handle, and the block that it begins with.
+    pub(crate) fn begin_segment(
+        &self,
+        number: u32,
+        domain: DomainId,
+        filler: Option<Filler>,
+    ) -> Result<(Arc<Segment>, Box<Block>), Status> {
         let (addr, start, incarnation, generation) = {
             let mut shard = self.shard.borrow_mut();
-            let generation = shard.domains.get(&lane.domain.0).map(|d| d.generation);
+            let generation = shard.domains.get(&domain.0).map(|d| d.generation);
             let Some(generation) = generation else {
                 let now = self.now();
                 shard.segments.put_back(number, now);
@@ -572,7 +539,7 @@ impl Pool {
             let incarnation = shard.segments.draw_incarnation();
             (shard.segments.addr(number), shard.segments.start_bytes(number), incarnation, generation)
         };
-        let header = self.segment_header(addr, incarnation, Class::Data, lane.domain, generation);
+        let header = self.segment_header(addr, incarnation, Class::Data, domain, generation);
         let Some(key) = self.segment_key(&header) else { return Err(Status::INTERNAL_ERROR) };
         self.record(
             Scope::Pool,
@@ -580,18 +547,17 @@ impl Pool {
                 addr,
                 incarnation,
                 class: Class::Data,
-                domain: lane.domain,
+                domain,
                 generation,
                 shard: ShardIx(0),
             },
         )?;
-        let segment = Segment::open(key, start);
+        let segment = Segment::open(key, start, filler);
         self.shard.borrow_mut().segments.set_handle(segment.clone());
-        lane.log.begin(segment, &header.encode(self.keys.block()));
         if self.is_short() {
             self.collect.notify_one();
         }
-        Ok(())
+        Ok((segment, header.encode(self.keys.block())))
     }
 
     /// Takes a free segment; waits while space is on its way (a commit, a checkpoint, the collector).
@@ -615,6 +581,10 @@ impl Pool {
             let progress =
                 self.space_progress() > ready || self.emptied.get() > emptied || self.emptying_metadata.get();
             fruitless = if progress { 0 } else { fruitless + 1 };
+            if fruitless == 2 && self.recall(false).await? {
+                // What other cores had begun to fill can be collected.
+                fruitless = 0;
+            }
             if fruitless > 2 {
                 return Err(Status::CAPACITY_EXCEEDED);
             }
@@ -743,9 +713,9 @@ fn classify<'a>(
 ) {
     scratch.entries.clear();
     scratch.sources.clear();
-    scratch.packed.clear();
+    scratch.sealed = None;
     scratch.blind = false;
-    scratch.unpacked = false;
+    scratch.unsealed = false;
     for (at, buf) in piece.iter().enumerate() {
         for (nth, chunk) in buf.as_chunks::<CHUNK_BYTES>().0.iter().enumerate() {
             let target = match codec::pattern(chunk) {
@@ -779,36 +749,161 @@ impl Prepared {
         scratch.fingerprints.resize(chunks.len(), Fingerprint::NONE);
         hasher.hash_chunks(&chunks, &mut scratch.fingerprints);
         drop(chunks);
-        scratch.unpacked = true;
+        scratch.unsealed = true;
         Prepared { piece, host_key, scratch }
     }
 
-    /// Compresses what the home has not found.
-    pub fn pack(&mut self, setting: Compression, compressor: &mut Compressor) {
+    /// Chunks that the home has not found, and the bytes that they take at most, sealed.
+    pub fn new_chunks(&self) -> (usize, usize) {
+        let chunks = self.scratch.found.iter().filter(|found| found.is_none()).count();
+        (chunks, most_bytes(chunks))
+    }
+
+    /// Has the home store it.
+    pub fn leave(&mut self) {
+        self.scratch.unsealed = false;
+    }
+
+    /// Compresses and seals what the home has not found. The lane is ready for [`Prepared::new_chunks`].
+    pub fn seal(
+        &mut self,
+        lane: &LentLane,
+        setting: Compression,
+        compressor: &mut Compressor,
+    ) -> Result<(), Status> {
         let Prepared { piece, scratch, .. } = self;
-        scratch.unpacked = false;
-        let Scratch { sources, fingerprints, found, packed, .. } = &mut **scratch;
-        let is_first = |at: usize| !fingerprints[..at].contains(&fingerprints[at]);
-        let new: SmallVec<[u16; PIECE]> =
-            (0..found.len()).filter(|&at| found[at].is_none() && is_first(at)).map(|at| at as u16).collect();
-        for members in new.chunks(GROUP) {
-            let pieces = neighbours(members, piece, sources);
-            let mut body = Buf::alloc(members.len() * CHUNK_BYTES);
-            let packing = body.get_mut().and_then(|out| compressor.compress(setting, &pieces, out));
-            let body = packing.map(|(codec, bytes)| {
-                body.truncate(bytes);
-                (codec, body)
-            });
-            packed.push(Packed { members: members.into(), body });
+        scratch.unsealed = false;
+        let Scratch { sources, fingerprints, found, new, same, sealed, .. } = &mut **scratch;
+        let Some((loan, segment)) = lane.open() else { return Ok(()) };
+        split_new(fingerprints, found, new, same);
+        let mut fragments = Vec::new();
+        let added = |first: ChunkAddr, members: &[u16], appended: Appended| {
+            lane.filled(first.container(), first.slot() + members.len() as u16);
+            fragments.push(SealedFragment { first, members: members.into(), appended });
+            Ok(())
+        };
+        append_new(&lane.log, (compressor, setting), (piece, sources), new, || lane.container(), added)?;
+        *sealed = Some(Sealed { loan, _segment: segment, fragments });
+        Ok(())
+    }
+}
+
+/// A piece that comes back to be sealed.
+pub(crate) struct ToSeal {
+    pub prepared: Prepared,
+    pub domain: DomainId,
+    pub compression: Compression,
+    pub segment_bytes: u32,
+}
+
+/// What another core has sealed of a piece.
+pub(crate) struct Sealed {
+    loan: LoanId,
+    /// Not opened again before this is recorded.
+    _segment: Arc<Segment>,
+    fragments: Vec<SealedFragment>,
+}
+
+struct SealedFragment {
+    first: ChunkAddr,
+    members: SmallVec<[u16; GROUP]>,
+    appended: Appended,
+}
+
+impl Sealed {
+    /// Chunks that are neither found nor here.
+    fn lacks(&self, scratch: &Scratch) -> usize {
+        let Scratch { fingerprints, found, .. } = scratch;
+        let here = |at: usize| {
+            let mut members = self.fragments.iter().flat_map(|fragment| &fragment.members);
+            members.any(|&member| fingerprints[usize::from(member)] == fingerprints[at])
+        };
+        (0..found.len()).filter(|&at| found[at].is_none() && !here(at)).count()
+    }
+}
+
+impl Shard {
+    /// Adds what is missing before fragments that another core has sealed can be recorded.
+    fn needs_of_sealed(
+        &self,
+        domain: DomainId,
+        sealed: &Sealed,
+        needs: &mut Needs,
+    ) -> Result<(), ApplyError> {
+        let d = self.domain(domain)?;
+        let mut last = None;
+        for container in sealed.fragments.iter().map(|fragment| fragment.first.container()) {
+            if last.replace(container) != Some(container) {
+                Shard::need(&d.containers, domain.0, container.get(), needs);
+                Shard::need(&d.fingerprints, domain.0, container.get(), needs);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Most bytes that `chunks` new chunks take in the log.
+fn most_bytes(chunks: usize) -> usize {
+    (chunks.div_ceil(RAW_GROUP) + 1) * bound(0) + chunks * CHUNK_BYTES
+}
+
+/// Of the chunks that were not found, those to be stored, and those that are the same as earlier ones.
+fn split_new(
+    fingerprints: &[Fingerprint],
+    found: &[Option<ChunkAddr>],
+    new: &mut Vec<u16>,
+    same: &mut Vec<(u16, u16)>,
+) {
+    new.clear();
+    same.clear();
+    for at in 0..found.len() {
+        if found[at].is_some() {
+            continue;
+        }
+        match fingerprints[..at].iter().position(|earlier| *earlier == fingerprints[at]) {
+            Some(earlier) => same.push((at as u16, earlier as u16)),
+            None => new.push(at as u16),
         }
     }
 }
 
-/// Chunks of a piece that another core has compressed together.
-pub(crate) struct Packed {
-    members: SmallVec<[u16; GROUP]>,
-    /// `None`: no codec helps.
-    body: Option<(Codec, Buf)>,
+/// Appends new chunks to a log that has room for them, cut into fragments as their content and the containers ask for.
+fn append_new(
+    log: &Rc<DataLog>,
+    (compressor, wanted): (&mut Compressor, Compression),
+    (piece, sources): (&SgList, &[Source]),
+    new: &[u16],
+    container: impl Fn() -> Option<(ContainerId, u16)>,
+    mut added: impl FnMut(ChunkAddr, &[u16], Appended) -> Result<(), Status>,
+) -> Result<(), Status> {
+    let mut rest = new;
+    // Of the next chunks, those that were found to be nothing for a codec.
+    let mut raw = 0;
+    while !rest.is_empty() {
+        let (container, slot) = container().ok_or(Status::INTERNAL_ERROR)?;
+        let most = rest.len().min(GROUP).min(SLOTS - usize::from(slot));
+        let mut setting = wanted;
+        let mut pieces = neighbours(&rest[..most], piece, sources);
+        if raw == 0 && most > RAW_GROUP && setting != Compression::Off {
+            raw = if codec::looks_incompressible(&pieces) { most } else { 0 };
+        }
+        if raw > 0 || setting == Compression::Off {
+            setting = Compression::Off;
+            let most = if raw > 0 { most.min(raw) } else { most };
+            pieces = neighbours(&rest[..most.min(RAW_GROUP)], piece, sources);
+        }
+        let count = pieces.iter().map(|piece| piece.len() / CHUNK_BYTES).sum();
+        let (group, others) = rest.split_at(count);
+        rest = others;
+        raw = raw.saturating_sub(count);
+        let first = ChunkAddr::new(container, slot).ok_or(Status::INTERNAL_ERROR)?;
+        let appended = log.append(first, count as u8, &pieces, compressor, setting).map_err(|why| {
+            tracing::error!(?why, chunk = ?first, "a fragment can not be sealed");
+            Status::INTERNAL_ERROR
+        })?;
+        added(first, group, appended)?;
+    }
+    Ok(())
 }
 
 fn prints_of(members: &[u16], fingerprints: &[Fingerprint]) -> SmallVec<[Fingerprint; GROUP]> {

@@ -224,7 +224,7 @@ impl Pool {
         let lanes = self.lanes.borrow();
         let open =
             lanes.values().filter(|lane| lane.domain == domain).filter_map(|lane| lane.open_container());
-        open.map(ContainerId::get).min().unwrap_or(u64::MAX)
+        open.chain(self.lent_containers(domain)).map(ContainerId::get).min().unwrap_or(u64::MAX)
     }
 
     async fn run_late(self: &Rc<Self>, batch: Option<u64>) -> Result<ScrubState, Status> {

@@ -7,6 +7,7 @@
 //!      |-- read     read path: resolve, fetch, verify, decode
 //!   shard    the state, and the fold of journal records over it                   tree, segments, index, family: its parts
 //!   load     brings nodes to RAM     commit  group commit     checkpoint, meta  state to disk
+//!   lend     what other cores than the home fill     core  what each core has
 //!   open, anchors, owner, replay     making, opening, recovery
 //!   estimate: what a pool would make of data
 //!   gc, check, repair, scrub, heal, late, grow, admin, snapshots                        what goes on behind, and what is asked for
@@ -39,6 +40,7 @@ mod info;
 mod ingest;
 mod journal;
 mod late;
+mod lend;
 mod load;
 mod local;
 mod log;

@@ -296,6 +296,12 @@ impl LocalPool {
         self.pool.shard.borrow_mut().index.sample(bits);
     }
 
+    /// For tests: how many cores fill something, counted by domain.
+    #[doc(hidden)]
+    pub fn lent(&self) -> usize {
+        self.pool.lent()
+    }
+
     /// For tests: from now on only the lists of so many containers are remembered to find neighbours in.
     #[doc(hidden)]
     pub fn limit_neighbours(&self, containers: usize) {

@@ -1,4 +1,4 @@
-//! A data log: one open segment of a domain that one core fills with sealed fragments.
+//! A data log: the open segment of a domain that a core fills with sealed fragments.
 //!
 //! Owns the open segment, its active buffer, and what has been handed to the device but is not known to be on it.
 //!
@@ -192,30 +192,6 @@ impl DataLog {
         Ok(Appended { place, unit_bytes: unit as u32, codec })
     }
 
-    /// Seals and appends a body that is encoded already; its pieces follow each other.
-    pub fn append_encoded(
-        self: &Rc<Self>,
-        first: ChunkAddr,
-        chunks: u8,
-        codec: Codec,
-        body: &[&[u8]],
-    ) -> Result<Appended, NotAppended> {
-        self.advance_to(bound(chunks.into()))?;
-        let mut inner = self.inner.borrow_mut();
-        let Some(active) = &mut inner.active else { return Err(NotAppended::NoSegment) };
-        let key = &active.segment.key;
-        let offset = active.start + active.len as u32;
-        let body_bytes = body.iter().map(|piece| piece.len()).sum::<usize>() as u32;
-        let header = FragmentHeader { first, chunks, codec, body_bytes };
-        let unit = header.unit_bytes(key);
-        let Some(out) = active.buf.get_mut() else { return Err(NotAppended::NoBuffer) };
-        let out = &mut out[active.len..active.len + unit];
-        fragment::seal_fragment(key, offset, &header, body, None, out)
-            .map_err(|error| NotAppended::Failed(error.into()))?;
-        active.len += unit;
-        Ok(Appended { place: active.segment.key.place(offset), unit_bytes: unit as u32, codec })
-    }
-
     /// Moves a fragment here: opens `unit`, which was read from `from` in `old`, and seals its body again.
     pub fn append_moved(
         self: &Rc<Self>,
@@ -398,6 +374,16 @@ impl DataLog {
             .iter()
             .filter(|sent| same(&sent.segment))
             .find_map(|sent| Some(sent.buf.slice(within(sent.start, sent.buf.len())?)))
+    }
+
+    /// Whether the device has refused a write for good.
+    pub fn has_failed(&self) -> bool {
+        self.failed.get().is_some()
+    }
+
+    /// The segment that is being filled.
+    pub fn segment(&self) -> Option<Arc<Segment>> {
+        self.inner.borrow().active.as_ref().map(|active| active.segment.clone())
     }
 
     /// Bytes of RAM in buffers.

@@ -382,6 +382,7 @@ fn assemble(
         base,
         lanes: RefCell::default(),
         logs: RefCell::default(),
+        loans: RefCell::default(),
         scratch: RefCell::default(),
         gathered: Default::default(),
         expects_new: Cell::new(false),
@@ -612,12 +613,17 @@ impl Pool {
         let mut result = Ok(());
         if self.life.get() == Life::Closing {
             result = async {
+                self.recall(true).await?;
                 self.flush().await?;
                 self.checkpoint().await
             }
             .await;
         }
         let clean = self.life.get() == Life::Closing && result.is_ok();
+        if !clean {
+            // Other cores let go of the device all the same; what they have can not become durable any more.
+            let _ = self.recall(true).await;
+        }
         self.life.set(Life::Closed);
         self.collect.notify_one();
         self.stop_committer().await;

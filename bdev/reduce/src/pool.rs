@@ -26,6 +26,7 @@ use crate::hash::FastMap;
 use crate::info::{LateInfo, ScrubInfo};
 use crate::ingest::{Lane, Scratch};
 use crate::journal::Journal;
+use crate::lend::Loan;
 use crate::load::LoadKey;
 use crate::log::DataLog;
 use crate::meta::Meta;
@@ -118,6 +119,7 @@ pub(crate) struct Pool {
     pub core: Rc<Core>,
     pub lanes: RefCell<FastMap<(DomainId, bool), Rc<Lane>>>,
     pub logs: RefCell<Vec<Rc<DataLog>>>,
+    pub loans: RefCell<Vec<Loan>>,
     #[allow(clippy::vec_box)] // Moved in and out of writes; a kilobyte each time otherwise.
     pub scratch: RefCell<Vec<Box<Scratch>>>,
     pub gathered: Gathered,

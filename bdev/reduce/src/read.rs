@@ -19,6 +19,7 @@ use smallvec::SmallVec;
 
 use crate::base::Base;
 use crate::core::Core;
+use crate::lend::from_filler;
 use crate::pool::Pool;
 use crate::segments::Segment;
 use crate::shard::{Need, Needs, Shard, Volume, leaf_of};
@@ -57,8 +58,21 @@ struct Unit {
     segment: Arc<Segment>,
     entry: FragmentEntry,
     first: ChunkAddr,
-    /// Its sealed bytes, while they are not on the device.
+    /// Its sealed bytes, while the home has them and the device has not.
     unwritten: Option<Buf>,
+}
+
+impl Unit {
+    /// Whether the device may not have it yet, but another core than the home.
+    fn is_elsewhere(&self) -> bool {
+        self.segment.filler.is_some()
+            && !self.segment.is_written(self.entry.place.offset + self.entry.unit_bytes)
+    }
+
+    /// Its sealed bytes, while another core than the home has them and the device has not.
+    async fn ask_filler(&self) -> Result<Option<Buf>, Status> {
+        from_filler(&self.segment, self.entry.place.offset, self.entry.unit_bytes).await
+    }
 }
 
 type Extents = SmallVec<[Extent; 2]>;
@@ -190,7 +204,7 @@ impl Pool {
             }
             for unit in &mut units {
                 let (offset, bytes) = (unit.entry.place.offset, unit.entry.unit_bytes);
-                if !unit.segment.is_written(offset + bytes) {
+                if unit.segment.filler.is_none() && !unit.segment.is_written(offset + bytes) {
                     let logs = self.logs.borrow();
                     let found = logs.iter().find_map(|log| log.unwritten(&unit.segment, offset, bytes));
                     unit.unwritten = Some(found.ok_or(Status::INTERNAL_ERROR)?);
@@ -250,6 +264,10 @@ impl Core {
                 fetched.push(Fetched::Plain(plain));
             } else if let Some(sealed) = &unit.unwritten {
                 fetched.push(Fetched::Sealed(sealed.clone()));
+            } else if unit.is_elsewhere()
+                && let Some(sealed) = Box::pin(unit.ask_filler()).await?
+            {
+                fetched.push(Fetched::Sealed(sealed));
             } else {
                 fetched.push(Fetched::Nothing);
                 from_device.push(at);

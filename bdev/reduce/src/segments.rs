@@ -12,8 +12,9 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU32, Ordering, fence};
 
+use cryptfold_reactor::Handle;
 use cryptfold_reduce_format::block::BLOCK_BYTES;
 use cryptfold_reduce_format::ids::{
     DeviceIx, DomainId, Generation, Incarnation, OwnerEpoch, SegmentAddr, SegmentNo, Sequence,
@@ -31,16 +32,25 @@ pub(crate) struct Segment {
     pub start_bytes: u64,
     /// Bytes that can be read from the device; `u32::MAX` once it is closed.
     written: AtomicU32,
+    /// Who fills it, if that is not the pool's home.
+    pub filler: Option<Filler>,
+}
+
+/// Another core that fills a segment: it has what is not written yet.
+pub(crate) struct Filler {
+    pub core: Handle,
+    pub pool: u64,
+    pub domain: DomainId,
 }
 
 impl Segment {
     /// A segment that is only read.
     pub fn sealed(key: SegmentKey, start_bytes: u64) -> Arc<Segment> {
-        Arc::new(Segment { key, start_bytes, written: AtomicU32::new(u32::MAX) })
+        Arc::new(Segment { key, start_bytes, written: AtomicU32::new(u32::MAX), filler: None })
     }
     /// A segment that begins to be filled.
-    pub fn open(key: SegmentKey, start_bytes: u64) -> Arc<Segment> {
-        Arc::new(Segment { key, start_bytes, written: AtomicU32::new(0) })
+    pub fn open(key: SegmentKey, start_bytes: u64, filler: Option<Filler>) -> Arc<Segment> {
+        Arc::new(Segment { key, start_bytes, written: AtomicU32::new(0), filler })
     }
     /// Number on its device.
     pub fn number(&self) -> u32 {
@@ -70,6 +80,16 @@ struct Row {
     spoilt: bool,
     /// Its header was found damaged.
     damaged: bool,
+}
+
+impl Row {
+    /// Whether somebody else has its handle.
+    fn is_pinned(&self) -> bool {
+        let pinned = self.handle.as_ref().is_some_and(|h| Arc::strong_count(h) > 1);
+        // Whoever let go of it on another core has done with the segment before.
+        fence(Ordering::Acquire);
+        pinned
+    }
 }
 
 /// For whom a segment is opened: what of the reserve they may take.
@@ -205,7 +225,7 @@ impl Segments {
             return;
         }
         for row in &mut self.rows {
-            if !row.open && row.handle.as_ref().is_some_and(|h| Arc::strong_count(h) == 1) {
+            if !row.open && !row.is_pinned() {
                 row.handle = None;
             }
         }
@@ -220,9 +240,13 @@ impl Segments {
     /// Queues the segment if it has become free.
     fn settle(&mut self, number: u32, now: Sequence) {
         let row = &mut self.rows[number as usize];
-        if Segments::is_free(row) && !row.queued {
+        if !Segments::is_free(row) {
+            return;
+        }
+        // Also of one that was queued already and has been referenced since.
+        row.free_since = row.free_since.max(now);
+        if !row.queued {
             row.queued = true;
-            row.free_since = now;
             self.free.push_back(number);
             self.free_count += 1;
         }
@@ -306,8 +330,7 @@ impl Segments {
                 self.free_count -= 1;
                 continue;
             }
-            let pinned = row.handle.as_ref().is_some_and(|h| Arc::strong_count(h) > 1);
-            if row.free_since > durable || pinned {
+            if row.free_since > durable || row.is_pinned() {
                 self.free.push_back(number);
                 continue;
             }
@@ -328,8 +351,7 @@ impl Segments {
             .iter()
             .filter(|&&number| {
                 let row = &self.rows[number as usize];
-                let pinned = row.handle.as_ref().is_some_and(|h| Arc::strong_count(h) > 1);
-                Segments::is_free(row) && row.free_since <= durable && !pinned
+                Segments::is_free(row) && row.free_since <= durable && !row.is_pinned()
             })
             .count()
     }
@@ -500,10 +522,9 @@ impl Segments {
         (0..self.rows.len() as u32)
             .filter(|&n| {
                 let row = &self.rows[n as usize];
-                let pinned = row.handle.as_ref().is_some_and(|h| Arc::strong_count(h) > 1);
                 !row.open
                     && !row.spoilt
-                    && !pinned
+                    && !row.is_pinned()
                     && row.entry.live_bytes > 0
                     && row.entry.class.is_some_and(|class| metadata || class != Class::Metadata)
                     && bytes - row.entry.live_bytes.min(bytes) >= gain

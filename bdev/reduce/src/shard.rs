@@ -659,15 +659,24 @@ impl Shard {
     ) -> Result<(), ApplyError> {
         let d = self.domains.get_mut(&domain.0).ok_or(ApplyError::NoDomain(domain))?;
         let error = d.error(container);
-        d.containers.get_mut(container.get()).add(fragment).map_err(error)?;
+        let c = d.containers.get_mut(container.get());
+        let late = fragment.first_slot < c.used();
+        c.add(fragment).map_err(error)?;
+        if late {
+            d.containers.weigh(container.get());
+        }
         d.next_container = d.next_container.max(container.get() + 1);
         let leaf = d.fingerprints.get_mut(container.get());
         if leaf.slots.is_empty() {
             leaf.generation = generation;
             leaf.slots.reserve_exact(SLOTS);
         }
-        leaf.slots.resize(usize::from(fragment.first_slot), Fingerprint::NONE);
-        leaf.slots.extend_from_slice(fingerprints);
+        // Other cores' fragments may come late: their slots have been passed over.
+        let slots = usize::from(fragment.first_slot)..usize::from(fragment.first_slot) + fingerprints.len();
+        if leaf.slots.len() < slots.end {
+            leaf.slots.resize(slots.end, Fingerprint::NONE);
+        }
+        leaf.slots[slots].copy_from_slice(fingerprints);
         let number = fragment.place.segment.segment.0;
         if number >= self.segments.len() {
             return Err(ApplyError::Segment(fragment.place.segment));

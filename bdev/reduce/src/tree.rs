@@ -363,6 +363,14 @@ impl<L: Leaf> Tree<L> {
         Rc::make_mut(&mut slot.leaf)
     }
 
+    /// Counts a changed leaf anew among the dirty ones: it may have become larger than was to be expected.
+    pub fn weigh(&mut self, index: u64) {
+        if let Some(slot) = self.leaves.get_mut(&index).filter(|slot| slot.dirty) {
+            slot.set_clean(&self.meter);
+            slot.set_dirty(&self.meter);
+        }
+    }
+
     /// Empties a leaf, wherever it is: the next checkpoint drops it.
     pub fn clear(&mut self, index: u64) {
         self.insert(index, L::empty());

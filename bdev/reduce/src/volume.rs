@@ -24,7 +24,7 @@ use reactor::memory::{Buf, SgList};
 
 use crate::core::Core;
 use crate::info::VolumeInfo;
-use crate::ingest::{HASHED, PIECE, Prepared, Small, whole_chunks};
+use crate::ingest::{HASHED, PIECE, Prepared, Small, ToSeal, whole_chunks};
 use crate::pool::{Pool, PoolRef};
 use crate::read::steps;
 
@@ -305,9 +305,9 @@ impl VolumeDevice {
         call.await.unwrap_or(Err(gone))
     }
 
-    /// Does what is no read from another core than the home: hashes and compresses larger writes here, and leaves the rest to
-    /// the home.
-    async fn execute_away(&self, core: &Core, request: Request) -> Answer {
+    /// Does what is no read from another core than the home: hashes, compresses and seals larger writes here, and leaves the
+    /// rest to the home.
+    async fn execute_away(&self, core: &Rc<Core>, request: Request) -> Answer {
         let (id, block_bytes) = (self.id, self.info.block_size_bytes);
         let whole = block_bytes as usize == CHUNK_BYTES;
         if request.op == Op::Write && whole && request.blocks > SMALL_BLOCKS {
@@ -317,7 +317,7 @@ impl VolumeDevice {
         done.await.unwrap_or_else(Answer::failed)
     }
 
-    async fn write_away(&self, core: &Core, request: Request) -> Result<(), Status> {
+    async fn write_away(&self, core: &Rc<Core>, request: Request) -> Result<(), Status> {
         let Request { fua, host_key, mut lba, mut data, .. } = request;
         let (id, generation, key) = (self.id, self.generation, HostKeyId(host_key));
         while !data.is_empty() {
@@ -334,14 +334,42 @@ impl VolumeDevice {
                     }
                     Ok(back)
                 });
-                next = back.await?.map(|(mut prepared, setting)| {
-                    prepared.pack(setting, &mut core.compressor.borrow_mut());
-                    prepared
-                });
+                next = match back.await? {
+                    Some(back) => Some(self.seal_away(core, back).await?),
+                    None => None,
+                };
             }
             lba += count as u64;
         }
         Ok(())
+    }
+
+    /// Seals what is new of a piece on this core, if the home lends what that takes.
+    async fn seal_away(&self, core: &Rc<Core>, back: ToSeal) -> Result<Prepared, Status> {
+        let ToSeal { mut prepared, domain, compression, segment_bytes } = back;
+        let (chunks, bytes) = prepared.new_chunks();
+        let ask = |ask| {
+            let here = reactor::current();
+            self.on_home(move |pool| async move {
+                let _busy = pool.enter();
+                pool.lend(here, ask).await
+            })
+        };
+        match Box::pin(core.ready((domain, segment_bytes), chunks, bytes, ask)).await {
+            Ok(Some(lane)) => prepared.seal(&lane, compression, &mut core.compressor.borrow_mut())?,
+            Ok(None) => prepared.leave(),
+            Err(status) => {
+                if core.has_failed() {
+                    let fail = move |pool: Rc<Pool>| async move {
+                        pool.fail(status);
+                        Ok(())
+                    };
+                    self.on_home(fail).await?;
+                }
+                return Err(status);
+            }
+        }
+        Ok(prepared)
     }
 
     async fn read_away(&self, core: &Core, lba: u64, count: u64) -> Result<(SgList, UnmappedRanges), Status> {

@@ -5,8 +5,9 @@
 //! only read to find duplicates, so it is a leaf of its own.
 //!
 //! A fragment holds neighbouring slots and is known by its first one: "fragment 17" is the fragment that begins at slot
-//! 17. Invariants: fragments do not overlap; a slot with references lies in a fragment; slots are given out once, in order
-//! (`used`). Moving or splitting a fragment ([`Container::replace`]) keeps all of them.
+//! 17. Invariants: fragments do not overlap; a slot with references lies in a fragment; slots are given out once, in order, but
+//! what was given out may be filled in any order, or never (`used`: behind the last one filled). Moving or splitting a
+//! fragment ([`Container::replace`]) keeps all of them.
 //!
 //! Content of a container's leaf, numbers as LEB128 varints in shortest form:
 //!
@@ -159,13 +160,11 @@ pub enum ContainerError {
         /// Slot.
         slot: u16,
     },
-    /// The fragment begins at slots given out before, or the container is closed.
-    #[error("fragment at slot {first_slot} cannot be added, the next free slot is {used}")]
-    NotNext {
+    /// Other fragments have some of the fragment's slots, or the container is closed.
+    #[error("fragment at slot {first_slot} cannot be added: its slots are taken")]
+    Taken {
         /// Its first slot.
         first_slot: u16,
-        /// Next free slot.
-        used: u16,
     },
     /// No fragment begins at this slot.
     #[error("no fragment begins at slot {first_slot}")]
@@ -237,7 +236,7 @@ impl std::fmt::Debug for Container {
 }
 
 impl Container {
-    /// Slots given out so far; the next fragment begins here.
+    /// The slots below this have been given out; the last of them is, or was, filled.
     pub fn used(&self) -> u16 {
         self.used
     }
@@ -302,15 +301,18 @@ impl Container {
             .map_err(|_| ContainerError::NoFragment { first_slot })
     }
 
-    /// Adds a fragment at free slots: the next ones, or further on (what lies between is given up). Its slots begin without
-    /// references.
+    /// Adds a fragment at free slots: the next ones, further on, or late, where slots have been passed over. Its slots begin
+    /// without references.
     pub fn add(&mut self, entry: &FragmentEntry) -> Result<(), ContainerError> {
         entry.check()?;
-        if self.closed || entry.first_slot < self.used {
-            return Err(ContainerError::NotNext { first_slot: entry.first_slot, used: self.used });
+        let at = self.fragments.partition_point(|packed| packed.first_slot() < entry.first_slot);
+        let before = at.checked_sub(1).map_or(0, |before| self.fragments[before].entry().end_slot());
+        let after = self.fragments.get(at).map_or(SLOTS as u16, Packed::first_slot);
+        if self.closed || entry.first_slot < before || after < entry.end_slot() {
+            return Err(ContainerError::Taken { first_slot: entry.first_slot });
         }
-        self.fragments.push(Packed::new(entry));
-        self.used = entry.end_slot();
+        self.fragments.insert(at, Packed::new(entry));
+        self.used = self.used.max(entry.end_slot());
         Ok(())
     }
 

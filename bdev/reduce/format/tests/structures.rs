@@ -38,15 +38,26 @@ fn map_entry() -> impl Strategy<Value = MapEntry> {
 
 #[derive(Clone, Debug)]
 enum Change {
-    Add { gap: u16, chunks: u8 },
-    Refs { slot: u16, delta: i32 },
-    Split { pick: usize },
+    /// At the next slot or behind it; `back`: before it.
+    Add {
+        gap: u16,
+        back: bool,
+        chunks: u8,
+    },
+    Refs {
+        slot: u16,
+        delta: i32,
+    },
+    Split {
+        pick: usize,
+    },
     Close,
 }
 
 fn change() -> impl Strategy<Value = Change> {
     prop_oneof![
-        3 => (0..3u16, 1..=MAX_CHUNKS as u8).prop_map(|(gap, chunks)| Change::Add { gap, chunks }),
+        4 => (0..40u16, any::<bool>(), 1..=MAX_CHUNKS as u8)
+            .prop_map(|(gap, back, chunks)| Change::Add { gap, back, chunks }),
         5 => (0..520u16, -3..400i32).prop_map(|(slot, delta)| Change::Refs { slot, delta }),
         2 => any::<usize>().prop_map(|pick| Change::Split { pick }),
         1 => Just(Change::Close),
@@ -88,13 +99,17 @@ proptest! {
         let mut fragments: Vec<FragmentEntry> = Vec::new();
         for (step, change) in changes.into_iter().enumerate() {
             match change {
-                Change::Add { gap, chunks } => {
-                    let first = container.used() + gap;
+                Change::Add { gap, back, chunks } => {
+                    let used = container.used();
+                    let first = if back { used.saturating_sub(gap) } else { used + gap };
                     let new = entry(first, chunks, step as u32, 4096 * step as u32, 100 + step as u32);
-                    let fits = !container.is_closed() && usize::from(first) + usize::from(chunks) <= SLOTS;
+                    let free = (first..new.end_slot()).all(|slot| !fragments.iter().any(|f| f.holds(slot)));
+                    let fits = free && !container.is_closed() && usize::from(new.end_slot()) <= SLOTS;
                     prop_assert_eq!(container.add(&new).is_ok(), fits);
                     if fits {
                         fragments.push(new);
+                        fragments.sort_by_key(|entry| entry.first_slot);
+                        prop_assert_eq!(container.used(), used.max(new.end_slot()));
                     }
                 }
                 Change::Refs { slot, delta } => {
