@@ -413,3 +413,17 @@ fn core_dumps_can_be_forbidden() {
     memory::forbid_core_dumps().unwrap();
     assert_eq!(dumpable(), 0);
 }
+
+#[test]
+fn a_place_leads_to_the_bytes() {
+    use cryptfold_reactor::memory::{slab_at, slab_count};
+    let whole = Buf::alloc(64 << 10);
+    for buf in [whole.clone(), whole.slice(4096..8192), Buf::alloc(1 << 20)] {
+        let place = buf.place().expect("pool buffers are in the arena");
+        assert!(usize::from(place.slab) < slab_count());
+        let address = slab_at(place.slab.into()).addr() + place.offset as usize;
+        assert_eq!(address, buf.as_ptr().addr());
+    }
+    assert_eq!(Buf::zeroes(4096).place(), None);
+    assert_eq!(Buf::alloc(3 << 20).place(), None);
+}

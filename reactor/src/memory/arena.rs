@@ -7,8 +7,8 @@ use std::ptr::{NonNull, null_mut};
 use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// Slabs that can have an index for fixed buffers (the kernel's limit on registered buffers). 32 GiB.
-pub(crate) const MAX_INDEXED_SLABS: usize = 1 << 14;
+/// Slabs that can have a number (the kernel's limit on registered buffers). 32 GiB.
+pub const MAX_INDEXED_SLABS: usize = 1 << 14;
 /// Growth step when the configured arena is used up.
 const CHUNK_BYTES: usize = 64 << 20;
 /// Index of a slab that is not in the table.
@@ -67,13 +67,13 @@ pub(super) fn take_slab() -> Slab {
     Slab { base, index }
 }
 
-/// Slabs with an index so far. Only grows.
-pub(crate) fn slab_count() -> usize {
+/// Slabs that are in use so far and have a number: 0 up to this. Only grows.
+pub fn slab_count() -> usize {
     SLAB_COUNT.load(Ordering::Acquire)
 }
 
-/// Address of slab `n`, which must be below [`slab_count`].
-pub(crate) fn slab_at(n: usize) -> *mut u8 {
+/// Address of slab `n`, which must be below [`slab_count`]: [`super::SLAB_BYTES`] bytes that are never unmapped.
+pub fn slab_at(n: usize) -> *mut u8 {
     SLABS[n].load(Ordering::Relaxed)
 }
 

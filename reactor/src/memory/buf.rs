@@ -101,6 +101,15 @@ impl Block {
     }
 }
 
+/// Where in the arena a buffer begins, for devices that know the arena by its slabs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// Number of the slab, below [`super::slab_count`].
+    pub slab: u16,
+    /// Bytes from the slab's start. All of the buffer lies in this slab.
+    pub offset: u32,
+}
+
 /// Owned view of a reference-counted buffer: 16 bytes, cheap to clone, slice and send between cores.
 ///
 /// Lengths are below 4 GiB. Memory from [`Buf::alloc`] is 4096-byte aligned.
@@ -357,6 +366,14 @@ impl Buf {
     pub(crate) fn slab_index(&self) -> Option<u16> {
         let block = self.block();
         (block.kind == Kind::Pool && block.slab != arena::NO_INDEX).then_some(block.slab)
+    }
+
+    /// Where in the arena the bytes begin. None: outside of it, or in a part that has no number.
+    #[inline]
+    pub fn place(&self) -> Option<Place> {
+        let slab = self.slab_index()?;
+        // Slabs are aligned to their size.
+        Some(Place { slab, offset: (self.as_ptr().addr() & (super::SLAB_BYTES - 1)) as u32 })
     }
 
     /// Last reference gone: returns the block to where it came from.

@@ -18,13 +18,12 @@ mod secret;
 mod sg;
 mod stream;
 
-pub use buf::Buf;
+pub use arena::{MAX_INDEXED_SLABS, slab_at, slab_count};
+pub use buf::{Buf, Place};
 pub use prefetch::{Prefetch, prefetch};
 pub use secret::{SecretBytes, forbid_core_dumps};
 pub use sg::SgList;
 pub use stream::{fence_streams, stream};
-
-pub(crate) use arena::{MAX_INDEXED_SLABS, slab_at, slab_count};
 
 /// Size of a slab: the unit the arena hands to the pools, and the unit of fixed-buffer registration. Bytes.
 pub const SLAB_BYTES: usize = 2 << 20;
