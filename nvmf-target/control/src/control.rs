@@ -10,6 +10,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 use cryptfold_bdev::Registry;
+use cryptfold_bdev_nvme::Drives;
 use cryptfold_bdev_remote::Remotes;
 use cryptfold_nvmf_target::Target;
 use cryptfold_reactor::{Handle, IdlePolicy, MemoryConfig, Runtime, RuntimeConfig};
@@ -102,6 +103,8 @@ pub struct Control {
     pub(crate) remotes: Remotes,
     /// This host, to other targets, when no other name is given.
     pub(crate) host_uuid: OnceLock<Uuid>,
+    /// PCIe drives.
+    pub(crate) drives: Drives,
     pub(crate) keys: KeyStore,
     pub(crate) ring: Keyring,
     pub(crate) kms: Kms,
@@ -131,6 +134,7 @@ impl Control {
         Arc::new(Control {
             remotes: Remotes::new(registry.clone()),
             host_uuid: OnceLock::new(),
+            drives: Drives::new(registry.clone()),
             registry,
             keys: KeyStore::default(),
             ring: Keyring::default(),
@@ -322,6 +326,7 @@ impl Control {
             }
         }
         self.remotes.stop();
+        self.drives.stop();
         runtime.stop();
         drained
     }

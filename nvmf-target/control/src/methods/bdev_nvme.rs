@@ -11,6 +11,7 @@ use cryptfold_nvmf_initiator::{ConnectOptions, Credentials, TlsKey};
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
+use super::drives;
 use super::nvmf::{OnlyFalse, offer, ring_key, secret};
 use super::options::object;
 use crate::control::{Control, lock};
@@ -23,15 +24,18 @@ use crate::table::{Method, When};
 pub enum Transport {
     /// NVMe/TCP: a subsystem of another target.
     Tcp,
+    /// A drive of this machine, through VFIO.
+    Pcie,
 }
 
 impl FromJson for Transport {
     fn kind() -> String {
-        "\"TCP\"".into()
+        "\"TCP\" or \"PCIe\"".into()
     }
     fn from_json(v: &Value) -> Result<Self, Option<ParamError>> {
         match v.as_str().map(str::to_ascii_lowercase).as_deref() {
             Some("tcp") => Ok(Transport::Tcp),
+            Some("pcie") => Ok(Transport::Pcie),
             _ => Err(None),
         }
     }
@@ -78,7 +82,7 @@ params! {
         name: String,
         /// Transport.
         trtype: Transport,
-        /// Address or host name.
+        /// Address or host name; of a PCIe drive as "0000:04:00.0". A drive needs no other parameter.
         traddr: String,
         /// Family of the address; no effect: the address says it.
         adrfam: Option<String>,
@@ -166,9 +170,9 @@ params! {
     pub struct SetOptions {
         /// No effect: a command that takes too long ends its connection and is sent again.
         action_on_timeout: Option<TimeoutAction>,
-        /// Microseconds that a command may take; 30 s when 0 or not given.
+        /// Microseconds that a command may take; 30 s (TCP) or 8 s (PCIe) when 0 or not given.
         timeout_us: Option<u64>,
-        /// No effect: as for other commands.
+        /// Microseconds that an admin command to a PCIe drive may take; 8 s when 0 or not given. TCP: as other commands.
         timeout_admin_us: Option<u64>,
         /// Keep Alive, milliseconds; 10 s when not given.
         keep_alive_timeout_ms: Option<u32>,
@@ -254,9 +258,13 @@ pub fn methods() -> Vec<Method> {
         ),
         Method::new(
             "bdev_nvme_reset_controller",
-            "Connects anew. I/O waits meanwhile. Replies when that is done.",
+            "Connects anew, or resets the drive. I/O waits meanwhile. Replies when that is done.",
             |c, p: Reset| {
-                c.remotes.reset(&p.name, p.cntlid)?;
+                if c.drives.has(&p.name) {
+                    c.drives.reset(&p.name)?;
+                } else {
+                    c.remotes.reset(&p.name, p.cntlid)?;
+                }
                 Ok(json!(true))
             },
         ),
@@ -277,25 +285,35 @@ impl From<RemoteError> for RpcError {
 
 fn attach(c: &Control, p: Attach) -> RpcResult {
     match p.trtype {
+        Transport::Pcie if c.remotes.list().iter().any(|i| i.name == p.name) => {
+            Err(cryptfold_bdev_nvme::DriveError::Exists(p.name).into())
+        }
+        Transport::Pcie => drives::attach(c, &p.name, &p.traddr),
+        Transport::Tcp if c.drives.has(&p.name) => {
+            Err(cryptfold_bdev_nvme::DriveError::Exists(p.name).into())
+        }
         Transport::Tcp => attach_tcp(c, p),
     }
 }
 
 fn detach(c: &Control, p: Detach) -> RpcResult {
+    if c.drives.has(&p.name) {
+        return drives::detach(c, &p.name);
+    }
     let filter = PathFilter { traddr: p.traddr, trsvcid: p.trsvcid, subnqn: p.subnqn };
     c.remotes.detach(&p.name, &filter)?;
     Ok(json!(true))
 }
 
 fn get_controllers(c: &Control, p: GetControllers) -> RpcResult {
-    let mut all = c.remotes.list();
+    let mut all: Vec<Value> = c.remotes.list().iter().map(describe).chain(c.drives.list()).collect();
     if let Some(name) = p.name {
-        all.retain(|i| i.name == name);
+        all.retain(|i| i["name"] == name.as_str());
         if all.is_empty() {
             return Err(RemoteError::NotFound(name).into());
         }
     }
-    Ok(all.iter().map(describe).collect())
+    Ok(all.into())
 }
 
 fn describe(i: &ControllerInfo) -> Value {
@@ -321,7 +339,7 @@ pub fn config(c: &Control) -> impl Iterator<Item = (String, Value)> {
 }
 
 fn set_options(c: &Control, p: SetOptions) -> RpcResult {
-    if !c.remotes.is_empty() {
+    if !c.remotes.is_empty() || !c.drives.is_empty() {
         let what = "bdev_nvme_set_options: controllers are attached: Operation not permitted";
         return Err(RpcError::new(RpcError::INVALID_STATE, what));
     }
@@ -329,7 +347,7 @@ fn set_options(c: &Control, p: SetOptions) -> RpcResult {
         return Err(RpcError::params("bdev_retry_count: -1 or more is needed"));
     }
     let given = object(json!({
-        "timeout_us": p.timeout_us, "keep_alive_timeout_ms": p.keep_alive_timeout_ms,
+        "timeout_us": p.timeout_us, "timeout_admin_us": p.timeout_admin_us, "keep_alive_timeout_ms": p.keep_alive_timeout_ms,
         "io_queue_requests": p.io_queue_requests, "bdev_retry_count": p.bdev_retry_count,
         "ctrlr_loss_timeout_sec": p.ctrlr_loss_timeout_sec, "reconnect_delay_sec": p.reconnect_delay_sec,
         "fast_io_fail_timeout_sec": p.fast_io_fail_timeout_sec,

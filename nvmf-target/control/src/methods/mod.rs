@@ -5,6 +5,7 @@ mod bdev_nvme;
 mod config;
 mod crypto;
 mod devices;
+mod drives;
 mod framework;
 mod histogram;
 mod keyring;
@@ -32,6 +33,7 @@ pub(crate) fn bdev_config(c: &Control) -> Result<Vec<(String, Value)>, RpcError>
     let mut calls = lock(&c.options).calls("bdev");
     // Before what stands on their devices; they themselves stand on nothing.
     calls.extend(bdev_nvme::config(c));
+    calls.extend(drives::config(c));
     for b in c.registry.list() {
         calls.extend(b.device().config());
         calls.extend(c.pools().ok().and_then(|p| p.config(b.name())));
@@ -50,6 +52,7 @@ pub fn all() -> Vec<Method> {
         bdev::methods(),
         devices::methods(),
         bdev_nvme::methods(),
+        drives::methods(),
         crypto::methods(),
         keyring::methods(),
         kms::methods(),

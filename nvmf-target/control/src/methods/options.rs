@@ -96,7 +96,6 @@ pub fn methods() -> Vec<Method> {
         "scheduler_set_options",
         "bdev_raid_set_options",
         "bdev_iscsi_set_options",
-        "bdev_nvme_set_hotplug",
         "framework_disable_cpumask_locks",
         "framework_enable_cpumask_locks",
         "vmd_enable",
