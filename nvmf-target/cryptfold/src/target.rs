@@ -1,6 +1,7 @@
 //! `cryptfold target`.
 
 use std::io::Write as _;
+use std::net::SocketAddr;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -8,11 +9,15 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum};
 use cryptfold_control::config::Config;
+use cryptfold_control::jsonrpc::Handler as _;
 use cryptfold_control::logging::{Level, LogControl};
 use cryptfold_control::server::Server;
 use cryptfold_control::{Control, ControlConfig, Signal, keys};
 use cryptfold_reactor::memory::forbid_core_dumps;
 use cryptfold_reactor::{IdlePolicy, MemoryConfig};
+use cryptfold_web::{Web, WebConfig};
+use serde_json::Value;
+use zeroize::Zeroizing;
 
 use crate::cores::Cores;
 use crate::signals::{EndRequests, kill_self};
@@ -54,6 +59,13 @@ pub struct TargetArgs {
     /// File to which attempts that were turned away are appended (address, names, reason; never keys).
     #[arg(long, value_name = "FILE")]
     audit_log: Option<PathBuf>,
+    /// Serve /metrics (Prometheus) and /healthz over HTTP there [default without ADDRESS: 127.0.0.1:9420].
+    #[arg(long, value_name = "ADDRESS", num_args = 0..=1, default_missing_value = "127.0.0.1:9420")]
+    http: Option<SocketAddr>,
+    /// File with the token that HTTP clients have to present (Authorization: Bearer); needed for addresses that others
+    /// reach.
+    #[arg(long, value_name = "FILE", requires = "http")]
+    http_token: Option<PathBuf>,
     /// Do not use reserved hugepages.
     #[arg(long)]
     no_huge: bool,
@@ -103,19 +115,40 @@ pub fn run(args: TargetArgs) -> Result<(), Failure> {
     // Before the socket: a wrong file must not take a running target's place even for a moment.
     config.check(&control).map_err(|e| e.to_string())?;
     control.hold();
+    let web = args.http.map(|listen| serve_http(listen, args.http_token.as_deref(), &control)).transpose()?;
     let mut server = Server::start(&args.socket.socket, control.clone()).map_err(|e| e.to_string())?;
     let started = configure(&control, &config, args.wait_for_rpc, &ends);
     if let Ok(true) = started {
         control.release();
-        announce(&control, &server);
+        announce(&control, &server, web.as_ref());
         ends.wait();
         tracing::info!("ending: draining, flushing, checkpointing");
     }
     control.end_waits();
+    drop(web);
     server.stop();
     let ended = control.shutdown().map_err(|e| e.message);
     started?;
     Ok(ended?)
+}
+
+/// Samples are the results of the control plane's own methods.
+fn serve_http(listen: SocketAddr, token: Option<&Path>, control: &Arc<Control>) -> Result<Web, String> {
+    let token = token.map(|path| {
+        let text = std::fs::read_to_string(path).map(Zeroizing::new);
+        let text = text.map_err(|e| format!("HTTP token {}: {e}", path.display()))?;
+        match text.trim() {
+            "" => Err(format!("HTTP token {}: the file is empty", path.display())),
+            token => Ok(Zeroizing::new(token.to_owned())),
+        }
+    });
+    let config = WebConfig { listen, token: token.transpose()? };
+    let control = Arc::downgrade(control);
+    let source = move |method: &str, params: Option<&Value>| {
+        let control = control.upgrade().ok_or("the target has ended")?;
+        control.call(method, params).map_err(|e| e.message)
+    };
+    Web::start(config, Arc::new(source)).map_err(|e| format!("HTTP: {e}"))
 }
 
 /// Appended to, readable by its owner only.
@@ -145,10 +178,13 @@ fn configure(
 }
 
 /// One line on standard output: what listens where.
-fn announce(control: &Control, server: &Server) {
+fn announce(control: &Control, server: &Server, web: Option<&Web>) {
     let mut line = format!("cryptfold: ready; RPC on {}", server.path().display());
     for (nqn, address) in control.listening() {
         line.push_str(&format!("; {nqn} on {address}"));
+    }
+    if let Some(web) = web {
+        line.push_str(&format!("; http://{}/metrics", web.address()));
     }
     println!("{line}");
     let _ = std::io::stdout().flush();

@@ -1,6 +1,6 @@
 //! The program from outside: exit codes, one line per error, start, end, status.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read as _, Write as _};
 use std::path::Path;
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
@@ -166,6 +166,36 @@ fn start_status_and_end() {
         assert_eq!(t.end(signal), Some(0));
         assert!(!Path::new(sock).exists());
     }
+}
+
+#[test]
+fn metrics_and_health_over_http() {
+    refused(&["target", "--http", "0.0.0.0:0"], 1, &["HTTP", "token is needed"]);
+    let dir = tempfile::tempdir().unwrap();
+    let empty = dir.path().join("token");
+    std::fs::write(&empty, " \n").unwrap();
+    refused(
+        &["target", "--http", "127.0.0.1:0", "--http-token", empty.to_str().unwrap()],
+        1,
+        &["the file is empty"],
+    );
+    let conf = dir.path().join("c.json");
+    let text = r#"{"subsystems":[{"subsystem":"bdev","config":[
+        {"method":"bdev_malloc_create","params":{"name":"M0","num_blocks":1024,"block_size":4096}}]}]}"#;
+    std::fs::write(&conf, text).unwrap();
+    let t = start(dir.path(), &["-c", conf.to_str().unwrap(), "--http", "127.0.0.1:0"]);
+    let address = t.ready.split("http://").nth(1).and_then(|rest| rest.split('/').next()).unwrap();
+    let get = |path: &str| {
+        let mut stream = std::net::TcpStream::connect(address).unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+        let mut out = String::new();
+        stream.read_to_string(&mut out).unwrap();
+        out
+    };
+    let metrics = get("/metrics");
+    assert!(metrics.contains("cryptfold_bdev_size_bytes{bdev=\"M0\",alias=\"\"} 4194304"), "{metrics}");
+    assert!(get("/healthz").contains("\"ok\""));
+    assert_eq!(t.end("-TERM"), Some(0));
 }
 
 #[test]
