@@ -1,12 +1,12 @@
 //! The anchors of a pool's device: finding, checking and writing superblocks, key blocks and owner blocks.
 //!
-//! Every copy is read on every opening. Damage of some copies is no error as long as one verifies; whether there is no
+//! Every copy is read on every opening. The key block is read first: without the pool key nothing else can be verified. Damage of some copies is no error as long as one verifies; whether there is no
 //! pool, a damaged one, one of another version, or the key does not fit, is told apart in this order.
 
 use cryptfold_bdev::Status;
 use cryptfold_reduce_format::block::{BLOCK_BYTES, Block, BlockError, Unverified};
 use cryptfold_reduce_format::ids::DeviceIx;
-use cryptfold_reduce_format::keys::{Kek, PoolKeys};
+use cryptfold_reduce_format::keys::{DomainWraps, Kek, PoolKey, PoolKeys};
 use cryptfold_reduce_format::owner::OwnerBlock;
 use cryptfold_reduce_format::slots::KeyBlock;
 use cryptfold_reduce_format::superblock::{ANCHORS, KEYS_AT, OWNER_AT, Superblock, anchor_offsets};
@@ -20,6 +20,11 @@ pub(crate) struct Anchors {
     pub at: [u64; ANCHORS],
     pub superblock: Superblock,
     pub keys: PoolKeys,
+    pub wraps: DomainWraps,
+    pub key: PoolKey,
+    pub key_block: KeyBlock,
+    /// Copies of the key block differ or are damaged.
+    pub stale_keys: bool,
     /// The newest owner block, if one verifies.
     pub owner: Option<OwnerBlock>,
 }
@@ -50,13 +55,16 @@ async fn superblocks(
     Ok((found, errors))
 }
 
-/// Finds a pool on a device of `bytes` bytes. `Ok(None)`: there is none.
-pub(crate) async fn read(
+/// Where the anchors of a pool lie.
+type At = [u64; ANCHORS];
+
+/// The superblocks of a device of `bytes` bytes that can be parsed, unverified, and where its anchors lie. `Ok(None)`: there is no
+/// pool.
+async fn find(
     base: &Base,
     device: &str,
     bytes: u64,
-    kek: &Kek,
-) -> Result<Option<Anchors>, PoolError> {
+) -> Result<Option<(At, Vec<Unverified<Superblock>>)>, PoolError> {
     let Ok(mut at) = anchor_offsets(bytes) else { return Ok(None) };
     let (mut found, mut errors) = superblocks(base, device, &at).await?;
     // A device that has grown has its later anchors where they were when it joined.
@@ -72,15 +80,28 @@ pub(crate) async fn read(
         at = real;
         (found, errors) = superblocks(base, device, &at).await?;
     }
-    let error = |reason: BlockError| PoolError::Block { device: device.to_owned(), reason };
-    if found.is_empty() {
-        let foreign = |e: &BlockError| matches!(e, BlockError::Blank | BlockError::NotOurs { .. });
-        return match errors.into_iter().find(|e| !foreign(e)) {
-            Some(reason) => Err(error(reason)),
-            None => Ok(None),
-        };
+    if !found.is_empty() {
+        return Ok(Some((at, found)));
     }
-    let keys = unlock(base, device, &at, kek).await?;
+    let foreign = |e: &BlockError| matches!(e, BlockError::Blank | BlockError::NotOurs { .. });
+    match errors.into_iter().find(|e| !foreign(e)) {
+        Some(reason) => Err(PoolError::Block { device: device.to_owned(), reason }),
+        None => Ok(None),
+    }
+}
+
+/// Finds a pool on a device of `bytes` bytes and unlocks it. `Ok(None)`: there is none.
+pub(crate) async fn read(
+    base: &Base,
+    device: &str,
+    bytes: u64,
+    kek: &Kek,
+) -> Result<Option<Anchors>, PoolError> {
+    let error = |reason: BlockError| PoolError::Block { device: device.to_owned(), reason };
+    let Some((at, found)) = find(base, device, bytes).await? else { return Ok(None) };
+    let Unlocked { keys, key, block, stale } = unlock(base, device, &at, kek).await?;
+    let wraps = DomainWraps::open(&keys, &block.erasure)
+        .map_err(|reason| PoolError::Key { device: device.to_owned(), reason })?;
     let mut newest: Option<Superblock> = None;
     let mut refused = None;
     for superblock in found {
@@ -98,43 +119,98 @@ pub(crate) async fn read(
     }
     let Some(superblock) = newest else { return Err(error(refused.unwrap_or(BlockError::Checksum))) };
     let owner = read_owner(base, device, &at, &keys).await?;
-    Ok(Some(Anchors { at, superblock, keys, owner }))
+    Ok(Some(Anchors { at, superblock, keys, wraps, key, key_block: block, stale_keys: stale, owner }))
 }
 
-/// The pool's keys, from the key block and the key given.
-async fn unlock(base: &Base, device: &str, at: &[u64], kek: &Kek) -> Result<PoolKeys, PoolError> {
-    let error = |reason: BlockError| PoolError::Block { device: device.to_owned(), reason };
-    let mut best: Option<(KeyBlock, PoolKeys)> = None;
-    let mut refused = None;
-    let mut wrong = false;
+/// What the key blocks say.
+struct Unlocked {
+    keys: PoolKeys,
+    key: PoolKey,
+    block: KeyBlock,
+    /// Some copy is damaged or older.
+    stale: bool,
+}
+
+/// The key blocks at `at` that can be parsed, unverified, with their copy numbers.
+async fn key_blocks(
+    base: &Base,
+    device: &str,
+    at: &[u64],
+) -> Result<(Vec<Unverified<KeyBlock>>, Option<BlockError>), PoolError> {
+    let (mut found, mut refused) = (Vec::new(), None);
     for anchor in at {
         let offset = anchor + KEYS_AT;
         let block = read_block(base, device, offset).await?;
-        let parsed = match KeyBlock::parse(&block, offset) {
-            Ok(parsed) => parsed,
-            Err(reason) => {
-                refused = Some(reason);
-                continue;
-            }
-        };
-        let Ok((_, key)) = parsed.peek().unlock(kek) else {
-            wrong = true;
-            continue;
-        };
-        let keys = PoolKeys::derive(&key, parsed.peek().pool);
-        match parsed.verify(keys.block()) {
-            Ok(block) => {
-                if best.as_ref().is_none_or(|(b, _)| b.generation < block.generation) {
-                    best = Some((block, keys));
-                }
-            }
+        match KeyBlock::parse(&block, offset) {
+            Ok(parsed) => found.push(parsed),
             Err(reason) => refused = Some(reason),
         }
     }
-    match best {
-        Some((_, keys)) => Ok(keys),
-        None if wrong => Err(PoolError::WrongKey { device: device.to_owned() }),
-        None => Err(error(refused.unwrap_or(BlockError::Checksum))),
+    Ok((found, refused))
+}
+
+/// The pool's keys, from the key blocks and the key given. Any copy that the key fits gives the pool key; then the newest copy
+/// that verifies counts, and the key has to fit that one: a slot that was removed does not come back with an old copy.
+async fn unlock(base: &Base, device: &str, at: &[u64], kek: &Kek) -> Result<Unlocked, PoolError> {
+    let error = |reason: BlockError| PoolError::Block { device: device.to_owned(), reason };
+    let wrong = || PoolError::WrongKey { device: device.to_owned() };
+    let (found, refused) = key_blocks(base, device, at).await?;
+    if found.is_empty() {
+        return match refused {
+            Some(BlockError::Blank | BlockError::NotOurs { .. }) => {
+                Err(PoolError::Erased { device: device.to_owned() })
+            }
+            reason => Err(error(reason.unwrap_or(BlockError::Checksum))),
+        };
+    }
+    let Some((pool, key)) = found.iter().find_map(|b| Some((b.peek().pool, b.peek().unlock(kek).ok()?.1)))
+    else {
+        return Err(wrong());
+    };
+    let keys = PoolKeys::derive(&key, pool);
+    let mut newest: Option<KeyBlock> = None;
+    let (mut verified, mut forged, mut stale) = (0, None, false);
+    for block in found {
+        match block.verify(keys.block()) {
+            Ok(block) => {
+                verified += 1;
+                stale |= newest.as_ref().is_some_and(|n| *n != block);
+                if newest.as_ref().is_none_or(|n| n.generation < block.generation) {
+                    newest = Some(block);
+                }
+            }
+            Err(reason) => forged = Some(reason),
+        }
+    }
+    let Some(block) = newest else { return Err(error(forged.unwrap_or(BlockError::WrongKey))) };
+    if block.unlock(kek).is_err() {
+        return Err(wrong());
+    }
+    stale |= verified < at.len();
+    Ok(Unlocked { keys, key, block, stale })
+}
+
+/// A pool as it shows itself without its key. Nothing of it is verified.
+pub(crate) struct Sealed {
+    pub superblock: Superblock,
+    pub keys: KeyBlock,
+}
+
+/// What can be known about the pool on a device of `bytes` bytes without its key. `Ok(None)`: there is none.
+pub(crate) async fn peek(base: &Base, device: &str, bytes: u64) -> Result<Option<Sealed>, PoolError> {
+    let Some((at, found)) = find(base, device, bytes).await? else { return Ok(None) };
+    let newest = found.into_iter().map(|s| s.peek().clone()).max_by_key(|s| s.generation);
+    let (blocks, refused) = key_blocks(base, device, &at).await?;
+    let keys = blocks.into_iter().map(|b| b.peek().clone()).max_by_key(|b| b.generation);
+    match (newest, keys) {
+        (Some(superblock), Some(keys)) => Ok(Some(Sealed { superblock, keys })),
+        (None, _) => Ok(None),
+        (_, None) => Err(match refused {
+            Some(BlockError::Blank | BlockError::NotOurs { .. }) | None => {
+                PoolError::Erased { device: device.to_owned() }
+            }
+            Some(reason) => PoolError::Block { device: device.to_owned(), reason },
+        }),
     }
 }
 

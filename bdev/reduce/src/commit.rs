@@ -74,7 +74,7 @@ impl Pool {
     pub(crate) fn record(&self, scope: Scope, record: &Record<'_>) -> Result<(), Status> {
         self.push(scope, record);
         let now = self.now();
-        let result = self.shard.borrow_mut().apply(scope, record, self.keys.wrap_key(), now);
+        let result = self.shard.borrow_mut().apply(scope, record, &self.wraps.borrow(), now);
         result.map_err(|error| self.inconsistent(&error))
     }
 

@@ -65,6 +65,25 @@ pub enum PoolError {
         /// Base device.
         device: String,
     },
+    /// The pool was erased: no key opens it any more.
+    #[error("the pool on {device} was erased: its key slots are overwritten")]
+    Erased {
+        /// Base device.
+        device: String,
+    },
+    /// A change of key slots failed half-way.
+    #[error(
+        "key slots of pool \"{pool}\": {status}; the change may or may not have been made: look at them and repeat it"
+    )]
+    Slots {
+        /// Pool.
+        pool: String,
+        /// What the device said.
+        status: Status,
+    },
+    /// The key slots were changed by somebody else meanwhile.
+    #[error("key slots of pool \"{0}\" have been changed meanwhile: Device or resource busy; try again")]
+    SlotsChanged(String),
     /// The key can not be used.
     #[error("key for the pool on {device}: {reason}")]
     Key {
@@ -172,7 +191,10 @@ impl PoolError {
     pub fn code(&self) -> i32 {
         match self {
             PoolError::Bdev(error) => error.code(),
-            PoolError::Io { .. } | PoolError::Damaged { .. } | PoolError::Stopped { .. } => -5,
+            PoolError::Io { .. }
+            | PoolError::Damaged { .. }
+            | PoolError::Stopped { .. }
+            | PoolError::Slots { .. } => -5,
             PoolError::TooSmall { .. } | PoolError::NoSpace(_) => -28,
             PoolError::Foreign { .. } | PoolError::PoolExists(_) => -17,
             PoolError::VolumeExists { .. } | PoolError::DomainExists { .. } => -17,
@@ -180,6 +202,8 @@ impl PoolError {
             PoolError::NoVolume { .. } | PoolError::NoDomain { .. } => -19,
             PoolError::Block { .. } => -22,
             PoolError::WrongKey { .. } | PoolError::Key { .. } => -126,
+            PoolError::Erased { .. } => -127,
+            PoolError::SlotsChanged(_) => -16,
             PoolError::KeyFile { .. } => -2,
             PoolError::OpenElsewhere { .. } | PoolError::Busy(_) => -16,
             PoolError::HasClones { .. } => -1,

@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use cryptfold_reduce_format::codec::Compression;
 use cryptfold_reduce_format::ids::{DomainId, VolumeId};
+use cryptfold_reduce_format::keys::Kek;
+use cryptfold_reduce_format::slots::{Kdf, KeyBlock, SlotKind};
 use uuid::Uuid;
 
 /// Where the key-encryption key of a pool comes from.
@@ -15,6 +17,38 @@ pub enum KeySource {
     Bytes(Vec<u8>),
     /// The public key of pools without encryption: same format, no secrecy.
     Open,
+    /// The key itself, from a password or a key server, and what a new pool's slot says about where it came from.
+    Kek(Box<SlotKey>),
+}
+
+/// A key-encryption key and where it comes from.
+#[derive(Clone)]
+pub struct SlotKey {
+    /// The key.
+    pub kek: Kek,
+    /// Where it comes from.
+    pub kind: SlotKind,
+    /// From which password, how.
+    pub kdf: Kdf,
+    /// For people, at most 48 bytes.
+    pub label: String,
+    /// Its name at the key server, at most 160 bytes.
+    pub reference: String,
+}
+
+/// What a device shows of a pool without its key; nothing of it is verified.
+#[derive(Clone, Debug)]
+pub struct SealedPool {
+    /// Base device.
+    pub base_bdev: String,
+    /// Name.
+    pub name: String,
+    /// Identity.
+    pub uuid: Uuid,
+    /// When it was made, in ms since 1970.
+    pub created_ms: u64,
+    /// Its key slots.
+    pub keys: KeyBlock,
 }
 
 /// The key is not shown.
@@ -24,6 +58,7 @@ impl std::fmt::Debug for KeySource {
             KeySource::File(path) => write!(f, "File({})", path.display()),
             KeySource::Bytes(_) => f.write_str("Bytes(..)"),
             KeySource::Open => f.write_str("Open"),
+            KeySource::Kek(key) => write!(f, "Kek({:?})", key.kind),
         }
     }
 }
@@ -43,6 +78,9 @@ pub struct CreateOptions {
     pub compression: Option<Compression>,
     /// Every completion is durable (by group commit), and volumes report no volatile cache.
     pub durable: bool,
+    /// For tests: as before there were erasure secrets.
+    #[doc(hidden)]
+    pub first_format: bool,
 }
 
 impl CreateOptions {
@@ -55,6 +93,7 @@ impl CreateOptions {
             memory_budget: None,
             compression: None,
             durable: false,
+            first_format: false,
         }
     }
 }

@@ -7,14 +7,19 @@ use std::sync::Arc;
 
 use cryptfold_bdev::{Access, BdevError, Registry, Removal, Status};
 
+use cryptfold_reduce_format::keys::PoolKey;
+use cryptfold_reduce_format::slots::{KeyBlock, KeySlot, MAX_KEY_SLOTS};
+
 use crate::aged::{Backlog, HeldCheckpoints};
+use crate::anchors;
+use crate::base::Base;
 use crate::damage::{Falsify, Part};
 use crate::error::PoolError;
 use crate::info::{
-    CheckReport, CreateOptions, DomainInfo, KeySource, LateInfo, PoolInfo, ScrubInfo, VolumeInfo,
+    CheckReport, CreateOptions, DomainInfo, KeySource, LateInfo, PoolInfo, ScrubInfo, SealedPool, VolumeInfo,
     VolumeOptions,
 };
-use crate::manager::kek;
+use crate::manager::slot_key;
 use crate::open::{self, Making, Opening};
 use crate::pool::Pool;
 use crate::shard::Volume;
@@ -37,18 +42,17 @@ impl LocalPool {
         name: &str,
         options: &CreateOptions,
     ) -> Result<LocalPool, PoolError> {
-        let (kek, slot, label) = kek(&options.key, base_bdev)?;
+        let key = slot_key(&options.key, base_bdev)?;
         let claim = open::claim(registry, base_bdev)?;
         let making = Making {
             name: name.to_owned(),
             force: options.force,
             segment_bytes: options.segment_bytes,
-            slot: Some(slot),
-            label,
+            first_format: options.first_format,
         };
-        open::create(&claim, &making, &kek).await?;
+        open::create(&claim, &making, &key).await?;
         let opening = Opening { memory_bytes: options.memory_budget, ..Opening::default() };
-        let pool = open::open(&claim, &kek, &opening).await?;
+        let pool = open::open(&claim, &key.kek, &opening).await?;
         let Some(pool) = pool else { return Err(PoolError::NoPool(making.name)) };
         if let Some(compression) = options.compression {
             pool.set_compression(compression).await?;
@@ -69,7 +73,7 @@ impl LocalPool {
         key: &KeySource,
         memory_budget: Option<u64>,
     ) -> Result<Option<LocalPool>, PoolError> {
-        let (kek, _, _) = kek(key, base_bdev)?;
+        let kek = slot_key(key, base_bdev)?.kek;
         let claim = open::claim(registry, base_bdev)?;
         let opening = Opening { memory_bytes: memory_budget, ..Opening::default() };
         let Some(pool) = open::open(&claim, &kek, &opening).await? else { return Ok(None) };
@@ -80,6 +84,41 @@ impl LocalPool {
             }
         }
         Ok(Some(pool))
+    }
+
+    /// What a device shows of the pool on it without a key; see [`crate::PoolManager::peek`].
+    ///
+    /// # Errors
+    /// The pool was erased, is damaged or of another version.
+    pub async fn peek(registry: &Arc<Registry>, base_bdev: &str) -> Result<Option<SealedPool>, PoolError> {
+        let descriptor = registry.open(base_bdev, Access::ReadOnly, |_| {})?;
+        let (base, bdev) = (Base::open(&descriptor)?, descriptor.bdev());
+        let sealed = anchors::peek(&base, bdev.name(), bdev.size_bytes()).await?;
+        Ok(sealed.map(|sealed| SealedPool {
+            base_bdev: bdev.name().to_owned(),
+            name: sealed.superblock.name,
+            uuid: sealed.superblock.pool,
+            created_ms: sealed.superblock.created_ms,
+            keys: sealed.keys,
+        }))
+    }
+
+    /// The key slots.
+    pub fn key_block(&self) -> KeyBlock {
+        self.pool.key_block.borrow().clone()
+    }
+
+    /// The pool key, for changing slots.
+    pub fn pool_key(&self) -> PoolKey {
+        self.pool.pool_key.clone()
+    }
+
+    /// Changes the key slots; see [`crate::PoolManager::change_keys`].
+    ///
+    /// # Errors
+    /// The device failed: the change may have been made.
+    pub async fn change_slots(&self, slots: [Option<KeySlot>; MAX_KEY_SLOTS]) -> Result<(), PoolError> {
+        self.pool.change_slots(slots).await
     }
 
     /// Makes a volume and registers its bdev.
@@ -218,7 +257,7 @@ impl LocalPool {
         key: &KeySource,
         data: bool,
     ) -> Result<Option<(PoolInfo, CheckReport)>, PoolError> {
-        let (kek, _, _) = kek(key, base_bdev)?;
+        let kek = slot_key(key, base_bdev)?.kek;
         let claim = open::claim_for(registry, base_bdev, Access::ReadOnly)?;
         let opening = Opening { read_only: true, ..Opening::default() };
         let Some(pool) = open::open(&claim, &kek, &opening).await? else { return Ok(None) };

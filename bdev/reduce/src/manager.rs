@@ -10,15 +10,15 @@ use std::time::Duration;
 use cryptfold_bdev::{BdevError, Registry};
 use cryptfold_reactor::Handle;
 use cryptfold_reduce_format::codec::Compression;
-use cryptfold_reduce_format::keys::Kek;
+use cryptfold_reduce_format::keys::{Kek, PoolKey};
 use cryptfold_reduce_format::record::volume_flags;
-use cryptfold_reduce_format::slots::SlotKind;
+use cryptfold_reduce_format::slots::{Kdf, KeyBlock, SlotKind};
 use uuid::Uuid;
 
 use crate::error::PoolError;
 use crate::info::{
-    CheckReport, CreateOptions, DomainInfo, KeySource, LateInfo, PoolInfo, ScrubInfo, VolumeInfo,
-    VolumeOptions,
+    CheckReport, CreateOptions, DomainInfo, KeySource, LateInfo, PoolInfo, ScrubInfo, SealedPool, SlotKey,
+    VolumeInfo, VolumeOptions,
 };
 use crate::local::LocalPool;
 use crate::open::{self, Making, Opening};
@@ -36,28 +36,45 @@ pub struct PoolManager {
     pools: Mutex<Vec<PoolRef>>,
     /// Opening and closing go one after the other.
     serial: Mutex<()>,
+    /// So do changes of key slots.
+    slots: Mutex<()>,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// The key-encryption key of a source, for the pool on `device`.
-pub(crate) fn kek(source: &KeySource, device: &str) -> Result<(Kek, SlotKind, String), PoolError> {
+/// As much of a label as a slot holds.
+fn short(label: &str) -> String {
+    let mut label = label.to_owned();
+    while label.len() > 48 {
+        label.pop();
+    }
+    label
+}
+
+/// The key-encryption key of a source, for the pool on `device`, and what its slot says.
+pub(crate) fn slot_key(source: &KeySource, device: &str) -> Result<SlotKey, PoolError> {
     let bad = |reason| PoolError::Key { device: device.to_owned(), reason };
+    let plain = |kek, kind, label: &str| SlotKey {
+        kek,
+        kind,
+        kdf: Kdf::None,
+        label: short(label),
+        reference: String::new(),
+    };
     match source {
-        KeySource::Open => Ok((Kek::open(), SlotKind::Open, "no encryption".into())),
-        KeySource::Bytes(bytes) => {
-            Ok((Kek::from_file(bytes).map_err(bad)?, SlotKind::KeyFile, String::new()))
-        }
+        KeySource::Open => Ok(plain(Kek::open(), SlotKind::Open, "no encryption")),
+        KeySource::Bytes(bytes) => Ok(plain(Kek::from_file(bytes).map_err(bad)?, SlotKind::KeyFile, "")),
         KeySource::File(path) => {
             let mut content = std::fs::read(path)
                 .map_err(|error| PoolError::KeyFile { path: path.clone(), reason: error.to_string() })?;
             let kek = Kek::from_file(&content).map_err(bad);
             content.fill(0);
             let label = path.file_name().map_or_else(String::new, |name| name.to_string_lossy().into_owned());
-            Ok((kek?, SlotKind::KeyFile, label))
+            Ok(plain(kek?, SlotKind::KeyFile, &label))
         }
+        KeySource::Kek(key) => Ok(SlotKey::clone(key)),
     }
 }
 
@@ -70,6 +87,7 @@ impl PoolManager {
             next_home: AtomicUsize::new(0),
             pools: Mutex::default(),
             serial: Mutex::default(),
+            slots: Mutex::default(),
         })
     }
 
@@ -117,7 +135,7 @@ impl PoolManager {
         if locked(&self.pools).iter().any(|pool| pool.name() == name) {
             return Err(PoolError::PoolExists(name.to_owned()));
         }
-        let (kek, slot, label) = kek(&options.key, base_bdev)?;
+        let key = slot_key(&options.key, base_bdev)?;
         if options.memory_budget.is_some_and(|budget| budget < open::MIN_MEMORY_BYTES) {
             return Err(PoolError::Invalid(format!(
                 "memory_budget is at least {} bytes",
@@ -129,14 +147,13 @@ impl PoolManager {
             name: name.to_owned(),
             force: options.force,
             segment_bytes: options.segment_bytes,
-            slot: Some(slot),
-            label,
+            first_format: options.first_format,
         };
         let opening = Opening { memory_bytes: options.memory_budget, ..Opening::default() };
         let (compression, durable) = (options.compression, options.durable);
         let opened = self.home()?.block_on(move || async move {
-            open::create(&claim, &making, &kek).await?;
-            let Some(pool) = open::open(&claim, &kek, &opening).await? else {
+            open::create(&claim, &making, &key).await?;
+            let Some(pool) = open::open(&claim, &key.kek, &opening).await? else {
                 return Err(PoolError::NoPool(making.name));
             };
             if let Some(compression) = compression {
@@ -163,7 +180,7 @@ impl PoolManager {
         memory_budget: Option<u64>,
     ) -> Result<Option<PoolInfo>, PoolError> {
         let _one = locked(&self.serial);
-        let (kek, _, _) = kek(key, base_bdev)?;
+        let kek = slot_key(key, base_bdev)?.kek;
         let claim = open::claim(&self.registry, base_bdev)?;
         let opening = Opening { memory_bytes: memory_budget, ..Opening::default() };
         let taken: Vec<String> = locked(&self.pools).iter().map(PoolRef::name).collect();
@@ -190,6 +207,45 @@ impl PoolManager {
             }
         }
         Ok(Some(info))
+    }
+
+    /// What a device shows of the pool on it without a key. `Ok(None)`: there is no pool on it.
+    ///
+    /// # Errors
+    /// The pool was erased, is damaged or of another version.
+    pub fn peek(&self, base_bdev: &str) -> Result<Option<SealedPool>, PoolError> {
+        let (registry, name) = (self.registry.clone(), base_bdev.to_owned());
+        let peeked = self.home()?.block_on(move || async move { LocalPool::peek(&registry, &name).await });
+        peeked.map_err(|_| PoolError::NoReactor)?
+    }
+
+    /// The key slots of an open pool.
+    ///
+    /// # Errors
+    /// There is no such pool.
+    pub fn key_block(&self, pool: &str) -> Result<KeyBlock, PoolError> {
+        self.on_home(&self.find(pool)?, |pool| async move { Ok(pool.key_block.borrow().clone()) })
+    }
+
+    /// Changes the key slots of an open pool: `change` gets them and the pool key on this thread (it may take long), then all
+    /// copies are written, flushed and read back.
+    ///
+    /// # Errors
+    /// What `change` says, and nothing is changed then; there is no such pool; its device fails, and then the change may have
+    /// been made.
+    pub fn change_keys<T, E: From<PoolError>>(
+        &self,
+        pool: &str,
+        change: impl FnOnce(&mut KeyBlock, &PoolKey) -> Result<T, E>,
+    ) -> Result<T, E> {
+        let _one = locked(&self.slots);
+        let reference = self.find(pool)?;
+        let (mut block, key) = self.on_home(&reference, |pool| async move {
+            Ok((pool.key_block.borrow().clone(), pool.pool_key.clone()))
+        })?;
+        let done = change(&mut block, &key)?;
+        self.on_home(&reference, move |pool| async move { pool.change_slots(block.slots).await })?;
+        Ok(done)
     }
 
     /// Audits the pool on a bdev that nobody has open, without writing to it: its journal is replayed in RAM. `Ok(None)`:

@@ -17,16 +17,16 @@ use cryptfold_reduce_format::ids::{
     DeviceIx, DomainId, Epoch, Generation, OwnerEpoch, Sequence, ShardIx, VolumeId,
 };
 use cryptfold_reduce_format::journal::{BatchSealer, Cursor, JournalEpoch, Scope};
-use cryptfold_reduce_format::keys::{self, Kek, PoolKey, PoolKeys, Secret};
+use cryptfold_reduce_format::keys::{Kek, PoolKey, PoolKeys, Secret};
 use cryptfold_reduce_format::node::{self, Interior, NodePtr};
 use cryptfold_reduce_format::probe::{PROBE_HEAD_BYTES, PROBE_TAIL_BYTES, probe_foreign};
 use cryptfold_reduce_format::record::{
     DomainRecord, GenerationState, KeyGeneration, PoolRecord, TreeRoot, VolumeRecord, decode_page,
 };
 use cryptfold_reduce_format::segtable;
-use cryptfold_reduce_format::slots::{Kdf, KeyBlock, KeySlot, SlotKind};
+use cryptfold_reduce_format::slots::{KeyBlock, KeySlot, MAX_KEY_SLOTS};
 use cryptfold_reduce_format::superblock::{
-    ANCHOR_BYTES, DeviceEntry, DeviceState, Features, Geometry, KEYS_AT, MAX_SEGMENT_BYTES,
+    ANCHOR_BYTES, DeviceEntry, DeviceState, FEATURE_ERASURE, Features, Geometry, KEYS_AT, MAX_SEGMENT_BYTES,
     MIN_SEGMENT_BYTES, OWNER_AT, Redundancy, ShardEntry, Superblock, anchor_offsets,
 };
 use reactor::memory::Buf;
@@ -39,6 +39,7 @@ use crate::commit::Commits;
 use crate::core::Core;
 use crate::error::PoolError;
 use crate::index::Index;
+use crate::info::SlotKey;
 use crate::journal::Journal;
 use crate::meta::Meta;
 use crate::owner;
@@ -62,8 +63,7 @@ pub(crate) struct Making {
     pub name: String,
     pub force: bool,
     pub segment_bytes: Option<u32>,
-    pub slot: Option<SlotKind>,
-    pub label: String,
+    pub first_format: bool,
 }
 
 /// How a pool is opened.
@@ -103,7 +103,7 @@ pub(crate) fn claim_for(registry: &Registry, base: &str, access: Access) -> Resu
     Ok(Claim { descriptor, owner })
 }
 
-fn random_secret() -> Secret {
+pub(crate) fn random_secret() -> Secret {
     let mut bytes = [0; 32];
     reactor::fill_random(&mut bytes);
     Secret::take(&mut bytes)
@@ -133,7 +133,7 @@ fn journal_blocks(bytes: u64) -> u32 {
 }
 
 /// Writes a new, empty pool to a device.
-pub(crate) async fn create(claim: &Claim, making: &Making, kek: &Kek) -> Result<Uuid, PoolError> {
+pub(crate) async fn create(claim: &Claim, making: &Making, key: &SlotKey) -> Result<Uuid, PoolError> {
     let descriptor = &claim.descriptor;
     let bdev = descriptor.bdev();
     let (device, bytes) = (bdev.name().to_owned(), bdev.size_bytes());
@@ -170,7 +170,10 @@ pub(crate) async fn create(claim: &Claim, making: &Making, kek: &Kek) -> Result<
         pool: random_uuid(),
         name: making.name.clone(),
         generation: 1,
-        features: Features::default(),
+        features: Features {
+            incompatible: if making.first_format { 0 } else { FEATURE_ERASURE },
+            ..Features::default()
+        },
         device: DeviceIx(0),
         segment_bytes,
         owner_epoch: OwnerEpoch(0),
@@ -200,7 +203,7 @@ pub(crate) async fn create(claim: &Claim, making: &Making, kek: &Kek) -> Result<
         let need_bytes = u64::from(segment_bytes) * (MIN_SEGMENTS as u64 + 8);
         return Err(PoolError::TooSmall { device, bytes, need_bytes });
     }
-    write_anchors(&base, &device, superblock, making, kek).await
+    write_anchors(&base, &device, superblock, key).await
 }
 
 /// Segments that a pool needs to work at all.
@@ -210,8 +213,7 @@ async fn write_anchors(
     base: &Base,
     device: &str,
     mut superblock: Superblock,
-    making: &Making,
-    kek: &Kek,
+    key: &SlotKey,
 ) -> Result<Uuid, PoolError> {
     let pool_key = PoolKey(random_secret());
     let keys = PoolKeys::derive(&pool_key, superblock.pool);
@@ -221,13 +223,17 @@ async fn write_anchors(
         bytes,
         need_bytes: MIN_POOL_BYTES,
     })?;
-    let kind = making.slot.unwrap_or(SlotKind::KeyFile);
-    let mut slot = KeySlot::seal(kind, Kdf::None, kek, &pool_key, superblock.created_ms)
-        .map_err(|reason| PoolError::Key { device: device.to_owned(), reason })?;
-    slot.label = making.label.chars().take(48).collect();
-    let mut slots = [const { None }; cryptfold_reduce_format::slots::MAX_KEY_SLOTS];
+    let bad_key = |reason| PoolError::Key { device: device.to_owned(), reason };
+    let mut slot =
+        KeySlot::seal(key.kind, key.kdf, &key.kek, &pool_key, superblock.created_ms).map_err(bad_key)?;
+    slot.label.clone_from(&key.label);
+    slot.reference.clone_from(&key.reference);
+    let mut slots = [const { None }; MAX_KEY_SLOTS];
     slots[0] = Some(slot);
-    let key_block = KeyBlock { pool: superblock.pool, generation: 1, slots };
+    let mut key_block = KeyBlock::new(&keys, 1, slots, &random_secret()).map_err(bad_key)?;
+    if superblock.features.incompatible & FEATURE_ERASURE == 0 {
+        key_block.erasure = [None, None];
+    }
     let bad = |reason: BlockError| PoolError::Block { device: device.to_owned(), reason };
     let failed = || io_error(device, "write of an anchor");
     // Superblocks first away, last back: a pool that is half made is none, also where another was before.
@@ -368,6 +374,10 @@ fn assemble(
         uuid: superblock.pool,
         descriptor: descriptor.clone(),
         keys: found.keys,
+        wraps: RefCell::new(found.wraps),
+        pool_key: found.key,
+        key_block: RefCell::new(found.key_block),
+        stale_keys: Cell::new(found.stale_keys),
         epoch,
         owner: me,
         anchors: found.at,
@@ -453,7 +463,7 @@ impl Pool {
             for (_, record) in decode_page(&page).map_err(bad)? {
                 let record = DomainRecord::decode(record).map_err(bad)?;
                 let id = record.id.0;
-                let domain = Domain::open(record, self.keys.wrap_key(), self.uuid, &shard.meter);
+                let domain = Domain::open(record, &self.wraps.borrow(), self.uuid, &shard.meter);
                 shard.domains.insert(id, domain.map_err(|e| self.damage(e))?);
             }
         }
@@ -542,6 +552,7 @@ impl Pool {
         let device = self.descriptor.bdev().name().to_owned();
         self.write_superblock(None, None).await.map_err(io_error(&device, "write of the superblock"))?;
         self.take_ownership().await?;
+        self.mend_keys().await?;
         for domain in self.shard.borrow_mut().domains.values_mut() {
             domain.derive_journal(self.uuid, self.epoch);
         }
@@ -574,7 +585,9 @@ impl Pool {
         let id = self.shard.borrow().pool.next_domain;
         let (data, fingerprint) = (random_secret(), random_secret());
         let wrap = |secret: &Secret| {
-            keys::wrap(self.keys.wrap_key(), secret)
+            self.wraps
+                .borrow()
+                .wrap(secret)
                 .map_err(|reason| PoolError::Key { device: self.handle.base_name.clone(), reason })
         };
         let mut record = DomainRecord::new(id, random_uuid(), name);

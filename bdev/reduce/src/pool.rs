@@ -14,7 +14,8 @@ use cryptfold_reactor::sync::{Event, Mutex as AsyncMutex, Notify};
 use cryptfold_reactor::{self as reactor, Handle};
 use cryptfold_reduce_format::ids::DomainId;
 use cryptfold_reduce_format::journal::JournalEpoch;
-use cryptfold_reduce_format::keys::PoolKeys;
+use cryptfold_reduce_format::keys::{DomainWraps, PoolKey, PoolKeys};
+use cryptfold_reduce_format::slots::KeyBlock;
 use cryptfold_reduce_format::superblock::{ANCHORS, Superblock};
 use uuid::Uuid;
 
@@ -105,6 +106,13 @@ pub(crate) struct Pool {
     pub descriptor: Arc<Descriptor>,
     pub base: Base,
     pub keys: PoolKeys,
+    /// What domains' keys are wrapped with.
+    pub wraps: RefCell<DomainWraps>,
+    pub pool_key: PoolKey,
+    /// As on the device; [`crate::keyslots`] changes it.
+    pub key_block: RefCell<KeyBlock>,
+    /// Copies of it differ or are damaged.
+    pub stale_keys: Cell<bool>,
     pub epoch: JournalEpoch,
     pub owner: [u8; 16],
     pub anchors: [u64; ANCHORS],

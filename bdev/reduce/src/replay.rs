@@ -360,7 +360,7 @@ impl Pool {
         }
         self.shard
             .borrow_mut()
-            .apply(scope, record, self.keys.wrap_key(), sequence)
+            .apply(scope, record, &self.wraps.borrow(), sequence)
             .map_err(|error| self.broken(format!("journal batch {sequence}: {error}")))
     }
 

@@ -14,6 +14,7 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet, HashSet};
 use std::sync::Arc;
 
+use cryptfold_reduce_format::container;
 use cryptfold_reduce_format::container::{ContainerError, FragmentEntry};
 use cryptfold_reduce_format::entry::{FragmentRaw, MapRun, Record, Retarget};
 use cryptfold_reduce_format::fingerprint::{Fingerprint, HashId, Hasher};
@@ -21,14 +22,13 @@ use cryptfold_reduce_format::ids::{
     ChunkAddr, ContainerId, DomainId, Epoch, Generation, Lba, SLOTS, SegmentAddr, Sequence, ShardIx, VolumeId,
 };
 use cryptfold_reduce_format::journal::{JournalEpoch, JournalKey, Scope};
-use cryptfold_reduce_format::keys::{DataKey, FingerprintSecret, Secret};
+use cryptfold_reduce_format::keys::{DataKey, DomainWraps, FingerprintSecret};
 use cryptfold_reduce_format::map::{MAP_ENTRIES, MapEntry, MapLeaf, Target};
 use cryptfold_reduce_format::node;
 use cryptfold_reduce_format::record::{
     DomainRecord, DomainShard, GenerationState, PoolRecord, TreeRoot, VolumeRecord, volume_flags,
 };
 use cryptfold_reduce_format::segment::Class;
-use cryptfold_reduce_format::{container, keys};
 use smallvec::SmallVec;
 use thiserror::Error;
 use uuid::Uuid;
@@ -155,18 +155,23 @@ pub(crate) struct Shard {
 
 impl Domain {
     /// Opens a domain's keys and makes its (empty) caches.
-    pub fn open(record: DomainRecord, wrap: &Secret, pool: Uuid, meter: &Meter) -> Result<Domain, String> {
+    pub fn open(
+        record: DomainRecord,
+        wraps: &DomainWraps,
+        pool: Uuid,
+        meter: &Meter,
+    ) -> Result<Domain, String> {
         let mut data = BTreeMap::new();
         let mut current = None;
         for entry in &record.keys {
             if entry.state == GenerationState::Erased {
                 continue;
             }
-            let key = keys::unwrap(wrap, &entry.data).map_err(|e| format!("domain {}: {e}", record.name))?;
+            let (key, _) = wraps.unwrap(&entry.data).map_err(|e| format!("domain {}: {e}", record.name))?;
             data.insert(entry.generation, DataKey(key));
             if entry.state == GenerationState::Current {
-                let secret = keys::unwrap(wrap, &entry.fingerprint)
-                    .map_err(|e| format!("domain {}: {e}", record.name))?;
+                let (secret, _) =
+                    wraps.unwrap(&entry.fingerprint).map_err(|e| format!("domain {}: {e}", record.name))?;
                 current = Some((entry.generation, FingerprintSecret(secret)));
             }
         }
@@ -549,7 +554,7 @@ impl Shard {
         &mut self,
         scope: Scope,
         record: &Record<'_>,
-        wrap: &Secret,
+        wraps: &DomainWraps,
         now: Sequence,
     ) -> Result<(), ApplyError> {
         let in_domain = match scope {
@@ -585,11 +590,11 @@ impl Shard {
                 (leaf..leaf + u64::from(count)).try_for_each(|leaf| self.map_own(volume, leaf, from, now))
             }
             Record::MapRetarget { volume, leaf, changes } => self.map_retarget(volume, leaf, changes, now),
-            _ => self.apply_catalogue(record, wrap),
+            _ => self.apply_catalogue(record, wraps),
         }
     }
 
-    fn apply_catalogue(&mut self, record: &Record<'_>, wrap: &Secret) -> Result<(), ApplyError> {
+    fn apply_catalogue(&mut self, record: &Record<'_>, wraps: &DomainWraps) -> Result<(), ApplyError> {
         let bad = |error: cryptfold_reduce_format::wire::WireError| ApplyError::Record(error.to_string());
         match *record {
             Record::VolumeCreate { record } => {
@@ -628,7 +633,7 @@ impl Shard {
                 let record = DomainRecord::decode(record).map_err(bad)?;
                 self.pool.next_domain = DomainId(self.pool.next_domain.0.max(record.id.0 + 1));
                 let domain =
-                    Domain::open(record, wrap, self.pool_id, &self.meter).map_err(ApplyError::Record)?;
+                    Domain::open(record, wraps, self.pool_id, &self.meter).map_err(ApplyError::Record)?;
                 self.domains.insert(domain.record.id.0, domain);
                 self.segments.set_domains(self.domains.len());
             }

@@ -1,17 +1,20 @@
-//! The back-up of a pool's key slots: a JSON file that a password of its own protects.
+//! The back-up of a pool's key slots and superblock: a JSON file that a password of its own protects.
 //!
-//! `{"format": "cryptfold key slots 1", "pool": UUID, "created_ms": N, "kdf": {...}, "slots": BASE64}`. `slots` is, under AES key
-//! wrap with padding (RFC 5649), which also proves it whole:
+//! `{"format": "cryptfold key slots 2", "pool": UUID, "created_ms": N, "kdf": {...}, "slots": BASE64, "superblock": BASE64}`. The
+//! superblock is the block of 4096 bytes as it was read, `slots` is what follows; both are under AES key wrap
+//! with padding (RFC 5649), which also proves them whole:
 //!
 //! ```text
 //! 0      pool UUID [16]
 //! 16     generation of the key block u64
 //! 24     12 slots of 320 bytes, as in the key block
+//! 3864   two erasure secrets of 40 bytes, as in the key block
 //! ```
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
-use cryptfold_reduce_format::keys::{unwrap_padded, wrap_padded};
+use cryptfold_reduce_format::block::{BLOCK_BYTES, Block};
+use cryptfold_reduce_format::keys::{WRAPPED_BYTES, unwrap_padded, wrap_padded};
 use cryptfold_reduce_format::slots::{Kdf, KeyBlock, KeySlot, MAX_KEY_SLOTS, SLOT_BYTES};
 use serde_json::{Value, json};
 use thiserror::Error;
@@ -20,10 +23,20 @@ use zeroize::Zeroizing;
 
 use crate::password::{Cost, Limits, Password, PasswordError, derive};
 
-const FORMAT: &str = "cryptfold key slots 1";
-const CONTENT_BYTES: usize = 24 + MAX_KEY_SLOTS * SLOT_BYTES;
+const FORMAT: &str = "cryptfold key slots 2";
+const SLOTS_END: usize = 24 + MAX_KEY_SLOTS * SLOT_BYTES;
+const CONTENT_BYTES: usize = SLOTS_END + 2 * WRAPPED_BYTES;
 /// No back-up is longer.
-const MAX_TEXT_BYTES: usize = 16 << 10;
+const MAX_TEXT_BYTES: usize = 32 << 10;
+
+/// What is backed up.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Backup {
+    /// The key block.
+    pub keys: KeyBlock,
+    /// A copy of the superblock, as read from the device; not verified.
+    pub superblock: Box<Block>,
+}
 
 /// Why a back-up was not written or not read.
 #[derive(Clone, PartialEq, Eq, Debug, Error)]
@@ -52,12 +65,13 @@ pub enum ExportError {
 /// # Errors
 /// Slots that can not be stored, a cost that is impossible.
 pub fn export(
-    block: &KeyBlock,
+    backup: &Backup,
     password: &Password,
     cost: Cost,
     salt: [u8; 32],
     created_ms: u64,
 ) -> Result<String, ExportError> {
+    let block = &backup.keys;
     let mut content = Zeroizing::new(Vec::with_capacity(CONTENT_BYTES));
     content.extend_from_slice(block.pool.as_bytes());
     content.extend_from_slice(&block.generation.to_le_bytes());
@@ -68,8 +82,12 @@ pub fn export(
         };
         content.extend_from_slice(&encoded);
     }
+    for secret in &block.erasure {
+        content.extend_from_slice(&secret.unwrap_or([0; WRAPPED_BYTES]));
+    }
     let kek = derive(password, &cost.with_salt(salt), &Limits::default())?;
-    let wrapped = wrap_padded(&kek.0, &content).map_err(|_| ExportError::Format("it is too long"))?;
+    let wrap = |plain: &[u8]| wrap_padded(&kek.0, plain).map_err(|_| ExportError::Format("it is too long"));
+    let wrapped = wrap(&content)?;
     let salt = STANDARD.encode(salt);
     let kdf = match cost {
         Cost::Argon2id { memory_kib, passes, lanes } => {
@@ -81,7 +99,7 @@ pub fn export(
     };
     let file = json!({
         "format": FORMAT, "pool": block.pool.to_string(), "created_ms": created_ms, "kdf": kdf,
-        "slots": STANDARD.encode(wrapped),
+        "slots": STANDARD.encode(wrapped), "superblock": STANDARD.encode(wrap(backup.superblock.as_slice())?),
     });
     Ok(format!("{file:#}\n"))
 }
@@ -102,11 +120,11 @@ fn kdf(file: &Value) -> Option<Kdf> {
     })
 }
 
-/// The key block of a back-up. Its keys are still wrapped, each by its own slot's key.
+/// What a back-up has. Its keys are still wrapped, each by its own slot's key.
 ///
 /// # Errors
 /// See [`ExportError`].
-pub fn import(text: &str, password: &Password, limits: &Limits) -> Result<KeyBlock, ExportError> {
+pub fn import(text: &str, password: &Password, limits: &Limits) -> Result<Backup, ExportError> {
     if text.len() > MAX_TEXT_BYTES {
         return Err(ExportError::Format("it is too long"));
     }
@@ -129,9 +147,19 @@ pub fn import(text: &str, password: &Password, limits: &Limits) -> Result<KeyBlo
         pool: Uuid::from_bytes(*pool),
         generation: u64::from_le_bytes(*generation),
         slots: [const { None }; MAX_KEY_SLOTS],
+        erasure: [None, None],
     };
-    for (at, bytes) in rest.chunks_exact(SLOT_BYTES).enumerate() {
+    let (slots, secrets) = rest.split_at(SLOTS_END - 24);
+    for (secret, bytes) in block.erasure.iter_mut().zip(secrets.as_chunks::<WRAPPED_BYTES>().0) {
+        *secret = (*bytes != [0; WRAPPED_BYTES]).then_some(*bytes);
+    }
+    for (at, bytes) in slots.chunks_exact(SLOT_BYTES).enumerate() {
         block.slots[at] = KeySlot::decode(bytes).map_err(|e| ExportError::Slot { at, why: e.to_string() })?;
     }
-    Ok(block)
+    let wrapped = file["superblock"].as_str().and_then(|s| STANDARD.decode(s).ok());
+    let wrapped = wrapped.ok_or(ExportError::Format("\"superblock\" is no base64"))?;
+    let plain = unwrap_padded(&kek.0, &wrapped).map_err(|_| ExportError::DoesNotOpen)?;
+    let plain = <[u8; BLOCK_BYTES]>::try_from(plain.as_slice());
+    let superblock = Box::new(plain.map_err(|_| ExportError::Format("\"superblock\" has another length"))?);
+    Ok(Backup { keys: block, superblock })
 }

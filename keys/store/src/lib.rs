@@ -1,5 +1,5 @@
 //! Passwords for pools: from a password to a key-encryption key, slots of a pool's key block that passwords open, and the
-//! encrypted back-up of all slots. No I/O; salts and the time come from the caller.
+//! encrypted back-up of all slots and the superblock. No I/O; salts and the time come from the caller.
 //!
 //! ```text
 //!   password --Argon2id or PBKDF2, as the slot says--> key-encryption key --AES key wrap--> pool key
@@ -15,11 +15,11 @@ mod export;
 mod password;
 
 use cryptfold_reduce_format::block::BlockError;
-use cryptfold_reduce_format::keys::{KeyError, PoolKey};
-use cryptfold_reduce_format::slots::{KeyBlock, KeySlot, SlotKind};
+use cryptfold_reduce_format::keys::{Kek, KeyError, PoolKey};
+use cryptfold_reduce_format::slots::{Kdf, KeyBlock, KeySlot, SlotKind};
 use thiserror::Error;
 
-pub use export::{ExportError, export, import};
+pub use export::{Backup, ExportError, export, import};
 pub use password::{Cost, Limits, MIN_PASSWORD_CHARS, Password, PasswordError, derive};
 
 /// Why slots were not opened or not changed.
@@ -89,12 +89,24 @@ pub fn unlock(
     password: &Password,
     limits: &Limits,
 ) -> Result<(usize, PoolKey), StoreError> {
+    find(block, password, limits).map(|(at, _, key)| (at, key))
+}
+
+/// As [`unlock`], with the key-encryption key of that slot, for whoever opens the pool.
+///
+/// # Errors
+/// As [`unlock`].
+pub fn find(
+    block: &KeyBlock,
+    password: &Password,
+    limits: &Limits,
+) -> Result<(usize, Kek, PoolKey), StoreError> {
     let slots = block.slots.iter().enumerate().filter_map(|(at, slot)| Some((at, slot.as_ref()?)));
     let mut refused = StoreError::NoPasswordSlot;
     for (at, slot) in slots.filter(|(_, s)| s.kind == SlotKind::Password) {
         match derive(password, &slot.kdf, limits) {
             Ok(kek) => match slot.open(&kek) {
-                Ok(key) => return Ok((at, key)),
+                Ok(key) => return Ok((at, kek, key)),
                 Err(_) if refused == StoreError::NoPasswordSlot => refused = StoreError::WrongPassword,
                 Err(_) => {}
             },
@@ -103,6 +115,20 @@ pub fn unlock(
         }
     }
     Err(refused)
+}
+
+/// What a new pool's first slot needs when a password is to open it.
+///
+/// # Errors
+/// A cost that is impossible.
+pub fn fresh(
+    password: &Password,
+    cost: Cost,
+    salt: [u8; 32],
+    limits: &Limits,
+) -> Result<(Kek, Kdf), StoreError> {
+    let kdf = cost.with_salt(salt);
+    Ok((derive(password, &kdf, limits)?, kdf))
 }
 
 /// Adds a slot that `password` opens; its number. The block's generation grows.

@@ -1,8 +1,8 @@
 //! Passwords, slots and back-ups.
 
 use cryptfold_keystore::{
-    Cost, ExportError, Limits, NewSlot, Password, PasswordError, StoreError, add_password, change_password,
-    derive, export, import, remove, unlock,
+    Backup, Cost, ExportError, Limits, NewSlot, Password, PasswordError, StoreError, add_password,
+    change_password, derive, export, import, remove, unlock,
 };
 use cryptfold_reduce_format::keys::{Kek, PoolKey, Secret};
 use cryptfold_reduce_format::slots::{Kdf, KeyBlock, KeySlot, SlotKind};
@@ -31,7 +31,7 @@ fn block() -> KeyBlock {
     let file = KeySlot::seal(SlotKind::KeyFile, Kdf::None, &kek, &key(), 1).unwrap();
     let mut slots = [const { None }; 12];
     slots[0] = Some(file);
-    KeyBlock { pool: Uuid::from_u128(77), generation: 1, slots }
+    KeyBlock { pool: Uuid::from_u128(77), generation: 1, slots, erasure: [Some([9; 40]), None] }
 }
 
 fn limits() -> Limits {
@@ -162,11 +162,12 @@ fn slots_that_ask_for_too_much_are_not_tried_and_hide_no_other() {
 fn a_back_up_brings_the_slots_back() {
     let mut b = block();
     add_password(&mut b, &key(), &password("the password"), &new(CHEAP, 1), &limits()).unwrap();
+    let saved = Backup { keys: b.clone(), superblock: Box::new([3; 4096]) };
     for cost in [CHEAP, CHEAP_PBKDF2] {
-        let text = export(&b, &password("of the back-up"), cost, [9; 32], 5).unwrap();
+        let text = export(&saved, &password("of the back-up"), cost, [9; 32], 5).unwrap();
         let back = import(&text, &password("of the back-up"), &limits()).unwrap();
-        assert_eq!(back, b);
-        assert!(unlock(&back, &password("the password"), &limits()) == Ok((1, key())));
+        assert_eq!(back, saved);
+        assert!(unlock(&back.keys, &password("the password"), &limits()) == Ok((1, key())));
         assert_eq!(
             import(&text, &password("the password"), &limits()).unwrap_err(),
             ExportError::DoesNotOpen
@@ -178,7 +179,7 @@ fn a_back_up_brings_the_slots_back() {
         assert!(import(&damaged, &password("of the back-up"), &limits()).is_err());
     }
     for (text, words) in
-        [("", "no JSON"), ("{}", "format"), ("{\"format\": \"cryptfold key slots 1\"}", "kdf")]
+        [("", "no JSON"), ("{}", "format"), ("{\"format\": \"cryptfold key slots 2\"}", "kdf")]
     {
         let e = import(text, &password("of the back-up"), &limits()).unwrap_err().to_string();
         assert!(e.contains(words), "{e}");
@@ -188,7 +189,7 @@ fn a_back_up_brings_the_slots_back() {
 proptest! {
     #[test]
     fn any_damage_to_a_back_up_is_found(at in any::<u16>(), byte in b' '..b'~') {
-        let b = block();
+        let b = Backup { keys: block(), superblock: Box::new([3; 4096]) };
         let text = export(&b, &password("of the back-up"), CHEAP_PBKDF2, [9; 32], 5).unwrap();
         let mut bytes = text.into_bytes();
         let at = usize::from(at) % bytes.len();

@@ -9,7 +9,8 @@
 //! | info begins with | input key | salt | info continues with | gives |
 //! |---|---|---|---|---|
 //! | `cryptfold/1 block mac` | pool key | pool UUID | | HMAC key of superblock, key, owner, segment header blocks |
-//! | `cryptfold/1 wrap` | pool key | pool UUID | | wrap key of the domains' secrets |
+//! | `cryptfold/1 wrap` | pool key | pool UUID | | wrap key of the erasure secrets (and of the domains' secrets, where there are none) |
+//! | `cryptfold/1 domain wrap` | erasure secret | the wrap key | | wrap key of the domains' secrets |
 //! | `cryptfold/1 pool data` | pool key | pool UUID | | data key of domain 0: catalogue, segment table |
 //! | `cryptfold/1 journal` | pool key | pool UUID | | journal root of the pool's records |
 //! | `cryptfold/1 domain journal` | domain data key | pool UUID | | journal root of a domain's records |
@@ -261,9 +262,63 @@ impl PoolKeys {
         &self.journal
     }
 
-    /// Wrap key of the domains' secrets.
+    /// Wrap key of the erasure secrets.
     pub fn wrap_key(&self) -> &Secret {
         &self.wrap
+    }
+}
+
+/// The wrap keys of the domains' secrets.
+///
+/// Each derives from the pool's wrap key and an erasure secret of the key block. There are two while a secret is being replaced:
+/// then what either wraps is opened, and the current one wraps.
+#[derive(Clone, Debug)]
+pub struct DomainWraps {
+    current: Secret,
+    former: Option<Secret>,
+}
+
+impl DomainWraps {
+    /// From the key block's secrets; without any, the pool's wrap key itself.
+    ///
+    /// # Errors
+    /// [`KeyError::DoesNotFit`] when a secret does not unwrap.
+    pub fn open(keys: &PoolKeys, erasure: &[Option<[u8; WRAPPED_BYTES]>; 2]) -> Result<Self, KeyError> {
+        let derived = |wrapped: &[u8; WRAPPED_BYTES]| {
+            let secret = unwrap(&keys.wrap, wrapped)?;
+            Ok::<_, KeyError>(derive(&secret, keys.wrap.expose(), "domain wrap", &[]))
+        };
+        match erasure {
+            [Some(current), former] => {
+                Ok(Self { current: derived(current)?, former: former.as_ref().map(derived).transpose()? })
+            }
+            [None, _] => Ok(Self { current: keys.wrap.clone(), former: None }),
+        }
+    }
+
+    /// Wraps a domain's secret with the current key.
+    ///
+    /// # Errors
+    /// Wrapping fails.
+    pub fn wrap(&self, secret: &Secret) -> Result<[u8; WRAPPED_BYTES], KeyError> {
+        wrap(&self.current, secret)
+    }
+
+    /// Unwraps a domain's secret; whether the current key had wrapped it.
+    ///
+    /// # Errors
+    /// [`KeyError::DoesNotFit`].
+    pub fn unwrap(&self, wrapped: &[u8; WRAPPED_BYTES]) -> Result<(Secret, bool), KeyError> {
+        match (unwrap(&self.current, wrapped), &self.former) {
+            (Ok(secret), _) => Ok((secret, true)),
+            (Err(_), Some(former)) => Ok((unwrap(former, wrapped)?, false)),
+            (Err(error), None) => Err(error),
+        }
+    }
+
+    /// Whether an erasure secret is being replaced.
+    pub fn has_former(&self) -> bool {
+        self.former.is_some()
     }
 }
 

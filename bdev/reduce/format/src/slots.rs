@@ -7,7 +7,8 @@
 //! 0      block head, generation = change number
 //! 56     slot count u16 (12), reserved u16, u32
 //! 64     12 slots of 320 bytes
-//! 3904   reserved, zero
+//! 3904   two erasure secrets of 40 bytes, wrapped (zeros: none); see [`KeyBlock::erasure`]
+//! 3984   reserved, zero
 //! ```
 //!
 //! Slot:
@@ -31,7 +32,7 @@ use crate::block::{
     self, Block, BlockError, BlockHead, BlockKey, BlockKind, BlockPlace, Unverified, malformed, zero,
 };
 use crate::ids::DeviceIx;
-use crate::keys::{Kek, KeyError, PoolKey, Secret, WRAPPED_BYTES};
+use crate::keys::{self, Kek, KeyError, PoolKey, PoolKeys, Secret, WRAPPED_BYTES};
 
 /// Slots of a key block.
 pub const MAX_KEY_SLOTS: usize = 12;
@@ -131,7 +132,8 @@ struct KeyBlockRaw {
     reserved0: U16,
     reserved1: U32,
     slots: [SlotRaw; MAX_KEY_SLOTS],
-    reserved: [u8; 144],
+    erasure: [[u8; WRAPPED_BYTES]; 2],
+    reserved: [u8; 64],
 }
 
 const _: () = assert!(size_of::<SlotRaw>() == SLOT_BYTES && size_of::<KeyBlockRaw>() == 4048);
@@ -262,6 +264,10 @@ pub struct KeyBlock {
     pub generation: u64,
     /// The slots.
     pub slots: [Option<KeySlot>; MAX_KEY_SLOTS],
+    /// The erasure secret, wrapped with the pool's wrap key, and the one before it while it is being replaced: the domains' keys
+    /// are wrapped with it (see [`crate::keys::DomainWraps`]), so once it is overwritten, here and only here, no old copy of a
+    /// wrapped key opens. `None`: a pool made before there was one.
+    pub erasure: [Option<[u8; WRAPPED_BYTES]>; 2],
 }
 
 impl KeyBlock {
@@ -280,7 +286,8 @@ impl KeyBlock {
             reserved0: 0.into(),
             reserved1: 0.into(),
             slots: zerocopy::FromZeros::new_zeroed(),
-            reserved: [0; 144],
+            erasure: self.erasure.map(|secret| secret.unwrap_or([0; WRAPPED_BYTES])),
+            reserved: [0; 64],
         };
         for (raw, slot) in raw.slots.iter_mut().zip(&self.slots) {
             if let Some(slot) = slot {
@@ -304,8 +311,26 @@ impl KeyBlock {
         for (slot, raw) in slots.iter_mut().zip(&raw.slots) {
             *slot = KeySlot::decode(raw.as_bytes())?;
         }
-        let keys = Self { pool: raw.head.pool(), generation: raw.head.generation.get(), slots };
+        let erasure = raw.erasure.map(|secret| (secret != [0; WRAPPED_BYTES]).then_some(secret));
+        if erasure[0].is_none() && erasure[1].is_some() {
+            return Err(malformed("former erasure secret", 1u8));
+        }
+        let keys = Self { pool: raw.head.pool(), generation: raw.head.generation.get(), slots, erasure };
         Ok(block::unverified(keys, block))
+    }
+
+    /// A block with `slots` and a fresh erasure secret.
+    ///
+    /// # Errors
+    /// [`KeyError`] when wrapping fails.
+    pub fn new(
+        keys: &PoolKeys,
+        generation: u64,
+        slots: [Option<KeySlot>; MAX_KEY_SLOTS],
+        secret: &Secret,
+    ) -> Result<Self, KeyError> {
+        let erasure = [Some(keys::wrap(keys.wrap_key(), secret)?), None];
+        Ok(Self { pool: keys.pool(), generation, slots, erasure })
     }
 
     /// The pool key from the first slot that `kek` fits, trying slots with its id first.

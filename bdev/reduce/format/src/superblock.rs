@@ -127,7 +127,7 @@ impl Geometry {
     }
 }
 
-/// Feature flags: this program knows none beyond version 1.
+/// Feature flags beyond version 1.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub struct Features {
     /// May be ignored.
@@ -138,8 +138,10 @@ pub struct Features {
     pub incompatible: u64,
 }
 
+/// Incompatible feature: domains' keys are wrapped through the key block's erasure secret.
+pub const FEATURE_ERASURE: u64 = 1;
 /// Incompatible feature flags that this program knows.
-pub const KNOWN_INCOMPATIBLE: u64 = 0;
+pub const KNOWN_INCOMPATIBLE: u64 = FEATURE_ERASURE;
 /// Read-only-compatible feature flags that this program knows.
 pub const KNOWN_READ_ONLY: u64 = 0;
 

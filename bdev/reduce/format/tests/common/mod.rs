@@ -134,7 +134,7 @@ pub fn key_block() -> KeyBlock {
     slots[0] = Some(file);
     slots[2] = Some(password);
     slots[11] = Some(kms);
-    KeyBlock { pool: POOL, generation: 4, slots }
+    KeyBlock { pool: POOL, generation: 4, slots, erasure: [None, None] }
 }
 
 pub fn owner_block() -> OwnerBlock {
