@@ -11,6 +11,8 @@ use cryptfold_reduce_format::owner::OwnerBlock;
 use cryptfold_reduce_format::slots::KeyBlock;
 use cryptfold_reduce_format::superblock::{ANCHORS, KEYS_AT, OWNER_AT, Superblock, anchor_offsets};
 
+use uuid::Uuid;
+
 use crate::base::Base;
 use crate::error::PoolError;
 
@@ -212,6 +214,40 @@ pub(crate) async fn peek(base: &Base, device: &str, bytes: u64) -> Result<Option
             Some(reason) => PoolError::Block { device: device.to_owned(), reason },
         }),
     }
+}
+
+/// What of a pool whose key is known is left in the anchors of a device.
+pub(crate) struct Left {
+    /// The newest superblock that verifies.
+    pub superblock: Option<Superblock>,
+    /// The newest key block that verifies.
+    pub keys: Option<KeyBlock>,
+    /// Another pool that is there.
+    pub other: Option<Uuid>,
+}
+
+/// Looks at all copies of superblock and key block.
+pub(crate) async fn copies(base: &Base, device: &str, at: &At, keys: &PoolKeys) -> Result<Left, PoolError> {
+    let mut left = Left { superblock: None, keys: None, other: None };
+    let (found, _) = superblocks(base, device, at).await?;
+    for superblock in found {
+        if superblock.peek().pool != keys.pool() {
+            left.other = Some(superblock.peek().pool);
+        } else if let Ok(superblock) = superblock.verify(keys.block())
+            && left.superblock.as_ref().is_none_or(|n| n.generation < superblock.generation)
+        {
+            left.superblock = Some(superblock);
+        }
+    }
+    let (found, _) = key_blocks(base, device, at).await?;
+    for block in found {
+        if let Ok(block) = block.verify(keys.block())
+            && left.keys.as_ref().is_none_or(|n| n.generation < block.generation)
+        {
+            left.keys = Some(block);
+        }
+    }
+    Ok(left)
 }
 
 /// The newest owner block that verifies.

@@ -71,6 +71,12 @@ pub enum PoolError {
         /// Base device.
         device: String,
     },
+    /// Its wrapped keys are where nobody knows.
+    #[error(
+        "pool \"{0}\" was made by a version whose wrapped keys can not be found again, so no single domain of it can be \
+         erased (the whole pool can); copy what has to stay to a new pool"
+    )]
+    NotErasable(String),
     /// A change of key slots failed half-way.
     #[error(
         "key slots of pool \"{pool}\": {status}; the change may or may not have been made: look at them and repeat it"
@@ -203,6 +209,7 @@ impl PoolError {
             PoolError::Block { .. } => -22,
             PoolError::WrongKey { .. } | PoolError::Key { .. } => -126,
             PoolError::Erased { .. } => -127,
+            PoolError::NotErasable(_) => -95,
             PoolError::SlotsChanged(_) => -16,
             PoolError::KeyFile { .. } => -2,
             PoolError::OpenElsewhere { .. } | PoolError::Busy(_) => -16,

@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use cryptfold_reduce_format::codec::Compression;
 use cryptfold_reduce_format::ids::{DomainId, VolumeId};
 use cryptfold_reduce_format::keys::Kek;
-use cryptfold_reduce_format::slots::{Kdf, KeyBlock, SlotKind};
+use cryptfold_reduce_format::slots::{Kdf, KeyBlock, KeySlot, SlotKind};
 use uuid::Uuid;
 
 /// Where the key-encryption key of a pool comes from.
@@ -34,6 +34,34 @@ pub struct SlotKey {
     pub label: String,
     /// Its name at the key server, at most 160 bytes.
     pub reference: String,
+}
+
+/// A domain that was erased.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ErasedDomain {
+    /// Its name.
+    pub name: String,
+    /// Its identity.
+    pub uuid: Uuid,
+    /// Volumes and snapshots that were in it: UUID and name.
+    pub volumes: Vec<(Uuid, String)>,
+    /// Generations of its keys.
+    pub generations: Vec<u32>,
+    /// Byte offsets on the device of the copies of the secret through which its keys were wrapped: overwritten and read back.
+    pub overwritten: Vec<u64>,
+}
+
+/// A pool that was erased.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ErasedPool {
+    /// Its name.
+    pub name: String,
+    /// Its identity.
+    pub uuid: Uuid,
+    /// The slots that it had.
+    pub slots: Vec<KeySlot>,
+    /// Byte offsets on the device of the copies of its wrapped keys: overwritten twice and read back.
+    pub overwritten: Vec<u64>,
 }
 
 /// What a device shows of a pool without its key; nothing of it is verified.

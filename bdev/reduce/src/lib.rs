@@ -9,7 +9,7 @@
 //!   load     brings nodes to RAM     commit  group commit     checkpoint, meta  state to disk
 //!   lend     what other cores than the home fill     core  what each core has
 //!   open, anchors, owner, replay     making, opening, recovery
-//!   keyslots: the key block's slots and erasure secrets             estimate: what a pool would make of data
+//!   keyslots, erase: the key block's slots and erasure secrets             estimate: what a pool would make of data
 //!   gc, check, repair, scrub, heal, late, grow, admin, snapshots                        what goes on behind, and what is asked for
 //! ```
 //!
@@ -28,6 +28,7 @@ mod chunklock;
 mod commit;
 mod core;
 mod damage;
+mod erase;
 mod error;
 pub mod estimate;
 mod family;
@@ -65,13 +66,13 @@ mod volume;
 pub use aged::{Backlog, HeldCheckpoints};
 pub use cryptfold_reduce_format::codec::Compression;
 pub use cryptfold_reduce_format::ids::{DomainId, VolumeId};
-pub use cryptfold_reduce_format::{keys, slots};
+pub use cryptfold_reduce_format::{block, keys, slots};
 #[doc(hidden)]
 pub use damage::{Falsify, Part};
 pub use error::PoolError;
 pub use info::{
-    CheckReport, CreateOptions, DomainInfo, KeySource, LateInfo, PoolInfo, ScrubInfo, ScrubState, SealedPool,
-    SlotKey, Space, VolumeInfo, VolumeOptions,
+    CheckReport, CreateOptions, DomainInfo, ErasedDomain, ErasedPool, KeySource, LateInfo, PoolInfo,
+    ScrubInfo, ScrubState, SealedPool, SlotKey, Space, VolumeInfo, VolumeOptions,
 };
 pub use local::LocalPool;
 pub use manager::PoolManager;

@@ -7,7 +7,8 @@ use std::sync::Arc;
 
 use cryptfold_bdev::{Access, BdevError, Registry, Removal, Status};
 
-use cryptfold_reduce_format::keys::PoolKey;
+use cryptfold_reduce_format::block::Block;
+use cryptfold_reduce_format::keys::{Kek, PoolKey, WRAPPED_BYTES};
 use cryptfold_reduce_format::slots::{KeyBlock, KeySlot, MAX_KEY_SLOTS};
 
 use crate::aged::{Backlog, HeldCheckpoints};
@@ -16,9 +17,10 @@ use crate::base::Base;
 use crate::damage::{Falsify, Part};
 use crate::error::PoolError;
 use crate::info::{
-    CheckReport, CreateOptions, DomainInfo, KeySource, LateInfo, PoolInfo, ScrubInfo, SealedPool, VolumeInfo,
-    VolumeOptions,
+    CheckReport, CreateOptions, DomainInfo, ErasedDomain, ErasedPool, KeySource, LateInfo, PoolInfo,
+    ScrubInfo, SealedPool, VolumeInfo, VolumeOptions,
 };
+use crate::keyslots;
 use crate::manager::slot_key;
 use crate::open::{self, Making, Opening};
 use crate::pool::Pool;
@@ -121,6 +123,30 @@ impl LocalPool {
         self.pool.change_slots(slots).await
     }
 
+    /// Key block and superblock, for a back-up.
+    ///
+    /// # Errors
+    /// They can not be encoded.
+    pub fn backup(&self) -> Result<(KeyBlock, Box<Block>), PoolError> {
+        self.pool.backup()
+    }
+
+    /// Brings a back-up's key slots to a device; see [`crate::PoolManager::restore`].
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn restore(
+        registry: &Arc<Registry>,
+        base_bdev: &str,
+        backup: &KeyBlock,
+        superblock: &Block,
+        kek: &Kek,
+        force: bool,
+    ) -> Result<bool, PoolError> {
+        let claim = open::claim(registry, base_bdev)?;
+        keyslots::restore(&claim, backup, superblock, kek, force).await
+    }
+
     /// Makes a volume and registers its bdev.
     ///
     /// # Errors
@@ -205,6 +231,29 @@ impl LocalPool {
         let bdev = self.registry.get(&info.uuid.to_string())?;
         bdev.set_blocks(info.size_bytes / u64::from(info.block_size));
         Ok(info)
+    }
+
+    /// Erases a domain, whose volumes nobody may have open; see [`crate::PoolManager::erase_domain`].
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn erase_domain(&self, domain: &str) -> Result<ErasedDomain, PoolError> {
+        let id = self.pool.find_domain(domain)?;
+        self.pool.check_erasable()?;
+        for info in self.pool.volume_infos().into_iter().filter(|v| v.domain == domain) {
+            self.unregister(&info)?;
+        }
+        self.pool.erase_domain(id).await
+    }
+
+    /// Closes the pool and erases it; see [`crate::PoolManager::erase`].
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn erase(self) -> Result<ErasedPool, PoolError> {
+        let pool = self.pool.clone();
+        self.close().await?;
+        pool.erase_pool().await
     }
 
     /// Makes a deduplication domain.
@@ -347,6 +396,14 @@ impl LocalPool {
         for domain in self.pool.shard.borrow_mut().domains.values_mut() {
             domain.recent.get_mut().limit(containers);
         }
+    }
+
+    /// For tests: the wrapped keys of a domain.
+    #[doc(hidden)]
+    pub fn wrapped_keys(&self, domain: &str) -> Vec<[u8; WRAPPED_BYTES]> {
+        let shard = self.pool.shard.borrow();
+        let found = shard.domains.values().filter(|d| d.record.name == domain);
+        found.flat_map(|d| d.record.keys.iter().flat_map(|k| [k.data, k.fingerprint])).collect()
     }
 
     /// For tests: byte offset and length of what a block depends on.

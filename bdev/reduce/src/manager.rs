@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use cryptfold_bdev::{BdevError, Registry};
 use cryptfold_reactor::Handle;
+use cryptfold_reduce_format::block::Block;
 use cryptfold_reduce_format::codec::Compression;
 use cryptfold_reduce_format::keys::{Kek, PoolKey};
 use cryptfold_reduce_format::record::volume_flags;
@@ -17,8 +18,8 @@ use uuid::Uuid;
 
 use crate::error::PoolError;
 use crate::info::{
-    CheckReport, CreateOptions, DomainInfo, KeySource, LateInfo, PoolInfo, ScrubInfo, SealedPool, SlotKey,
-    VolumeInfo, VolumeOptions,
+    CheckReport, CreateOptions, DomainInfo, ErasedDomain, ErasedPool, KeySource, LateInfo, PoolInfo,
+    ScrubInfo, SealedPool, SlotKey, VolumeInfo, VolumeOptions,
 };
 use crate::local::LocalPool;
 use crate::open::{self, Making, Opening};
@@ -248,6 +249,37 @@ impl PoolManager {
         Ok(done)
     }
 
+    /// Key block and superblock of an open pool, for a back-up.
+    ///
+    /// # Errors
+    /// There is no such pool.
+    pub fn backup(&self, pool: &str) -> Result<(KeyBlock, Box<Block>), PoolError> {
+        self.on_home(&self.find(pool)?, |pool| async move { pool.backup() })
+    }
+
+    /// Brings the key slots of a back-up to the device of a pool that nobody has open; `kek` opens one of them. The superblock
+    /// (encoded for the device's beginning) comes back only if no copy of it is left; whether it did. Slots that are there are
+    /// replaced only with `force`, and their erasure secrets never.
+    ///
+    /// # Errors
+    /// The key does not fit, the device carries another pool or slots that are in order, the pool is open elsewhere.
+    pub fn restore(
+        &self,
+        base_bdev: &str,
+        backup: &KeyBlock,
+        superblock: &Block,
+        kek: &Kek,
+        force: bool,
+    ) -> Result<bool, PoolError> {
+        let _one = locked(&self.serial);
+        let (registry, name) = (self.registry.clone(), base_bdev.to_owned());
+        let (backup, superblock, kek) = (backup.clone(), Box::new(*superblock), kek.clone());
+        let restored = self.home()?.block_on(move || async move {
+            LocalPool::restore(&registry, &name, &backup, &superblock, &kek, force).await
+        });
+        restored.map_err(|_| PoolError::NoReactor)?
+    }
+
     /// Audits the pool on a bdev that nobody has open, without writing to it: its journal is replayed in RAM. `Ok(None)`:
     /// there is no pool on it.
     ///
@@ -318,6 +350,53 @@ impl PoolManager {
             pool.close().await?;
             pool.wipe().await
         })
+    }
+
+    /// Closes the pool and overwrites what opens it: its key slots and the superblocks. Nothing on its device can be read afterwards.
+    ///
+    /// # Errors
+    /// As [`PoolManager::close`]; the device fails or does not show what was written: then the pool is whole, or gone, and may be
+    /// erased again while it opens.
+    pub fn erase(&self, name: &str) -> Result<ErasedPool, PoolError> {
+        let _one = locked(&self.serial);
+        let pool = self.find(name)?;
+        self.unregister_volumes(&pool)?;
+        locked(&self.pools).retain(|other| other.id != pool.id);
+        self.on_home(&pool, |pool| async move {
+            pool.close().await?;
+            pool.erase_pool().await
+        })
+    }
+
+    /// Erases a domain with all its volumes and snapshots, whatever they hold: the secret through which its keys are wrapped is
+    /// replaced and overwritten; see the head of `erase`. The default domain gets an empty successor.
+    ///
+    /// # Errors
+    /// There is no such domain; a volume of it stays in use; the pool's first format has no such secret; the device fails: then the
+    /// domain is whole or gone, and the next opening finishes what was begun.
+    pub fn erase_domain(&self, pool: &str, domain: &str) -> Result<ErasedDomain, PoolError> {
+        let _one = locked(&self.serial);
+        let _slots = locked(&self.slots);
+        let reference = self.find(pool)?;
+        let wanted = domain.to_owned();
+        let (id, volumes) = self.on_home(&reference, move |pool| async move {
+            let id = pool.find_domain(&wanted)?;
+            pool.check_erasable()?;
+            let infos = pool.volume_infos();
+            let name = pool.shard.borrow().domain(id).map(|d| d.record.name.clone()).unwrap_or_default();
+            Ok((id, infos.into_iter().filter(|v| v.domain == name).collect::<Vec<_>>()))
+        })?;
+        for volume in &volumes {
+            self.unregister(&volume.uuid)?;
+        }
+        let erased = self.on_home(&reference, move |pool| async move { pool.erase_domain(id).await });
+        if erased.is_err() {
+            for volume in volumes {
+                // Those that are still there are served again.
+                let _ = self.reregister(&reference, volume.id);
+            }
+        }
+        erased
     }
 
     /// Changes the pool's name, and the aliases of its volumes with it; whoever has them open keeps them.

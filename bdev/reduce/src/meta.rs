@@ -237,6 +237,11 @@ impl Meta {
         Ok(())
     }
 
+    /// A domain is gone, and its open segment with it.
+    pub fn forget(&mut self, domain: DomainId) {
+        self.open.remove(&domain.0);
+    }
+
     /// Gives up the open segments after a failed checkpoint: their numbers.
     pub fn abandon(&mut self) -> Vec<u32> {
         let open = std::mem::take(&mut self.open);

@@ -561,12 +561,22 @@ impl Pool {
         self.background(self.clone().run_heartbeat());
         self.background(self.clone().run_collector());
         let replayed = self.journal.borrow().usage().0;
-        if self.shard.borrow().domains.is_empty() {
-            let started = self.add_domain(DEFAULT_DOMAIN);
+        if self.shard.borrow().domains.is_empty() && self.superblock.borrow().root.is_none() {
+            let started = self.add_domain(DEFAULT_DOMAIN).map(drop);
             if let Err(error) = started {
                 self.unpublish();
                 return Err(error);
             }
+        }
+        let default = self.shard.borrow().pool.default_domain;
+        // A power cut in between left the record that erased it without the one that names another.
+        if self.shard.borrow().domain(default).is_err() {
+            self.replace_default(DEFAULT_DOMAIN)?;
+        }
+        if self.key_block.borrow().erasure[1].is_some() {
+            tracing::info!(pool = %self.name(), "an erasure that was cut short is brought to its end");
+            self.flush().await.map_err(io_error(&device, "flush"))?;
+            self.retire_secret().await?;
         }
         if self.superblock.borrow().root.is_none() {
             self.checkpoint().await.map_err(io_error(&device, "first checkpoint"))?;

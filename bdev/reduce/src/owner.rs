@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use cryptfold_bdev::Status;
 use cryptfold_reactor as reactor;
+use cryptfold_reduce_format::keys::PoolKeys;
 use cryptfold_reduce_format::owner::{OwnerBlock, OwnerState, Ownership};
 use cryptfold_reduce_format::superblock::ANCHORS;
 
@@ -41,18 +42,43 @@ pub(crate) async fn wait_for_ownership(
     found: &Anchors,
     me: &[u8; 16],
 ) -> Result<(), PoolError> {
-    let Some(first) = &found.owner else { return Ok(()) };
+    if wait(base, device, &found.at, &found.keys, found.owner.as_ref(), me).await? {
+        tracing::info!(device, "the pool's last owner died; taking it over");
+    }
+    Ok(())
+}
+
+/// As [`wait_for_ownership`], for whoever only writes anchors.
+pub(crate) async fn wait_until_free(
+    base: &Base,
+    device: &str,
+    at: &[u64; ANCHORS],
+    keys: &PoolKeys,
+    owner: Option<OwnerBlock>,
+) -> Result<(), PoolError> {
+    wait(base, device, at, keys, owner.as_ref(), &[0; 16]).await.map(drop)
+}
+
+/// Whether the last owner has died without giving the pool up.
+async fn wait(
+    base: &Base,
+    device: &str,
+    at: &[u64; ANCHORS],
+    keys: &PoolKeys,
+    first: Option<&OwnerBlock>,
+    me: &[u8; 16],
+) -> Result<bool, PoolError> {
+    let Some(first) = first else { return Ok(false) };
     if first.state == OwnerState::Closed {
-        return Ok(());
+        return Ok(false);
     }
     let interval = Duration::from_millis(first.interval_ms.clamp(100, 60_000).into());
-    let mut newest = first.clone();
     // Three looks: an owner that beats late shows up in the second or third.
     for _ in 0..3 {
         reactor::sleep(interval * 7 / 10 + Duration::from_millis(50)).await;
-        let Some(second) = read_owner(base, device, &found.at, &found.keys).await? else { return Ok(()) };
+        let Some(second) = read_owner(base, device, at, keys).await? else { return Ok(false) };
         match OwnerBlock::judge(me, first, &second) {
-            Ownership::Free | Ownership::Mine => return Ok(()),
+            Ownership::Free | Ownership::Mine => return Ok(false),
             Ownership::Alive(owner) => {
                 let id: String = owner.owner.iter().take(4).map(|b| format!("{b:02x}")).collect();
                 return Err(PoolError::OpenElsewhere {
@@ -61,11 +87,10 @@ pub(crate) async fn wait_for_ownership(
                     owner: id,
                 });
             }
-            Ownership::Dead(owner) => newest = owner,
+            Ownership::Dead(_) => {}
         }
     }
-    tracing::info!(device, host = %newest.host, "the pool's last owner died; taking it over");
-    Ok(())
+    Ok(true)
 }
 
 impl Pool {

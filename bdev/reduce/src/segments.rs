@@ -451,6 +451,26 @@ impl Segments {
         self.settle(number, now);
     }
 
+    /// A domain is gone: nothing lives in its segments. They are free when that is durable and their readers are done.
+    pub fn erase(&mut self, domain: DomainId, now: Sequence) {
+        for number in 0..self.rows.len() as u32 {
+            let row = &mut self.rows[number as usize];
+            let Some(class) = row.entry.class.filter(|_| row.entry.domain == domain) else { continue };
+            let total = match class {
+                Class::Metadata => &mut self.live_meta_bytes,
+                _ => &mut self.live_data_bytes,
+            };
+            *total = total.saturating_sub(row.entry.live_bytes.into());
+            row.entry.live_bytes = 0;
+            row.open = false;
+            if row.entry.state == SegmentState::Open {
+                row.entry.state = SegmentState::Sealed;
+            }
+            self.touch(number);
+            self.settle(number, now);
+        }
+    }
+
     // ---- metadata segments, by checkpoints
 
     /// What a checkpoint did to metadata segments takes effect, now that it is durable: their new entries; `still_open` are

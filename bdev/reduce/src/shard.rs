@@ -590,11 +590,16 @@ impl Shard {
                 (leaf..leaf + u64::from(count)).try_for_each(|leaf| self.map_own(volume, leaf, from, now))
             }
             Record::MapRetarget { volume, leaf, changes } => self.map_retarget(volume, leaf, changes, now),
-            _ => self.apply_catalogue(record, wraps),
+            _ => self.apply_catalogue(record, wraps, now),
         }
     }
 
-    fn apply_catalogue(&mut self, record: &Record<'_>, wraps: &DomainWraps) -> Result<(), ApplyError> {
+    fn apply_catalogue(
+        &mut self,
+        record: &Record<'_>,
+        wraps: &DomainWraps,
+        now: Sequence,
+    ) -> Result<(), ApplyError> {
         let bad = |error: cryptfold_reduce_format::wire::WireError| ApplyError::Record(error.to_string());
         match *record {
             Record::VolumeCreate { record } => {
@@ -637,6 +642,7 @@ impl Shard {
                 self.domains.insert(domain.record.id.0, domain);
                 self.segments.set_domains(self.domains.len());
             }
+            Record::DomainErase { domain } => self.erase_domain(domain, now)?,
             Record::PoolUpdate { record } => {
                 let new = PoolRecord::decode(record).map_err(bad)?;
                 self.pool.default_domain = new.default_domain;
@@ -646,6 +652,23 @@ impl Shard {
             Record::EpochAdvance { epoch } => self.pool.epoch = epoch,
             _ => return Err(ApplyError::Unsupported("a record of the journal")),
         }
+        Ok(())
+    }
+
+    /// A domain goes with everything in it.
+    fn erase_domain(&mut self, domain: DomainId, now: Sequence) -> Result<(), ApplyError> {
+        self.domains.remove(&domain.0).ok_or(ApplyError::NoDomain(domain))?;
+        self.volumes.retain(|_, v| v.record.domain != domain);
+        self.gone.retain(|_, v| v.record.domain != domain);
+        // Families are within domains; the others take the places that they had.
+        self.families = Families::default();
+        self.views = RefCell::default();
+        self.link_all();
+        self.emptied.retain(|(of, _)| *of != domain);
+        self.damaged.retain(|(of, _)| *of != domain);
+        self.wanted.borrow_mut().retain(|(of, _)| *of != domain);
+        self.segments.erase(domain, now);
+        self.segments.set_domains(self.domains.len());
         Ok(())
     }
 

@@ -190,3 +190,267 @@ fn a_pool_of_the_first_format_opens() {
         pool.close().await.unwrap();
     });
 }
+
+/// What a person has who lost everything but the back-up and a key: all anchors are wiped.
+#[test]
+fn a_back_up_brings_a_pool_without_anchors_back() {
+    Sim::new(4).run(|| async {
+        let (registry, disk) = disk(Image::zeroed());
+        let pool = create(&registry, false).await;
+        let (old, _) = pool.backup().unwrap();
+        pool.change_slots(slots(&pool, &[1, 2])).await.unwrap();
+        pool.checkpoint().await.unwrap();
+        let (keys, superblock) = pool.backup().unwrap();
+        let restore = async |registry: &Arc<Registry>, keys, n: u8, force| {
+            LocalPool::restore(registry, "disk", keys, &superblock, &kek(n), force).await
+        };
+        pool.close().await.unwrap();
+        // Slots in order are not replaced by accident; on purpose they are, by a key of the back-up.
+        assert!(matches!(restore(&registry, &keys, 1, false).await, Err(PoolError::Invalid(_))));
+        assert!(matches!(restore(&registry, &keys, 0, true).await, Err(PoolError::WrongKey { .. })));
+        assert!(!restore(&registry, &old, 0, true).await.unwrap(), "the superblock was there");
+        let pool = reopen(&registry, 0).await.unwrap();
+        pool.close().await.unwrap();
+        assert!(matches!(reopen(&registry, 1).await, Err(PoolError::WrongKey { .. })));
+
+        let mut image = disk.content();
+        for anchor in [0, MIB, 20 * MIB, 40 * MIB - 16384] {
+            image.write(anchor, &[0; 16384]);
+        }
+        let (registry, _disk) = self::disk(image);
+        assert!(LocalPool::open(&registry, "disk", &key(1), None).await.unwrap().is_none());
+        assert!(restore(&registry, &keys, 2, false).await.unwrap());
+        let pool = reopen(&registry, 1).await.unwrap();
+        is_whole(&registry).await;
+        assert!(pool.check(true).await.unwrap().is_clean());
+        pool.close().await.unwrap();
+    });
+}
+
+/// How often these bytes are on the device.
+fn count(image: &Image, bytes: &[u8]) -> usize {
+    let mut found = 0;
+    // A window of two pages, so that nothing hides across a border.
+    for page in image.written_pages() {
+        let mut window = vec![0; 8192];
+        image.read(page, &mut window);
+        let ends = 4096 + bytes.len() - 1;
+        found += window[..ends].windows(bytes.len()).filter(|w| *w == bytes).count();
+    }
+    found
+}
+
+/// What a domain to be erased has, and what has to survive.
+async fn with_tenant(registry: &Arc<Registry>) -> LocalPool {
+    let pool = create(registry, false).await;
+    pool.create_domain("tenant").await.unwrap();
+    for name in ["t", "u"] {
+        let domain = Some("tenant".to_owned());
+        let options =
+            VolumeOptions { name: name.into(), size_bytes: 4 * MIB, domain, ..VolumeOptions::default() };
+        pool.create_volume(&options).await.unwrap();
+    }
+    let channel = registry.open("p/t", Access::ReadWrite, |_| ()).unwrap().channel().unwrap();
+    let mut rng = Rng::new(11);
+    for n in (0..1024).step_by(32) {
+        let data: Vec<u8> = (0..32 * 512).flat_map(|_| rng.next().to_le_bytes()).collect();
+        channel.write(n, Buf::from_slice(&data), false).await.unwrap();
+    }
+    channel.flush().await.unwrap();
+    drop(channel);
+    pool.snapshot_volume("t", "s").await.unwrap();
+    pool.checkpoint().await.unwrap();
+    pool
+}
+
+fn names(pool: &LocalPool) -> Vec<String> {
+    let mut names: Vec<String> = pool.volumes().into_iter().map(|v| v.name).collect();
+    names.sort();
+    names
+}
+
+async fn is_clean(pool: &LocalPool) {
+    let report = pool.check(true).await.unwrap();
+    assert!(report.is_clean(), "{:#?}", report.problems);
+}
+
+#[test]
+fn an_erased_domain_is_gone_and_its_space_is_free() {
+    Sim::new(5).run(|| async {
+        let (registry, disk) = disk(Image::zeroed());
+        let pool = with_tenant(&registry).await;
+        let (wrapped, others) = (pool.wrapped_keys("tenant"), pool.wrapped_keys("default"));
+        let before = pool.key_block();
+        let secret = before.erasure[0].unwrap();
+        assert_eq!(count(&disk.content(), &secret), 4, "in the four key blocks and nowhere else");
+        let stored = pool.info();
+        let erased = pool.erase_domain("tenant").await.unwrap();
+        assert_eq!((erased.name.as_str(), erased.volumes.len(), erased.overwritten.len()), ("tenant", 3, 4));
+        assert_eq!(count(&disk.content(), &secret), 0);
+        assert_eq!(names(&pool), ["v"]);
+        assert!(registry.get("p/t").is_err() && pool.erase_domain("tenant").await.is_err());
+        assert!(pool.info().free_segments >= stored.free_segments + 4, "{:?}", pool.info());
+        assert!(pool.info().space.stored_bytes < stored.space.stored_bytes / 10);
+        // What opened its keys opens them no more; nor does anything else that is left.
+        let pool_key = pool.pool_key();
+        let keys = cryptfold_reduce::keys::PoolKeys::derive(&pool_key, pool.info().uuid);
+        let wraps = |erasure| cryptfold_reduce::keys::DomainWraps::open(&keys, &erasure).unwrap();
+        let (then, now) = (wraps(before.erasure), wraps(pool.key_block().erasure));
+        assert!(wrapped.len() == 2 && others.len() == 2);
+        for key in wrapped.iter().chain(&others) {
+            assert!(then.unwrap(key).is_ok() && now.unwrap(key).is_err());
+        }
+        assert!(pool.wrapped_keys("default").iter().all(|key| now.unwrap(key).is_ok()));
+        is_whole(&registry).await;
+        is_clean(&pool).await;
+        // Its name and its space may be used again.
+        pool.create_domain("tenant").await.unwrap();
+        pool.close().await.unwrap();
+        let pool = reopen(&registry, 0).await.unwrap();
+        is_whole(&registry).await;
+        is_clean(&pool).await;
+        // The default domain gets a successor.
+        pool.erase_domain("default").await.unwrap();
+        assert_eq!((names(&pool).len(), pool.domains().len()), (0, 2));
+        let volume = VolumeOptions { name: "n".into(), size_bytes: MIB, ..VolumeOptions::default() };
+        pool.create_volume(&volume).await.unwrap();
+        pool.close().await.unwrap();
+        let pool = reopen(&registry, 0).await.unwrap();
+        is_clean(&pool).await;
+        pool.close().await.unwrap();
+    });
+}
+
+/// Runs `work` until it ends or the power is off; whether it ended.
+async fn until_off<T: 'static>(disk: &Arc<SimDisk>, work: impl Future<Output = T> + 'static) -> Option<T> {
+    let done: Rc<Cell<Option<T>>> = Rc::default();
+    let result = done.clone();
+    reactor::spawn_local(async move { result.set(Some(work.await)) }).detach();
+    loop {
+        if let Some(result) = done.take() {
+            return Some(result);
+        }
+        if disk.is_off() {
+            return None;
+        }
+        reactor::sleep(Duration::from_micros(5)).await;
+    }
+}
+
+#[test]
+fn a_power_cut_during_an_erasure_leaves_a_domain_whole_or_gone() {
+    let outcome = |cut: u64, survivors: Survivors| {
+        let gone = Rc::new(Cell::new((false, false)));
+        let said = gone.clone();
+        Sim::new(cut).run(move || async move {
+            let (registry, disk) = disk(Image::zeroed());
+            let pool = with_tenant(&registry).await;
+            let secret = pool.key_block().erasure[0].unwrap();
+            disk.cut_power_after(cut);
+            let erasing = pool.clone();
+            let done = until_off(&disk, async move { erasing.erase_domain("tenant").await.is_ok() }).await;
+            let image = disk.crash(survivors, Tear::Sectors, &mut Rng::new(cut));
+            drop((pool, registry));
+            let (registry, disk) = self::disk(image);
+            let pool = reopen(&registry, 0).await.unwrap();
+            is_whole(&registry).await;
+            is_clean(&pool).await;
+            let is_gone = names(&pool) == ["v"];
+            assert!(is_gone || names(&pool) == ["s", "t", "u", "v"], "{:?}", names(&pool));
+            assert!(is_gone || done != Some(true), "cut {cut}: reported, and not done");
+            if is_gone {
+                assert_eq!(count(&disk.content(), &secret), 0, "cut {cut}: its keys still open");
+            } else {
+                pool.erase_domain("tenant").await.unwrap();
+                assert_eq!(count(&disk.content(), &secret), 0);
+                assert_eq!(names(&pool), ["v"]);
+            }
+            said.set((is_gone, done.is_some()));
+            pool.close().await.unwrap();
+            let pool = reopen(&registry, 0).await.unwrap();
+            is_whole(&registry).await;
+            is_clean(&pool).await;
+            assert_eq!(pool.key_block().erasure[1], None);
+            pool.close().await.unwrap();
+        });
+        gone.get()
+    };
+    let (mut whole, mut gone, mut ended) = (0, 0, 0);
+    for cut in 1..200 {
+        for survivors in [Survivors::None, Survivors::All, Survivors::Random] {
+            let (is_gone, is_done) = outcome(cut, survivors);
+            if is_gone {
+                gone += 1
+            } else {
+                whole += 1
+            }
+            ended += u32::from(is_done);
+        }
+        if ended >= 3 {
+            break;
+        }
+    }
+    assert!(whole >= 3 && gone >= 3 && ended >= 3, "{whole} whole, {gone} gone, {ended} ended");
+}
+
+#[test]
+fn an_erased_pool_opens_with_nothing() {
+    let (mut whole, mut erased, mut complete) = (0, 0, 0);
+    for cut in (1..).step_by(1) {
+        let said = Rc::new(Cell::new(0));
+        let say = said.clone();
+        Sim::new(cut).run(move || async move {
+            let (registry, disk) = disk(Image::zeroed());
+            let pool = create(&registry, false).await;
+            pool.change_slots(slots(&pool, &[0, 3])).await.unwrap();
+            let block = pool.key_block();
+            let wrapped: Vec<_> =
+                block.slots.iter().flatten().map(|s| s.wrapped).chain(block.erasure[0]).collect();
+            assert!(wrapped.iter().all(|key| count(&disk.content(), key) == 4));
+            // The first events are those of closing it.
+            disk.cut_power_after(cut * 3);
+            let done = until_off(&disk, async move { pool.erase().await.is_ok() }).await;
+            let image = disk.crash(Survivors::Random, Tear::Sectors, &mut Rng::new(cut));
+            drop(registry);
+            let left: usize = wrapped.iter().map(|key| count(&image, key)).sum();
+            let (registry, disk) = self::disk(image);
+            match LocalPool::open(&registry, "disk", &key(3), Some(16 * MIB)).await {
+                Ok(Some(pool)) => {
+                    assert!(done.is_none() && left >= 3);
+                    is_whole(&registry).await;
+                    is_clean(&pool).await;
+                    pool.erase().await.unwrap();
+                    assert!(wrapped.iter().all(|key| count(&disk.content(), key) == 0));
+                    say.set(1);
+                }
+                Err(PoolError::Erased { .. }) | Ok(None) => {
+                    assert_eq!(left, 0);
+                    say.set(if done == Some(true) { 3 } else { 2 });
+                }
+                // Its last copy was torn.
+                Err(PoolError::Block { .. }) => say.set(2),
+                Err(error) => panic!("cut {cut}: {error}"),
+            }
+        });
+        match said.get() {
+            1 => whole += 1,
+            2 => erased += 1,
+            _ => complete += 1,
+        }
+        if complete > 0 {
+            break;
+        }
+    }
+    assert!(whole >= 3 && complete == 1, "{whole} whole, {erased} erased by a cut");
+}
+
+#[test]
+fn a_pool_of_the_first_format_says_that_it_can_not_erase_a_domain() {
+    Sim::new(6).run(|| async {
+        let (registry, _disk) = disk(Image::zeroed());
+        let pool = create(&registry, true).await;
+        assert!(matches!(pool.erase_domain("default").await, Err(PoolError::NotErasable(_))));
+        is_whole(&registry).await;
+        pool.close().await.unwrap();
+    });
+}

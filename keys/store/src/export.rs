@@ -137,6 +137,18 @@ pub fn import(text: &str, password: &Password, limits: &Limits) -> Result<Backup
     let wrapped = slots.ok_or(ExportError::Format("\"slots\" is no base64"))?;
     let kek = derive(password, &kdf, limits)?;
     let content = unwrap_padded(&kek.0, &wrapped).map_err(|_| ExportError::DoesNotOpen)?;
+    let block = parse_content(&content)?;
+    let wrapped = file["superblock"].as_str().and_then(|s| STANDARD.decode(s).ok());
+    let wrapped = wrapped.ok_or(ExportError::Format("\"superblock\" is no base64"))?;
+    let plain = unwrap_padded(&kek.0, &wrapped).map_err(|_| ExportError::DoesNotOpen)?;
+    let plain = <[u8; BLOCK_BYTES]>::try_from(plain.as_slice());
+    let superblock = Box::new(plain.map_err(|_| ExportError::Format("\"superblock\" has another length"))?);
+    Ok(Backup { keys: block, superblock })
+}
+
+/// The key block in a back-up's envelope, [`CONTENT_BYTES`] bytes; see the module's head. Public to be fuzzed.
+#[doc(hidden)]
+pub fn parse_content(content: &[u8]) -> Result<KeyBlock, ExportError> {
     let (Some((pool, rest)), CONTENT_BYTES) = (content.split_first_chunk::<16>(), content.len()) else {
         return Err(ExportError::Format("\"slots\" has another length"));
     };
@@ -156,10 +168,5 @@ pub fn import(text: &str, password: &Password, limits: &Limits) -> Result<Backup
     for (at, bytes) in slots.chunks_exact(SLOT_BYTES).enumerate() {
         block.slots[at] = KeySlot::decode(bytes).map_err(|e| ExportError::Slot { at, why: e.to_string() })?;
     }
-    let wrapped = file["superblock"].as_str().and_then(|s| STANDARD.decode(s).ok());
-    let wrapped = wrapped.ok_or(ExportError::Format("\"superblock\" is no base64"))?;
-    let plain = unwrap_padded(&kek.0, &wrapped).map_err(|_| ExportError::DoesNotOpen)?;
-    let plain = <[u8; BLOCK_BYTES]>::try_from(plain.as_slice());
-    let superblock = Box::new(plain.map_err(|_| ExportError::Format("\"superblock\" has another length"))?);
-    Ok(Backup { keys: block, superblock })
+    Ok(block)
 }

@@ -19,7 +19,7 @@ use cryptfold_reduce_format::keys::{Kek, KeyError, PoolKey};
 use cryptfold_reduce_format::slots::{Kdf, KeyBlock, KeySlot, SlotKind};
 use thiserror::Error;
 
-pub use export::{Backup, ExportError, export, import};
+pub use export::{Backup, ExportError, export, import, parse_content};
 pub use password::{Cost, Limits, MIN_PASSWORD_CHARS, Password, PasswordError, derive};
 
 /// Why slots were not opened or not changed.
