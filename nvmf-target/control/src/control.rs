@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use cryptfold_bdev::Registry;
@@ -18,13 +18,14 @@ use cryptfold_reduce::PoolManager;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use crate::deferred::Deferred;
 use crate::jsonrpc::{Handler, RpcError, RpcResult};
 use crate::keyring::Keyring;
 use crate::keys::KeyStore;
 use crate::kms::Kms;
 use crate::logging::LogControl;
 use crate::options::Options;
-use crate::pools::Pools;
+use crate::pools::{Locked, Pools, Try};
 use crate::table::Table;
 use crate::watch::Watch;
 
@@ -80,6 +81,9 @@ impl Default for ControlConfig {
 /// How long the end waits for one device.
 const DEVICE_END: Duration = Duration::from_secs(5);
 
+/// Between two looks at a key server that did not answer.
+const UNLOCK_PAUSE: Duration = Duration::from_secs(3);
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     Startup,
@@ -107,7 +111,9 @@ pub struct Control {
     pub(crate) drives: Drives,
     pub(crate) keys: KeyStore,
     pub(crate) ring: Keyring,
-    pub(crate) kms: Kms,
+    pub(crate) kms: Arc<Kms>,
+    /// Calls that need devices of locked pools.
+    pub(crate) deferred: Deferred,
     pub(crate) options: Mutex<Options>,
     pub(crate) log: LogControl,
     pub(crate) watch: Watch,
@@ -119,7 +125,11 @@ pub struct Control {
     phase: Mutex<Phase>,
     phase_changed: Condvar,
     held: AtomicBool,
+    /// A thread waits for key servers.
+    retrying: AtomicBool,
     started: Instant,
+    /// For threads.
+    me: Weak<Control>,
 }
 
 /// Takes a lock whose holder panicked as it is.
@@ -131,14 +141,16 @@ impl Control {
     /// Before initialisation: no reactor runs yet.
     pub fn new(config: ControlConfig) -> Arc<Control> {
         let registry = Registry::new();
-        Arc::new(Control {
+        Arc::new_cyclic(|me| Control {
             remotes: Remotes::new(registry.clone()),
             host_uuid: OnceLock::new(),
             drives: Drives::new(registry.clone()),
             registry,
             keys: KeyStore::default(),
             ring: Keyring::default(),
-            kms: Kms::default(),
+            kms: Arc::default(),
+            deferred: Deferred::default(),
+            me: me.clone(),
             options: Mutex::default(),
             log: config.log.clone(),
             watch: Watch::default(),
@@ -149,6 +161,7 @@ impl Control {
             phase: Mutex::new(Phase::Startup),
             phase_changed: Condvar::new(),
             held: AtomicBool::new(false),
+            retrying: AtomicBool::new(false),
             started: Instant::now(),
         })
     }
@@ -202,7 +215,7 @@ impl Control {
         let target = Target::new(self.registry.clone(), &handles);
         crate::methods::apply_nvmf_options(self, &target)?;
         let manager = PoolManager::new(self.registry.clone(), handles.clone());
-        let pools = Pools::new(manager, self.registry.clone(), self.config.key_dir.clone());
+        let pools = Pools::new(manager, self.registry.clone(), self.kms.clone(), self.config.key_dir.clone());
         let running =
             Running { handles, target, pools, since: Instant::now(), runtime: Mutex::new(Some(runtime)) };
         if self.running.set(running).is_err() {
@@ -269,12 +282,51 @@ impl Control {
         let pools = self.pools()?;
         let bdev = self.registry.get(name)?;
         if pools.is_candidate(&bdev)
-            && let Some(info) = pools.open(name, None, None)?
+            && let Some(info) = pools.open(name, Try::All, None).inspect_err(|_| self.retry_unlocks())?
         {
             tracing::info!(bdev = name, pool = info.name, "pool opened");
             self.watch.note("pool_open", &info.name);
         }
         Ok(())
+    }
+
+    /// A pool was opened: what had waited for its volumes is made now.
+    pub(crate) fn pool_opened(&self, name: &str) {
+        self.watch.note("pool_open", name);
+        self.deferred.retry(self);
+    }
+
+    /// Tries pools whose key server did not answer until it does, on a thread of its own.
+    pub(crate) fn retry_unlocks(&self) {
+        let waiting = |c: &Control| -> Vec<Locked> {
+            let all = c.pools().map(Pools::locked).unwrap_or_default();
+            all.into_iter().filter(|l| l.waiting).collect()
+        };
+        if waiting(self).is_empty() || self.retrying.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        let me = self.me.clone();
+        let spawned = std::thread::Builder::new().name("unlock".into()).spawn(move || {
+            loop {
+                std::thread::sleep(UNLOCK_PAUSE);
+                let Some(c) = me.upgrade() else { return };
+                let mut left = waiting(&c);
+                if left.is_empty() || c.is_ending() {
+                    c.retrying.store(false, Ordering::SeqCst);
+                    return;
+                }
+                for locked in left.drain(..) {
+                    let opened = c.pools().and_then(|p| p.open(&locked.pool.base_bdev, Try::All, None));
+                    if let Ok(Some(info)) = opened {
+                        c.pool_opened(&info.name);
+                    }
+                }
+            }
+        });
+        if let Err(error) = spawned {
+            self.retrying.store(false, Ordering::SeqCst);
+            tracing::error!(%error, "no thread to wait for a key server");
+        }
     }
 
     /// After each call: what is new is noted and examined.

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use cryptfold_bdev_crypto::engine::XtsKey;
+use cryptfold_keystore::Password;
 use cryptfold_reactor::SecretBytes;
 use thiserror::Error;
 use zeroize::Zeroizing;
@@ -40,6 +41,16 @@ pub enum KeyFileError {
         /// Its permission bits.
         mode: u32,
     },
+    /// Somebody else's.
+    #[error("key file {path} belongs to user {owner}; root or user {me} (this process) has to own it")]
+    Owner {
+        /// The file.
+        path: PathBuf,
+        /// Its owner.
+        owner: u32,
+        /// Who we are.
+        me: u32,
+    },
     /// Not what keys look like.
     #[error("key file {path}: {what}")]
     Content {
@@ -56,7 +67,7 @@ impl From<KeyFileError> for RpcError {
             KeyFileError::Os { error, .. } => {
                 RpcError::new(-i64::from(error.raw_os_error().unwrap_or(5)), e.to_string())
             }
-            KeyFileError::Mode { .. } => RpcError::new(-13, e.to_string()),
+            KeyFileError::Mode { .. } | KeyFileError::Owner { .. } => RpcError::new(-13, e.to_string()),
             KeyFileError::Content { .. } => RpcError::params(e),
         }
     }
@@ -77,6 +88,11 @@ pub fn read_key_file(path: &Path) -> Result<Zeroizing<Vec<u8>>, KeyFileError> {
     }
     if meta.mode() & 0o077 != 0 {
         return Err(KeyFileError::Mode { path: path.into(), mode: meta.mode() & 0o7777 });
+    }
+    // Whoever owns a file may change who reads it.
+    let me = std::fs::metadata("/proc/self").map_err(os)?.uid();
+    if meta.uid() != 0 && meta.uid() != me {
+        return Err(KeyFileError::Owner { path: path.into(), owner: meta.uid(), me });
     }
     if meta.len() > MAX_KEY_FILE_BYTES {
         return Err(content(format!("has {} bytes; no key is that long", meta.len())));
@@ -109,6 +125,33 @@ pub fn read_key(path: &Path, sizes_bytes: &[usize]) -> Result<Zeroizing<Vec<u8>>
             Err(KeyFileError::Content { path: path.into(), what })
         }
     }
+}
+
+/// A password: the file's text without the line feed at its end.
+///
+/// # Errors
+/// See [`KeyFileError`].
+pub fn read_password(path: &Path) -> Result<Password, KeyFileError> {
+    let content = |what: String| KeyFileError::Content { path: path.into(), what };
+    let raw = read_key_file(path)?;
+    let text = std::str::from_utf8(&raw).map_err(|_| content("a password is UTF-8 text".into()))?;
+    let text = text.strip_suffix('\n').unwrap_or(text);
+    Password::new(text.into()).map_err(|e| content(e.to_string()))
+}
+
+/// Files with this extension in systemd's directory of credentials, if there is one.
+pub fn credentials(extension: &str) -> Vec<PathBuf> {
+    let dir = std::env::var_os("CREDENTIALS_DIRECTORY").map(PathBuf::from);
+    files_in(dir.as_deref(), extension)
+}
+
+/// Files with this extension, in order of their names.
+pub fn files_in(dir: Option<&Path>, extension: &str) -> Vec<PathBuf> {
+    let entries = dir.and_then(|d| std::fs::read_dir(d).ok()).into_iter().flatten().flatten();
+    let mut files: Vec<PathBuf> =
+        entries.map(|e| e.path()).filter(|p| p.extension().is_some_and(|e| e == extension)).collect();
+    files.sort();
+    files
 }
 
 /// Writes a new key file (mode 0600), durably. Never overwrites.

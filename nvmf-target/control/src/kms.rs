@@ -12,6 +12,7 @@
 //! - A key that comes back (active again) must be the one that it was: a digest of it is kept, the key is not.
 //! - Everything that happens to a key is in the audit log. No key material is in a reply, a message or a configuration.
 
+mod kek;
 mod key;
 mod server;
 
@@ -23,6 +24,7 @@ use cryptfold_bdev_crypto::gate::KeyGate;
 use crate::control::lock;
 use crate::jsonrpc::RpcError;
 
+pub use kek::KekError;
 pub use key::{KeyOptions, KeyView, OnEnd, Policy};
 pub use server::{ServerOptions, ServerView};
 

@@ -8,9 +8,11 @@
 //! Everything here runs on ordinary threads and may block; reactors are reached by message. `jsonrpc`, `params`,
 //! `table` and the parser of `config` do no I/O.
 
+pub mod certificate;
 pub mod client;
 pub mod config;
 mod control;
+mod deferred;
 pub mod jsonrpc;
 pub mod keyring;
 pub mod keys;

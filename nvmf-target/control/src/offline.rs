@@ -4,6 +4,7 @@
 //! open is refused.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use cryptfold_bdev::Registry;
@@ -13,7 +14,7 @@ use cryptfold_reduce::PoolManager;
 use serde_json::Value;
 
 use crate::methods::describe_check;
-use crate::pools::{PoolKey, Pools};
+use crate::pools::{PoolKey, Pools, Try};
 
 /// What to check.
 #[derive(Clone, Debug)]
@@ -22,6 +23,8 @@ pub struct OfflineCheck {
     pub device: PathBuf,
     /// Its key; all of `key_dir` are tried when not given.
     pub key_file: Option<PathBuf>,
+    /// A file with its password.
+    pub password_file: Option<PathBuf>,
     /// Directory of key files.
     pub key_dir: PathBuf,
     /// Read and verify all stored data too.
@@ -57,16 +60,20 @@ pub fn check(what: &OfflineCheck) -> Result<Value, String> {
     };
     let base = cryptfold_bdev_uring::create(&registry, options).map_err(|e| e.to_string())?;
     let manager = PoolManager::new(registry.clone(), runtime.handles().to_vec());
-    let pools = Pools::new(manager, registry.clone(), what.key_dir.clone());
-    let key = what.key_file.clone().map(PoolKey::File);
+    let pools = Pools::new(manager, registry.clone(), Arc::default(), what.key_dir.clone());
+    let key = || match (&what.key_file, &what.password_file) {
+        (Some(file), _) => Try::Key(PoolKey::File(file.clone())),
+        (None, Some(file)) => Try::Key(PoolKey::PasswordFile(file.clone())),
+        (None, None) => Try::All,
+    };
     let none = || format!("{device} carries no pool");
     let done = if what.repair {
-        let info = pools.open(base.name(), key, None).map_err(|e| e.message)?.ok_or_else(none)?;
+        let info = pools.open(base.name(), key(), None).map_err(|e| e.message)?.ok_or_else(none)?;
         let report = pools.manager().repair(&info.name, what.data).map_err(|e| e.to_string());
         let closed = pools.manager().close(&info.name).map_err(|e| e.to_string());
         report.and_then(|report| closed.map(|()| describe_check(&info.name, &report, started)))
     } else {
-        let audited = pools.audit(base.name(), key, what.data);
+        let audited = pools.audit(base.name(), key(), what.data);
         let (info, report) = audited.map_err(|e| e.message)?.ok_or_else(none)?;
         Ok(describe_check(&info.name, &report, started))
     };

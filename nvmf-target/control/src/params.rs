@@ -336,6 +336,26 @@ impl FromJson for SecretHex {
     }
 }
 
+/// A password; never shown, wiped when dropped.
+#[derive(Clone)]
+pub struct SecretText(pub Zeroizing<String>);
+
+impl std::fmt::Debug for SecretText {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("SecretText(..)")
+    }
+}
+
+impl FromJson for SecretText {
+    const SECRET: bool = true;
+    fn kind() -> String {
+        "a password".into()
+    }
+    fn from_json(v: &Value) -> Result<Self, Option<ParamError>> {
+        v.as_str().map(|s| SecretText(Zeroizing::new(s.into()))).ok_or(None)
+    }
+}
+
 /// Bytes from an even number of hexadecimal digits.
 pub fn unhex(s: &str) -> Option<Vec<u8>> {
     let digits: Option<Vec<u8>> = s.chars().map(|c| c.to_digit(16).map(|d| d as u8)).collect();

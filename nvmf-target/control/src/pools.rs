@@ -1,21 +1,31 @@
-//! Pools and their keys: which key file opens which pool, and the search for pools on devices that appear.
+//! Pools and their keys: what opens which pool, which pools are locked, and the search for pools on devices that appear.
 //!
-//! A pool's key-encryption key is a file (mode 0600; 32 bytes, raw or hexadecimal). Unless the request names one, it is
-//! made in the key directory. A device that appears is tried with the keys of that directory and with those that were
-//! named before.
+//! A pool's key-encryption key is a file (mode 0600; 32 bytes, raw or hexadecimal), comes from a password, or from a key server,
+//! as the pool's key slots say. Unless the request names one, a file is made in the key directory. A device that appears is tried
+//! with the keys of that directory and of systemd's credentials, with those that were named before, and with the key servers that
+//! are known. A pool that none of them opens is listed as locked, until it is unlocked or its device is gone.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use cryptfold_bdev::{Bdev, Registry};
-use cryptfold_reduce::{CheckReport, CreateOptions, KeySource, PoolError, PoolInfo, PoolManager};
+use cryptfold_keystore::{Cost, Limits, Password, StoreError};
+use cryptfold_nvmf_target::audit::TARGET as AUDIT;
+use cryptfold_reduce::keys::Kek;
+use cryptfold_reduce::slots::{Kdf, SlotKind};
+use cryptfold_reduce::{
+    CheckReport, CreateOptions, KeySource, PoolError, PoolInfo, PoolManager, SealedPool, SlotKey,
+};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::control::lock;
 use crate::jsonrpc::RpcError;
-use crate::keys::{free_name, hex_line, random_key, read_key, write_key_file};
+use crate::keys::{
+    credentials, files_in, free_name, hex_line, random_key, read_key, read_password, write_key_file,
+};
+use crate::kms::{KekError, Kms};
 
 /// Bytes in a key-encryption key.
 const KEK_BYTES: usize = 32;
@@ -28,13 +38,29 @@ impl From<PoolError> for RpcError {
     }
 }
 
-/// What opens a pool.
+/// What opens a pool, and opens it again at the next start.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PoolKey {
     /// A key file.
     File(PathBuf),
+    /// A file with a password.
+    PasswordFile(PathBuf),
+    /// A key server, with the key that a slot of the pool names.
+    Kms,
+    /// Nothing that is at hand: a password was given. It starts locked.
+    Given,
     /// Nothing: the pool is not encrypted.
     None,
+}
+
+/// What is tried on a pool.
+pub enum Try<'a> {
+    /// Everything at hand: no key, key servers, key files, credentials.
+    All,
+    /// This.
+    Key(PoolKey),
+    /// This password.
+    Password(&'a Password),
 }
 
 /// Which key a new pool gets.
@@ -48,37 +74,78 @@ pub enum NewKey {
         /// Make it, with a random key.
         create: bool,
     },
+    /// This password; and the file that it came from, if it did.
+    Password(Password, Option<PathBuf>),
+    /// A key of a key server: this one, or a new one.
+    Kms {
+        /// Name of the server.
+        server: String,
+        /// Identifier of the key.
+        object: Option<String>,
+    },
     /// None: the pool is not encrypted.
     None,
+}
+
+/// A pool that is known and not open for want of a key.
+#[derive(Clone, Debug)]
+pub struct Locked {
+    /// What its device shows.
+    pub pool: SealedPool,
+    /// Why.
+    pub reason: String,
+    /// Its key server did not answer: it is tried again.
+    pub waiting: bool,
+    /// For its opening.
+    pub memory_budget: Option<u64>,
+}
+
+/// Why a pool was not opened.
+struct Refusal {
+    error: RpcError,
+    /// It may go better later.
+    waiting: bool,
 }
 
 /// See the module.
 pub struct Pools {
     manager: Arc<PoolManager>,
     registry: Arc<Registry>,
+    kms: Arc<Kms>,
     key_dir: PathBuf,
     keys: Mutex<HashMap<Uuid, PoolKey>>,
+    locked: Mutex<Vec<Locked>>,
     /// One search at a time: two of them would find each other's owner mark.
     searching: Mutex<()>,
 }
 
-impl PoolKey {
-    /// For the pool's engine, after a look at the file's mode and size.
-    fn source(&self) -> Result<KeySource, RpcError> {
-        match self {
-            PoolKey::None => Ok(KeySource::Open),
-            PoolKey::File(path) => {
-                read_key(path, &[KEK_BYTES])?;
-                Ok(KeySource::File(path.clone()))
-            }
-        }
+fn kek_of_file(path: &Path) -> Result<Kek, RpcError> {
+    let key = read_key(path, &[KEK_BYTES])?;
+    Kek::from_file(&key).map_err(|e| RpcError::params(format!("key_file: {}: {e}", path.display())))
+}
+
+fn slot_key(kek: Kek, kind: SlotKind, label: &str) -> SlotKey {
+    SlotKey { kek, kind, kdf: Kdf::None, label: short(label), reference: String::new() }
+}
+
+/// As much of a label as a slot holds.
+pub fn short(label: &str) -> String {
+    let mut label = label.to_string();
+    while label.len() > 48 {
+        label.pop();
     }
+    label
+}
+
+fn file_label(path: &Path) -> String {
+    path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned())
 }
 
 impl Pools {
     /// No pools yet.
-    pub fn new(manager: Arc<PoolManager>, registry: Arc<Registry>, key_dir: PathBuf) -> Pools {
-        Pools { manager, registry, key_dir, keys: Mutex::default(), searching: Mutex::default() }
+    pub fn new(manager: Arc<PoolManager>, registry: Arc<Registry>, kms: Arc<Kms>, key_dir: PathBuf) -> Pools {
+        let (keys, locked) = (Mutex::default(), Mutex::default());
+        Pools { manager, registry, kms, key_dir, keys, locked, searching: Mutex::default() }
     }
 
     /// The engine.
@@ -94,7 +161,59 @@ impl Pools {
         let uuid = Uuid::parse_str(name).ok();
         let all = self.manager.list();
         let found = all.into_iter().find(|p| p.name == name || Some(p.uuid) == uuid);
-        found.ok_or_else(|| PoolError::NoPool(name.into()).into())
+        found.ok_or_else(|| match self.find_locked(name) {
+            Some(l) => RpcError::new(
+                -126,
+                format!(
+                    "pool \"{}\" is locked ({}); cryptfold_encryption_unlock opens it",
+                    l.pool.name, l.reason
+                ),
+            ),
+            None => PoolError::NoPool(name.into()).into(),
+        })
+    }
+
+    /// A locked pool by name, UUID or device.
+    pub fn find_locked(&self, name: &str) -> Option<Locked> {
+        let uuid = Uuid::parse_str(name).ok();
+        let is = |l: &Locked| l.pool.name == name || Some(l.pool.uuid) == uuid || l.pool.base_bdev == name;
+        self.locked().into_iter().find(is)
+    }
+
+    /// The pools that are locked. One whose device is gone is forgotten.
+    pub fn locked(&self) -> Vec<Locked> {
+        let mut locked = lock(&self.locked);
+        locked.retain(|l| self.registry.get(&l.pool.base_bdev).is_ok());
+        locked.clone()
+    }
+
+    /// Keeps a pool that is not open in the list of locked ones.
+    pub fn set_locked(&self, new: Locked) {
+        tracing::warn!(target: AUDIT, event = "pool locked", pool = new.pool.name, bdev = new.pool.base_bdev, reason = new.reason);
+        let mut locked = lock(&self.locked);
+        locked.retain(|l| l.pool.base_bdev != new.pool.base_bdev);
+        locked.push(new);
+    }
+
+    /// Lists the pool on a device as locked without trying anything, unless it is open; its UUID. `None`: there is no pool.
+    ///
+    /// # Errors
+    /// No such device, or a pool that can not be read.
+    pub fn list_locked(&self, bdev: &str, memory_budget: Option<u64>) -> Result<Option<Uuid>, RpcError> {
+        let _one = lock(&self.searching);
+        let base = self.registry.get(bdev)?;
+        if let Some(open) = self.manager.list().into_iter().find(|p| p.base_bdev == base.name()) {
+            return Ok(Some(open.uuid));
+        }
+        let Some(pool) = self.manager.peek(base.name())? else { return Ok(None) };
+        let uuid = pool.uuid;
+        self.set_locked(Locked { pool, reason: "it starts locked".into(), waiting: false, memory_budget });
+        Ok(Some(uuid))
+    }
+
+    /// What opened a pool.
+    pub fn key_of(&self, uuid: Uuid) -> Option<PoolKey> {
+        lock(&self.keys).get(&uuid).cloned()
     }
 
     /// Creates a pool; a key file that is made for it is removed again when that fails.
@@ -113,42 +232,66 @@ impl Pools {
         if self.find(name).is_ok() {
             return Err(PoolError::PoolExists(name.into()).into());
         }
-        let (key, made) = match key {
-            NewKey::None => (PoolKey::None, None),
-            NewKey::File { path, create: false } => (PoolKey::File(path), None),
-            NewKey::File { path, create: true } => {
-                let made = make_key(&path)?;
-                (PoolKey::File(path.clone()), made.then_some(path))
-            }
-            NewKey::Own => {
-                let path = free_name(&self.key_dir, name, "key")?;
-                make_key(&path)?;
-                (PoolKey::File(path.clone()), Some(path))
-            }
-        };
-        let created = key.source().and_then(|s| Ok(self.manager.create(bdev, name, &options(s))?));
+        let (key, made, source) = self.new_source(name, key)?;
+        let created = self.manager.create(bdev, name, &options(source));
         match created {
             Ok(info) => {
                 lock(&self.keys).insert(info.uuid, key);
+                lock(&self.locked).retain(|l| l.pool.base_bdev != info.base_bdev);
                 Ok(info)
             }
             Err(e) => {
                 if let Some(path) = made {
                     let _ = std::fs::remove_file(path);
                 }
-                Err(e)
+                Err(e.into())
             }
         }
     }
 
-    /// Opens the pool on a device. Without a key, all keys at hand are tried. `None`: there is no pool.
+    /// A new pool's key: what opens it later, the file that was made for it, and the key itself.
+    fn new_source(&self, name: &str, key: NewKey) -> Result<(PoolKey, Option<PathBuf>, KeySource), RpcError> {
+        let source = |key: SlotKey| KeySource::Kek(Box::new(key));
+        let from_file = |path: PathBuf, made: bool| {
+            let kek = kek_of_file(&path)?;
+            let key = slot_key(kek, SlotKind::KeyFile, &file_label(&path));
+            Ok((PoolKey::File(path.clone()), made.then_some(path), source(key)))
+        };
+        match key {
+            NewKey::None => Ok((PoolKey::None, None, KeySource::Open)),
+            NewKey::File { path, create } => {
+                let made = create && make_key(&path)?;
+                from_file(path, made)
+            }
+            NewKey::Own => {
+                let path = free_name(&self.key_dir, name, "key")?;
+                make_key(&path)?;
+                from_file(path, true)
+            }
+            NewKey::Password(password, file) => {
+                let (kek, kdf) =
+                    cryptfold_keystore::fresh(&password, Cost::DEFAULT, salt()?, &Limits::default())
+                        .map_err(RpcError::from)?;
+                let key = SlotKey { kdf, ..slot_key(kek, SlotKind::Password, "password") };
+                Ok((file.map_or(PoolKey::Given, PoolKey::PasswordFile), None, source(key)))
+            }
+            NewKey::Kms { server, object } => {
+                let (reference, kek) = self.kms.new_kek(&server, object.as_deref())?;
+                let key = SlotKey { reference, ..slot_key(kek, SlotKind::Kms, &server) };
+                Ok((PoolKey::Kms, None, source(key)))
+            }
+        }
+    }
+
+    /// Opens the pool on a device. `None`: there is no pool. A pool that is there and that nothing of it
+    /// opens becomes a locked one.
     ///
     /// # Errors
     /// A pool that can not be opened; of several keys, none fits.
     pub fn open(
         &self,
         bdev: &str,
-        key: Option<PoolKey>,
+        key: Try<'_>,
         memory_budget: Option<u64>,
     ) -> Result<Option<PoolInfo>, RpcError> {
         let _one = lock(&self.searching);
@@ -156,11 +299,28 @@ impl Pools {
         if let Some(open) = self.manager.list().into_iter().find(|p| p.base_bdev == base.name()) {
             return Ok(Some(open));
         }
-        let opened = self.with_key(key, |source| self.manager.open(base.name(), source, memory_budget))?;
-        Ok(opened.map(|(info, key)| {
-            lock(&self.keys).insert(info.uuid, key);
-            info
-        }))
+        let Some(sealed) = self.manager.peek(base.name())? else { return Ok(None) };
+        let memory_budget =
+            memory_budget.or_else(|| self.find_locked(base.name()).and_then(|l| l.memory_budget));
+        let found = self.find_key(&sealed, key);
+        let (key, kek) = match found {
+            Ok(found) => found,
+            Err(refusal) => {
+                self.set_locked(Locked {
+                    pool: sealed,
+                    reason: refusal.error.message.clone(),
+                    waiting: refusal.waiting,
+                    memory_budget,
+                });
+                return Err(refusal.error);
+            }
+        };
+        let source = KeySource::Kek(Box::new(kek));
+        let Some(info) = self.manager.open(base.name(), &source, memory_budget)? else { return Ok(None) };
+        tracing::info!(target: AUDIT, event = "pool unlocked", pool = info.name, bdev = info.base_bdev, key = ?key);
+        lock(&self.keys).insert(info.uuid, key);
+        lock(&self.locked).retain(|l| l.pool.base_bdev != info.base_bdev);
+        Ok(Some(info))
     }
 
     /// Audits the pool on a device that nobody has open; nothing is written. Without a key, all keys at hand are tried.
@@ -170,52 +330,97 @@ impl Pools {
     pub fn audit(
         &self,
         bdev: &str,
-        key: Option<PoolKey>,
+        key: Try<'_>,
         data: bool,
     ) -> Result<Option<(PoolInfo, CheckReport)>, RpcError> {
-        let audited = self.with_key(key, |source| self.manager.audit(bdev, source, data))?;
-        Ok(audited.map(|(found, _)| found))
+        let Some(sealed) = self.manager.peek(bdev)? else { return Ok(None) };
+        let (_, kek) = self.find_key(&sealed, key).map_err(|refusal| refusal.error)?;
+        Ok(self.manager.audit(bdev, &KeySource::Kek(Box::new(kek)), data)?)
     }
 
-    /// Tries `f` with this key, or with all that are at hand, until one fits.
-    fn with_key<T>(
-        &self,
-        key: Option<PoolKey>,
-        f: impl Fn(&KeySource) -> Result<Option<T>, PoolError>,
-    ) -> Result<Option<(T, PoolKey)>, RpcError> {
+    /// The key among those to be tried that opens a slot.
+    fn find_key(&self, sealed: &SealedPool, key: Try<'_>) -> Result<(PoolKey, SlotKey), Refusal> {
         let keys = match key {
-            Some(k) => vec![k],
-            None => self.at_hand(),
+            Try::Key(key) => vec![key],
+            Try::All => self.at_hand(),
+            Try::Password(password) => {
+                return match password_key(sealed, password) {
+                    Ok(kek) => Ok((PoolKey::Given, kek)),
+                    Err(error) => Err(Refusal { error, waiting: false }),
+                };
+            }
         };
-        let mut refused = None;
+        let all = keys.len() > 1;
+        let mut refused: Option<Refusal> = None;
         for key in keys {
-            let source = match key.source() {
-                Ok(s) => s,
-                Err(e) => {
-                    refused = refused.or(Some(e));
-                    continue;
-                }
-            };
-            match f(&source) {
-                Ok(found) => return Ok(found.map(|found| (found, key))),
-                Err(e @ PoolError::WrongKey { .. }) => refused = refused.or(Some(e.into())),
-                Err(e) => return Err(e.into()),
+            match self.try_key(sealed, &key) {
+                Ok(Some(kek)) => return Ok((key, kek)),
+                Ok(None) => {}
+                // A key server's silence says more than a file that does not fit.
+                Err(r) if r.waiting || refused.is_none() => refused = Some(r),
+                Err(_) => {}
             }
         }
-        match refused {
-            Some(e) => Err(e),
-            None => Ok(None),
+        let none = || {
+            let device = sealed.base_bdev.clone();
+            let error = match all {
+                true => RpcError::new(-126, format!("no key at hand opens the pool on {device}")),
+                false => PoolError::WrongKey { device }.into(),
+            };
+            Refusal { error, waiting: false }
+        };
+        Err(refused.unwrap_or_else(none))
+    }
+
+    /// The key-encryption key of one of the ways, if it opens a slot.
+    fn try_key(&self, sealed: &SealedPool, key: &PoolKey) -> Result<Option<SlotKey>, Refusal> {
+        let now = |error: RpcError| Refusal { error, waiting: false };
+        let fits = |key: SlotKey| sealed.keys.unlock(&key.kek).is_ok().then_some(key);
+        match key {
+            PoolKey::Given => Ok(None),
+            PoolKey::None => Ok(fits(slot_key(Kek::open(), SlotKind::Open, ""))),
+            PoolKey::File(path) => {
+                Ok(fits(slot_key(kek_of_file(path).map_err(now)?, SlotKind::KeyFile, &file_label(path))))
+            }
+            PoolKey::PasswordFile(path) => {
+                let password = read_password(path).map_err(|e| now(e.into()))?;
+                password_key(sealed, &password).map(Some).map_err(now)
+            }
+            PoolKey::Kms => {
+                let mut refused = None;
+                for slot in sealed.keys.slots.iter().flatten().filter(|s| s.kind == SlotKind::Kms) {
+                    match self.kms.kek(&slot.reference) {
+                        Ok((server, kek)) => {
+                            let key = slot_key(kek, SlotKind::Kms, &server);
+                            if let Some(key) = fits(key) {
+                                return Ok(Some(key));
+                            }
+                            let what = format!(
+                                "key \"{}\" of key server \"{server}\" is another one than before",
+                                slot.reference
+                            );
+                            refused = Some(now(KekError::Refused(what).into()));
+                        }
+                        Err(e) => {
+                            let waiting = matches!(e, KekError::NoAnswer(_));
+                            refused = Some(Refusal { error: e.into(), waiting });
+                        }
+                    }
+                }
+                refused.map_or(Ok(None), Err)
+            }
         }
     }
 
-    /// Keys that a device may be tried with.
+    /// What a device may be tried with.
     fn at_hand(&self) -> Vec<PoolKey> {
         let mut keys = vec![PoolKey::None];
-        keys.extend(lock(&self.keys).values().filter(|k| **k != PoolKey::None).cloned());
-        let dir = std::fs::read_dir(&self.key_dir).into_iter().flatten().flatten().map(|e| e.path());
-        let mut files: Vec<PathBuf> = dir.filter(|p| p.extension().is_some_and(|e| e == "key")).collect();
-        files.sort();
-        keys.extend(files.into_iter().map(PoolKey::File));
+        keys.extend(lock(&self.keys).values().filter(|k| matches!(k, PoolKey::File(_))).cloned());
+        keys.extend(files_in(Some(&self.key_dir), "key").into_iter().map(PoolKey::File));
+        keys.extend(credentials("key").into_iter().map(PoolKey::File));
+        // These take time.
+        keys.push(PoolKey::Kms);
+        keys.extend(credentials("password").into_iter().map(PoolKey::PasswordFile));
         let mut seen = Vec::new();
         keys.retain(|k| {
             !seen.contains(k) && {
@@ -237,16 +442,31 @@ impl Pools {
         lock(&self.keys).remove(&uuid);
     }
 
-    /// The call that opens the pool on a device again.
+    /// The call that opens the pool on a device again, or lists it as locked.
     pub fn config(&self, base: &str) -> Option<(String, Value)> {
-        let info = self.manager.list().into_iter().find(|p| p.base_bdev == base)?;
         let mut params = json!({"base_bdev_name": base});
-        match lock(&self.keys).get(&info.uuid) {
-            Some(PoolKey::File(path)) => params["key_file"] = json!(path),
-            Some(PoolKey::None) => params["encrypt"] = false.into(),
-            None => {}
+        let budget = match self.manager.list().into_iter().find(|p| p.base_bdev == base) {
+            Some(info) => {
+                match lock(&self.keys).get(&info.uuid) {
+                    Some(PoolKey::File(path)) => params["key_file"] = json!(path),
+                    Some(PoolKey::PasswordFile(path)) => params["password_file"] = json!(path),
+                    Some(PoolKey::None) => params["encrypt"] = false.into(),
+                    Some(PoolKey::Given) => params["startup"] = "locked".into(),
+                    Some(PoolKey::Kms) | None => {}
+                }
+                Some(info.memory_budget_bytes)
+            }
+            None => {
+                let locked = self.find_locked(base).filter(|l| l.pool.base_bdev == base)?;
+                if !locked.waiting {
+                    params["startup"] = "locked".into();
+                }
+                locked.memory_budget
+            }
+        };
+        if let Some(bytes) = budget {
+            params["memory_budget_mib"] = (bytes >> 20).into();
         }
-        params["memory_budget_mib"] = (info.memory_budget_bytes >> 20).into();
         Some(("cryptfold_pool_open".into(), params))
     }
 
@@ -262,8 +482,34 @@ impl Pools {
 /// Product name of the pools' volumes.
 pub const VOLUME_PRODUCT: &str = "Cryptfold volume";
 
+/// The key-encryption key of the slot that a password opens.
+fn password_key(sealed: &SealedPool, password: &Password) -> Result<SlotKey, RpcError> {
+    let (_, kek, _) = cryptfold_keystore::find(&sealed.keys, password, &Limits::default())?;
+    Ok(slot_key(kek, SlotKind::Password, "password"))
+}
+
+/// 32 random bytes.
+pub fn salt() -> Result<[u8; 32], RpcError> {
+    let bytes = random_key(32)?;
+    <[u8; 32]>::try_from(bytes.as_slice()).map_err(|_| RpcError::internal("32 random bytes"))
+}
+
+impl From<StoreError> for RpcError {
+    fn from(e: StoreError) -> RpcError {
+        let code = match &e {
+            StoreError::Password(_) | StoreError::Slot(_) | StoreError::Last(_) => {
+                return RpcError::params(e);
+            }
+            StoreError::NoPasswordSlot | StoreError::WrongPassword | StoreError::Key(_) => -126,
+            StoreError::Full(_) => RpcError::ENOSPC,
+            StoreError::Empty(_) => RpcError::ENOENT,
+        };
+        RpcError::new(code, e.to_string())
+    }
+}
+
 /// Makes a key file unless it exists; true when it was made.
-fn make_key(path: &Path) -> Result<bool, RpcError> {
+pub fn make_key(path: &Path) -> Result<bool, RpcError> {
     if path.exists() {
         return Ok(false);
     }

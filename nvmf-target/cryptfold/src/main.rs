@@ -1,8 +1,10 @@
 //! `cryptfold`: an NVMe/TCP target that encrypts and reduces, and the commands to look after it.
 //!
-//! Exit codes: 0, 1 for what went wrong (one line on standard error), 2 for wrong usage.
+//! Exit codes: 0, 1 for what went wrong (one line on standard error), 2 for wrong usage, 3 for a key or
+//! password that does not fit.
 
 mod cores;
+mod encryption;
 mod estimate;
 mod rpc;
 mod signals;
@@ -44,6 +46,9 @@ enum Command {
     /// Volumes of a running target.
     #[command(subcommand)]
     Volume(rpc::VolumeCommand),
+    /// What opens the pools of a running target. Passwords come from a file, the terminal or standard input.
+    #[command(subcommand)]
+    Encryption(encryption::EncryptionCommand),
 }
 
 /// How a running target is reached.
@@ -60,6 +65,8 @@ enum Failure {
     Failed(String),
     /// Called wrongly: exit code 2.
     Usage(String),
+    /// The key or password does not fit, or is not there: exit code 3.
+    Key(String),
 }
 
 impl From<String> for Failure {
@@ -76,6 +83,7 @@ fn main() -> ExitCode {
         Command::Estimate(a) => estimate::run(a),
         Command::Pool(c) => rpc::pool(c),
         Command::Volume(c) => rpc::volume(c),
+        Command::Encryption(c) => encryption::run(c),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -83,6 +91,7 @@ fn main() -> ExitCode {
             let (what, code) = match failure {
                 Failure::Failed(what) => (what, 1),
                 Failure::Usage(what) => (what, 2),
+                Failure::Key(what) => (what, 3),
             };
             eprintln!("cryptfold: {}", what.replace('\n', " "));
             ExitCode::from(code)

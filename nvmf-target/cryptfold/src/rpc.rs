@@ -4,12 +4,13 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
-use cryptfold_control::client::Client;
+use cryptfold_control::client::{Client, ClientError};
 use cryptfold_control::keys::default_key_dir;
 use cryptfold_control::offline::{self, OfflineCheck};
 use cryptfold_control::{Control, ControlConfig};
 use serde_json::{Map, Value, json};
 
+use crate::encryption::Passwords;
 use crate::status;
 use crate::{Failure, SocketArgs, size};
 
@@ -38,7 +39,10 @@ pub fn connect(socket: &SocketArgs) -> Result<Client, Failure> {
 }
 
 pub fn call(client: &mut Client, method: &str, params: Option<Value>) -> Result<Value, Failure> {
-    Ok(client.call(method, params).map_err(|e| e.to_string())?)
+    client.call(method, params).map_err(|e| match &e {
+        ClientError::Rpc { error, .. } if error.code == -126 => Failure::Key(e.to_string()),
+        _ => Failure::Failed(e.to_string()),
+    })
 }
 
 pub fn print(v: &Value) {
@@ -94,6 +98,18 @@ pub enum PoolCommand {
         /// Make the key file, with a random key.
         #[arg(long)]
         create_key: bool,
+        /// A password opens the pool: from the terminal or standard input. It starts locked.
+        #[arg(long, conflicts_with_all = ["key_file", "create_key", "password_file", "kms_server"])]
+        password: bool,
+        /// File of the target's machine with a password (mode 0600), which opens the pool at each start, too.
+        #[arg(long, value_name = "FILE", conflicts_with_all = ["key_file", "create_key", "kms_server"])]
+        password_file: Option<String>,
+        /// Key server that holds the pool's key (see the method keyring_kmip_add_server).
+        #[arg(long, value_name = "NAME", conflicts_with_all = ["key_file", "create_key"])]
+        kms_server: Option<String>,
+        /// Unique identifier of the key there; a new one is made when not given.
+        #[arg(long, value_name = "ID", requires = "kms_server")]
+        kms_object: Option<String>,
         /// Also on a device that carries something.
         #[arg(long)]
         force: bool,
@@ -148,6 +164,9 @@ pub enum PoolCommand {
         /// DEVICE: key file of the pool [default: all of the key directory are tried].
         #[arg(long, value_name = "FILE")]
         key_file: Option<PathBuf>,
+        /// DEVICE: file with the password of the pool.
+        #[arg(long, value_name = "FILE")]
+        password_file: Option<PathBuf>,
         /// DEVICE: directory of key files [default: as for the target].
         #[arg(long, value_name = "DIR")]
         keys: Option<PathBuf>,
@@ -246,7 +265,7 @@ pub enum VolumeCommand {
 }
 
 /// An object of the members that have a value.
-fn given(members: Value) -> Value {
+pub fn given(members: Value) -> Value {
     match members {
         Value::Object(o) => Value::Object(o.into_iter().filter(|(_, v)| !v.is_null()).collect::<Map<_, _>>()),
         v => v,
@@ -263,10 +282,28 @@ pub fn pool(command: PoolCommand) -> Result<(), Failure> {
                 status::pools(&pools).print();
             }
         }
-        PoolCommand::Create { bdev, name, key_file, create_key, force, memory_budget, socket } => {
+        PoolCommand::Create {
+            bdev,
+            name,
+            key_file,
+            create_key,
+            password,
+            password_file,
+            kms_server,
+            kms_object,
+            force,
+            memory_budget,
+            socket,
+        } => {
+            let password = match password {
+                true => Some(Passwords::default().new_one(None, "New password")?),
+                false => None,
+            };
             let params = given(json!({
                 "bdev_name": bdev, "lvs_name": name, "key_file": key_file.map(absolute).transpose()?,
                 "create_key": create_key, "force": force, "memory_budget_mib": memory_budget.map(|b| b >> 20),
+                "password": password.as_deref(), "password_file": password_file.map(absolute).transpose()?,
+                "kms_server": kms_server, "kms_object": kms_object,
             }));
             print(&call(&mut connect(&socket)?, "bdev_lvol_create_lvstore", Some(params))?);
         }
@@ -281,11 +318,12 @@ pub fn pool(command: PoolCommand) -> Result<(), Failure> {
         PoolCommand::Grow { name, socket } => {
             call(&mut connect(&socket)?, "bdev_lvol_grow_lvstore", Some(json!({"lvs_name": name})))?;
         }
-        PoolCommand::Check { name, data, repair, key_file, keys, socket } => {
+        PoolCommand::Check { name, data, repair, key_file, password_file, keys, socket } => {
             let report = if name.contains('/') {
                 offline::check(&OfflineCheck {
                     device: name.clone().into(),
                     key_file,
+                    password_file,
                     key_dir: keys.unwrap_or_else(default_key_dir),
                     data,
                     repair,
@@ -304,7 +342,7 @@ pub fn pool(command: PoolCommand) -> Result<(), Failure> {
 }
 
 /// The target may run in another directory.
-fn absolute(path: String) -> Result<String, Failure> {
+pub fn absolute(path: String) -> Result<String, Failure> {
     let p = std::path::absolute(&path).map_err(|e| Failure::Usage(format!("{path}: {e}")))?;
     Ok(p.to_string_lossy().into_owned())
 }

@@ -291,8 +291,8 @@ impl Config {
     }
 
     fn run(&self, control: &Control, c: &Call) -> Result<(), ConfigError> {
-        control.call(&c.method, c.params.as_ref()).map_err(|e| self.refused(c, e))?;
-        Ok(())
+        let Err(e) = control.call(&c.method, c.params.as_ref()) else { return Ok(()) };
+        control.deferred.take(control, &c.method, c.params.as_ref(), e).map_err(|e| self.refused(c, e))
     }
 
     fn refused(&self, c: &Call, error: RpcError) -> ConfigError {

@@ -30,10 +30,10 @@ pub fn save_subsystem(c: &Control, name: &str) -> Result<Vec<(String, Value)>, R
         "sock" => Ok(sock_config(c)),
         "iobuf" => Ok(lock(&c.options).calls("iobuf")),
         "accel" => crypto_config(c),
-        "bdev" => bdev_config(c),
+        "bdev" => Ok([bdev_config(c)?, c.deferred.calls_of("bdev")].concat()),
         "keyring" => Ok(keyring_config(c)),
         "scheduler" | "vmd" | "nbd" => Ok(Vec::new()),
-        "nvmf" => Ok(nvmf_config(c)),
+        "nvmf" => Ok([nvmf_config(c), c.deferred.calls_of("nvmf")].concat()),
         _ => {
             let known = SUBSYSTEMS.join(", ");
             Err(RpcError::params(format!("name: subsystem \"{name}\" not found; there are {known}")))

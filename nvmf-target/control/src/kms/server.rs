@@ -151,6 +151,11 @@ impl Server {
         drop(self.turn.wait_timeout_while(rounds, limit, waiting));
     }
 
+    /// To ask the server for something else than the keys of devices.
+    pub fn client(&self) -> &Client {
+        &self.client
+    }
+
     /// Ends the thread after what it is doing.
     pub fn end(&self) {
         lock(&self.rounds).ended = true;

@@ -10,8 +10,9 @@ use serde_json::{Value, json};
 use super::crypto::absolute;
 use crate::control::Control;
 use crate::jsonrpc::{RpcError, RpcResult};
-use crate::params::{FromJson, ParamError, choices, params};
-use crate::pools::{NewKey, PoolKey, Pools};
+use crate::keys::read_password;
+use crate::params::{FromJson, ParamError, SecretText, choices, params};
+use crate::pools::{Locked, NewKey, PoolKey, Pools, Try};
 use crate::table::Method;
 
 choices! {
@@ -32,6 +33,13 @@ choices! {
         Stop = "stop",
         /// Only show how it stands.
         Status = "status",
+    }
+    /// How a pool starts.
+    pub enum Startup {
+        /// It is opened.
+        Unlocked = "unlocked",
+        /// It is listed, and opened by cryptfold_encryption_unlock.
+        Locked = "locked",
     }
     /// SPDK's ways to clear a volume.
     pub enum VolumeClear {
@@ -78,6 +86,14 @@ params! {
         key_file: Option<String>,
         /// Make key_file, with a random key, if it does not exist. Ours.
         create_key: bool = false,
+        /// A password opens the pool, instead of a key file. Ours.
+        password: Option<SecretText>,
+        /// File with the password (mode 0600), which opens the pool again at the next start. Ours.
+        password_file: Option<String>,
+        /// Key server with the pool's key, instead of a key file (keyring_kmip_add_server). Ours.
+        kms_server: Option<String>,
+        /// Unique identifier of the key there (AES, 256 bits, active); a new one is made when not given. Ours.
+        kms_object: Option<String>,
         /// Encrypt the pool; false is for pools on top of something that encrypts. Ours.
         encrypt: bool = true,
         /// Also on a device that carries something, which is lost. Ours.
@@ -174,8 +190,12 @@ params! {
         base_bdev_name: String,
         /// Key file; all keys at hand are tried when not given.
         key_file: Option<String>,
+        /// File with a password that opens it.
+        password_file: Option<String>,
         /// False for a pool without encryption.
         encrypt: bool = true,
+        /// What to do about its key now.
+        startup: Startup = Startup::Unlocked,
         /// RAM for indexes and caches, MiB.
         memory_budget_mib: Option<u32>,
     }
@@ -225,7 +245,8 @@ pub fn methods() -> Vec<Method> {
         Method::new("bdev_lvol_delete_lvstore", "Destroys a pool with its volumes.", delete_store),
         Method::new(
             "bdev_lvol_get_lvstores",
-            "Pools. A cluster is a segment; `logical_bytes` and what follows are the pool's accounting.",
+            "Pools. A cluster is a segment; `logical_bytes` and what follows are the pool's accounting. A pool that is not open for \
+             want of a key has no size and `locked` says why.",
             get_stores,
         ),
         Method::new(
@@ -310,7 +331,12 @@ pub fn methods() -> Vec<Method> {
              its domain.",
             get_volumes,
         ),
-        Method::new("cryptfold_pool_open", "Opens the pool on a device. Replies its UUID. Ours.", open_pool),
+        Method::new(
+            "cryptfold_pool_open",
+            "Opens the pool on a device. Replies its UUID. A pool whose key server does not answer is listed as locked, and opened \
+             when it does. Ours.",
+            open_pool,
+        ),
         Method::new(
             "cryptfold_pool_close",
             "Closes a pool: flushes, writes a checkpoint, lets go of its device. Ours.",
@@ -408,25 +434,43 @@ fn pool_key(key_file: Option<String>, encrypt: bool) -> Result<Option<PoolKey>, 
     }
 }
 
+/// The key that the parameters name for a new pool; one way at most.
+fn new_key(p: &CreateStore) -> Result<NewKey, RpcError> {
+    let ways =
+        [p.key_file.is_some(), p.password.is_some(), p.password_file.is_some(), p.kms_server.is_some()];
+    let ways = ways.iter().filter(|given| **given).count() + usize::from(!p.encrypt);
+    if ways > 1 {
+        return Err(RpcError::params(
+            "key_file: only one of key_file, password, password_file, kms_server and encrypt = false can be given",
+        ));
+    }
+    if let Some(path) = &p.password_file {
+        let path = absolute(path)?;
+        return Ok(NewKey::Password(read_password(&path)?, Some(path)));
+    }
+    Ok(match (&p.key_file, &p.password, &p.kms_server) {
+        (Some(path), ..) => NewKey::File { path: absolute(path)?, create: p.create_key },
+        (_, Some(password), _) => NewKey::Password(super::encryption::password(password)?, None),
+        (.., Some(server)) => NewKey::Kms { server: server.clone(), object: p.kms_object.clone() },
+        _ if !p.encrypt => NewKey::None,
+        _ => NewKey::Own,
+    })
+}
+
 fn create_store(c: &Control, p: CreateStore) -> RpcResult {
     let pools = c.pools()?;
-    let key = pool_key(p.key_file, p.encrypt)?;
+    let key = new_key(&p)?;
     let budget = p.memory_budget_mib.map(|m| u64::from(m) << 20);
     if p.exist_ok
-        && let Some(info) = existing(pools, &p.bdev_name, &p.lvs_name, key.clone(), budget)?
+        && let Some(info) = existing(pools, &p.bdev_name, &p.lvs_name, &key, budget)?
     {
         return Ok(json!(info.uuid.to_string()));
     }
-    let new_key = match key {
-        None => NewKey::Own,
-        Some(PoolKey::None) => NewKey::None,
-        Some(PoolKey::File(path)) => NewKey::File { path, create: p.create_key },
-    };
     let segment_bytes = p.segment_size_mib.map(|m| m.checked_mul(1 << 20)).map(|b| {
         b.ok_or_else(|| RpcError::params("segment_size_mib: a power of two from 1 to 1024 is needed"))
     });
     let segment_bytes = segment_bytes.transpose()?;
-    let info = pools.create(&p.bdev_name, &p.lvs_name, new_key, |source| CreateOptions {
+    let info = pools.create(&p.bdev_name, &p.lvs_name, key, |source| CreateOptions {
         force: p.force,
         segment_bytes,
         memory_budget: budget,
@@ -443,11 +487,17 @@ fn existing(
     pools: &Pools,
     bdev: &str,
     name: &str,
-    key: Option<PoolKey>,
+    key: &NewKey,
     budget: Option<u64>,
 ) -> Result<Option<PoolInfo>, RpcError> {
-    // A key file that is yet to be made opens nothing.
-    let key = key.filter(|k| !matches!(k, PoolKey::File(p) if !p.exists()));
+    let key = match key {
+        // A key file that is yet to be made opens nothing.
+        NewKey::File { path, .. } if path.exists() => Try::Key(PoolKey::File(path.clone())),
+        NewKey::File { .. } | NewKey::Own => Try::All,
+        NewKey::Password(password, _) => Try::Password(password),
+        NewKey::Kms { .. } => Try::Key(PoolKey::Kms),
+        NewKey::None => Try::Key(PoolKey::None),
+    };
     match pools.open(bdev, key, budget)? {
         Some(info) if info.name == name => Ok(Some(info)),
         Some(info) => {
@@ -505,10 +555,21 @@ fn describe_store(pools: &Pools, p: &PoolInfo) -> Value {
     })
 }
 
+/// A pool that is not open, in the same shape as far as it is known.
+fn describe_locked(l: &Locked) -> Value {
+    json!({
+        "uuid": l.pool.uuid.to_string(), "name": l.pool.name, "base_bdev": l.pool.base_bdev,
+        "total_data_clusters": 0, "free_clusters": 0, "block_size": 4096, "cluster_size": 0,
+        "locked": l.reason,
+    })
+}
+
 fn get_stores(c: &Control, p: Store) -> RpcResult {
     let pools = c.pools()?;
     if p.uuid.is_none() && p.lvs_name.is_none() {
-        return Ok(pools.manager().list().iter().map(|i| describe_store(pools, i)).collect());
+        let open = pools.manager().list();
+        let open = open.iter().map(|i| describe_store(pools, i));
+        return Ok(open.chain(pools.locked().iter().map(describe_locked)).collect());
     }
     let (pools, info) = find_store(c, p)?;
     Ok(json!([describe_store(pools, &info)]))
@@ -592,20 +653,44 @@ fn get_volumes(c: &Control, p: GetVolumes) -> RpcResult {
 
 fn open_pool(c: &Control, p: OpenPool) -> RpcResult {
     let pools = c.pools()?;
-    let key = pool_key(p.key_file, p.encrypt)?;
+    let key = match (p.password_file, pool_key(p.key_file, p.encrypt)?) {
+        (Some(path), None) => Try::Key(PoolKey::PasswordFile(absolute(&path)?)),
+        (Some(_), Some(_)) => {
+            return Err(RpcError::params(
+                "password_file: only one of key_file, password_file and encrypt = false can be given",
+            ));
+        }
+        (None, Some(key)) => Try::Key(key),
+        (None, None) => Try::All,
+    };
     let budget = p.memory_budget_mib.map(|m| u64::from(m) << 20);
-    match pools.open(&p.base_bdev_name, key, budget)? {
-        Some(info) => {
+    let none = || {
+        let what = format!(
+            "{} carries no pool: No such device (bdev_lvol_create_lvstore makes one)",
+            p.base_bdev_name
+        );
+        RpcError::new(RpcError::ENODEV, what)
+    };
+    if p.startup == Startup::Locked {
+        return pools
+            .list_locked(&p.base_bdev_name, budget)?
+            .map(|uuid| json!(uuid.to_string()))
+            .ok_or_else(none);
+    }
+    match pools.open(&p.base_bdev_name, key, budget) {
+        Ok(Some(info)) => {
             c.watch.note("pool_open", &info.name);
             Ok(json!(info.uuid.to_string()))
         }
-        None => Err(RpcError::new(
-            RpcError::ENODEV,
-            format!(
-                "{} carries no pool: No such device (bdev_lvol_create_lvstore makes one)",
-                p.base_bdev_name
-            ),
-        )),
+        Ok(None) => Err(none()),
+        // It is listed, and opened when its key server answers.
+        Err(e) => match pools.find_locked(&p.base_bdev_name).filter(|l| l.waiting) {
+            Some(locked) => {
+                c.retry_unlocks();
+                Ok(json!(locked.pool.uuid.to_string()))
+            }
+            None => Err(e),
+        },
     }
 }
 

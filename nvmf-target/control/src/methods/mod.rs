@@ -6,6 +6,7 @@ mod config;
 mod crypto;
 mod devices;
 mod drives;
+mod encryption;
 mod framework;
 mod histogram;
 mod keyring;
@@ -53,6 +54,7 @@ pub fn all() -> Vec<Method> {
         devices::methods(),
         bdev_nvme::methods(),
         drives::methods(),
+        encryption::methods(),
         crypto::methods(),
         keyring::methods(),
         kms::methods(),

@@ -1,0 +1,767 @@
+//! Encryption of pools: who opens them. What opens a pool lies in its key slots; see `keys/store`.
+
+use std::io::{Seek as _, Write as _};
+use std::path::{Path, PathBuf};
+
+use cryptfold_keystore::{Backup, Cost, Limits, NewSlot, Password, StoreError};
+use cryptfold_nvmf_target::audit::TARGET as AUDIT;
+use cryptfold_reduce::PoolInfo;
+use cryptfold_reduce::keys::Kek;
+use cryptfold_reduce::slots::{Kdf, KeyBlock, KeySlot, SlotKind};
+use serde_json::{Value, json};
+
+use super::crypto::absolute;
+use super::{bdev_config, nvmf_config};
+use crate::control::Control;
+use crate::jsonrpc::{RpcError, RpcResult};
+use crate::keys::{hex_line, random_key, read_key, read_password, write_key_file};
+use crate::params::{SecretText, choices, params};
+use crate::pools::{Locked, PoolKey, Pools, Try, make_key, salt, short};
+use crate::table::Method;
+
+choices! {
+    /// What a new slot is opened by.
+    pub enum NewSlotKind {
+        /// A password.
+        Password = "password",
+        /// A key file.
+        KeyFile = "key_file",
+        /// A key of a key server.
+        Kms = "kms",
+    }
+}
+
+params! {
+    /// `cryptfold_encryption_status`.
+    pub struct Status {
+        /// Name or UUID of a pool; all pools when not given.
+        name: Option<String>,
+    }
+    /// `cryptfold_encryption_unlock`.
+    pub struct Unlock {
+        /// Name or UUID of a locked pool, or its device.
+        name: String,
+        /// A password that opens it.
+        password: Option<SecretText>,
+        /// File with the password (mode 0600).
+        password_file: Option<String>,
+        /// Key file that opens it. Without one and without a password, everything at hand is tried, key servers too.
+        key_file: Option<String>,
+    }
+    /// A pool.
+    pub struct Name {
+        /// Name or UUID of the pool.
+        name: String,
+    }
+    /// `cryptfold_encryption_passwd`.
+    pub struct Passwd {
+        /// Name or UUID of the pool; it has to be unlocked.
+        name: String,
+        /// The present password.
+        password: Option<SecretText>,
+        /// File with it (mode 0600).
+        password_file: Option<String>,
+        /// The new password, at least 8 characters.
+        new_password: Option<SecretText>,
+        /// File with it (mode 0600).
+        new_password_file: Option<String>,
+    }
+    /// `cryptfold_encryption_add_slot`.
+    pub struct AddSlot {
+        /// Name or UUID of the pool; it has to be unlocked.
+        name: String,
+        /// What opens the new slot.
+        kind: NewSlotKind,
+        /// Its password, at least 8 characters.
+        password: Option<SecretText>,
+        /// File with it (mode 0600).
+        password_file: Option<String>,
+        /// Its key file; made with a random key if it does not exist.
+        key_file: Option<String>,
+        /// Its key server.
+        kms_server: Option<String>,
+        /// Unique identifier of the key there (AES, 256 bits, active); a new one is made when not given.
+        kms_object: Option<String>,
+        /// For people, at most 48 bytes.
+        label: Option<String>,
+    }
+    /// `cryptfold_encryption_remove_slot`.
+    pub struct RemoveSlot {
+        /// Name or UUID of the pool; it has to be unlocked.
+        name: String,
+        /// Number of the slot.
+        slot: u32,
+    }
+    /// `cryptfold_encryption_rotate_kek`.
+    pub struct RotateKek {
+        /// Name or UUID of the pool; it has to be unlocked.
+        name: String,
+        /// Number of the slot; the only one when not given.
+        slot: Option<u32>,
+        /// A password's slot: the password, which stays.
+        password: Option<SecretText>,
+        /// File with it (mode 0600).
+        password_file: Option<String>,
+        /// A key file's slot: the file, which is replaced; the one that the pool was opened with when not given.
+        key_file: Option<String>,
+        /// A key server's slot: keep the old key there instead of destroying it.
+        keep_old: bool = false,
+    }
+    /// `cryptfold_encryption_backup`.
+    pub struct BackupTo {
+        /// Name or UUID of the pool; it has to be unlocked.
+        name: String,
+        /// Password of the back-up, at least 8 characters.
+        password: Option<SecretText>,
+        /// File with it (mode 0600).
+        password_file: Option<String>,
+        /// File of the target's machine to write (never over another one); the text is replied when not given.
+        filename: Option<String>,
+    }
+    /// `cryptfold_encryption_erase`.
+    pub struct Erase {
+        /// Name or UUID of the pool; it has to be unlocked.
+        name: String,
+        /// Name or UUID of one of its domains; the whole pool when not given.
+        domain: Option<String>,
+        /// The name of what is to be erased, again: the domain's, or the pool's.
+        confirm: String,
+        /// Keep the pool's keys at key servers instead of destroying them.
+        keep_kms: bool = false,
+        /// File of the target's machine for the certificate (never over another one), besides the reply.
+        filename: Option<String>,
+    }
+    /// `cryptfold_encryption_restore`.
+    pub struct Restore {
+        /// Device of the pool, which must not be open.
+        base_bdev_name: String,
+        /// The back-up's text.
+        backup: Option<String>,
+        /// File with it.
+        filename: Option<String>,
+        /// Password of the back-up.
+        password: Option<SecretText>,
+        /// File with it (mode 0600).
+        password_file: Option<String>,
+        /// A password that opens the pool with the back-up's slots.
+        pool_password: Option<SecretText>,
+        /// File with it (mode 0600).
+        pool_password_file: Option<String>,
+        /// A key file that does.
+        pool_key_file: Option<String>,
+        /// Replace slots that are in order.
+        force: bool = false,
+    }
+}
+
+pub fn methods() -> Vec<Method> {
+    vec![
+        Method::new(
+            "cryptfold_encryption_status",
+            "Pools and what opens them. `state`: unlocked, or locked with the `reason`; `encrypted`: false when everybody can open \
+             it; `slots`: number, kind (password, key_file, kms, open), since when, and where the key comes from; never a key. \
+             `waiting_calls`: calls of the configuration that wait for volumes of locked pools. Ours.",
+            status,
+        ),
+        Method::new(
+            "cryptfold_encryption_unlock",
+            "Opens a locked pool; then what stood on its volumes (namespaces, devices) is made again. Replies its UUID. -126: the \
+             key does not fit. Ours.",
+            unlock,
+        ),
+        Method::new(
+            "cryptfold_encryption_lock",
+            "Closes a pool and forgets its keys: its volumes are gone, hosts lose their namespaces, until it is unlocked. Ours.",
+            |c, p: Name| lock_pool(c, &p.name),
+        ),
+        Method::new(
+            "cryptfold_encryption_passwd",
+            "Changes a password of a pool; replies the number of its slot. Afterwards only the new one opens the slot. Ours.",
+            passwd,
+        ),
+        Method::new(
+            "cryptfold_encryption_add_slot",
+            "Lets something more open a pool; replies the number of the slot. Ours.",
+            add_slot,
+        ),
+        Method::new(
+            "cryptfold_encryption_remove_slot",
+            "Takes a slot away: what it was opened by opens the pool no more. The last slot stays. Ours.",
+            remove_slot,
+        ),
+        Method::new(
+            "cryptfold_encryption_rotate_kek",
+            "Gives a slot another key-encryption key: a key file gets a new random key (the old one is overwritten), a key server a new \
+             key (the old one is revoked and destroyed unless keep_old), a password another salt. Data is not touched. Ours.",
+            rotate_kek,
+        ),
+        Method::new(
+            "cryptfold_encryption_backup",
+            "A pool's key slots and superblock, encrypted with a password of its own: for the day on which all copies on the device \
+             are lost. Make it again after each change of slots and each erasure. Ours.",
+            backup,
+        ),
+        Method::new(
+            "cryptfold_encryption_erase",
+            "Erases a pool, or a domain of it with all its volumes and snapshots, at once, whatever they hold: what opens their keys is \
+             overwritten and read back, keys of the pool at key servers are destroyed. Hosts lose the volumes; the space of a domain is \
+             free. Replies a signed certificate that says what was done and what is not claimed. There is no way back. Ours.",
+            erase,
+        ),
+        Method::new(
+            "cryptfold_encryption_restore",
+            "Brings the key slots of a back-up to the pool's device. The superblock comes back only if no copy of it is left: then the \
+             pool is as it was at the back-up, or does not open if what it consisted of has been overwritten since. Replies what was \
+             brought back. Ours.",
+            restore,
+        ),
+    ]
+}
+
+/// A password of a request.
+pub fn password(text: &SecretText) -> Result<Password, RpcError> {
+    Password::new(text.0.to_string()).map_err(|e| RpcError::params(format!("password: {e}")))
+}
+
+/// A password in the request or in a file; `what`: the parameter's name.
+fn given(what: &str, text: Option<SecretText>, file: Option<String>) -> Result<Password, RpcError> {
+    let other = || RpcError::params(format!("{what}: either this or {what}_file is needed"));
+    given_if_any(text, file)?.ok_or_else(other)
+}
+
+fn given_if_any(text: Option<SecretText>, file: Option<String>) -> Result<Option<Password>, RpcError> {
+    match (text, file) {
+        (Some(text), None) => password(&text).map(Some),
+        (None, Some(file)) => Ok(Some(read_password(&absolute(&file)?)?)),
+        (None, None) => Ok(None),
+        (Some(_), Some(_)) => Err(RpcError::params("password: given twice, in the request and in a file")),
+    }
+}
+
+fn kdf(kdf: &Kdf) -> Value {
+    match kdf {
+        Kdf::None => Value::Null,
+        Kdf::Argon2id { memory_kib, passes, lanes, .. } => {
+            json!({"name": "argon2id", "memory_kib": memory_kib, "passes": passes, "lanes": lanes})
+        }
+        Kdf::Pbkdf2 { iterations, .. } => json!({"name": "pbkdf2-sha256", "iterations": iterations}),
+    }
+}
+
+fn kind(kind: SlotKind) -> &'static str {
+    match kind {
+        SlotKind::KeyFile => "key_file",
+        SlotKind::Password => "password",
+        SlotKind::Kms => "kms",
+        SlotKind::Open => "open",
+    }
+}
+
+fn slots(block: &KeyBlock) -> Value {
+    let used = block.slots.iter().enumerate().filter_map(|(at, slot)| Some((at, slot.as_ref()?)));
+    used.map(|(at, s)| {
+        let id: String = s.kek_id.iter().take(8).map(|b| format!("{b:02x}")).collect();
+        let mut slot = json!({"slot": at, "kind": kind(s.kind), "label": s.label, "created_ms": s.created_ms, "key_id": id});
+        if s.kind == SlotKind::Password {
+            slot["kdf"] = kdf(&s.kdf);
+        }
+        if s.kind == SlotKind::Kms {
+            slot["kms_object"] = json!(s.reference);
+        }
+        slot
+    })
+    .collect()
+}
+
+fn is_encrypted(block: &KeyBlock) -> bool {
+    !block.slots.iter().flatten().any(|s| s.kind == SlotKind::Open)
+}
+
+fn opened_by(pools: &Pools, info: &PoolInfo) -> Value {
+    match pools.key_of(info.uuid) {
+        Some(PoolKey::File(path)) => json!({"key_file": path}),
+        Some(PoolKey::PasswordFile(path)) => json!({"password_file": path}),
+        Some(PoolKey::Kms) => json!({"kms": true}),
+        Some(PoolKey::Given) => json!({"password": "given by hand; starts locked"}),
+        Some(PoolKey::None) | None => Value::Null,
+    }
+}
+
+fn describe(pools: &Pools, info: &PoolInfo) -> RpcResult {
+    let block = pools.manager().key_block(&info.name)?;
+    Ok(json!({
+        "name": info.name, "uuid": info.uuid.to_string(), "base_bdev": info.base_bdev, "state": "unlocked",
+        "encrypted": is_encrypted(&block), "opened_by": opened_by(pools, info), "slots": slots(&block),
+        "erasable": block.erasure[0].is_some(),
+    }))
+}
+
+fn describe_locked(l: &Locked) -> Value {
+    json!({
+        "name": l.pool.name, "uuid": l.pool.uuid.to_string(), "base_bdev": l.pool.base_bdev, "state": "locked",
+        "reason": l.reason, "waits_for_key_server": l.waiting, "encrypted": is_encrypted(&l.pool.keys),
+        "slots": slots(&l.pool.keys), "erasable": l.pool.keys.erasure[0].is_some(),
+    })
+}
+
+fn status(c: &Control, p: Status) -> RpcResult {
+    let pools = c.pools()?;
+    let list: Vec<Value> = match p.name {
+        Some(name) => match pools.find_locked(&name) {
+            Some(locked) => vec![describe_locked(&locked)],
+            None => vec![describe(pools, &pools.find(&name)?)?],
+        },
+        None => {
+            let open = pools.manager().list();
+            let open: Result<Vec<Value>, RpcError> = open.iter().map(|i| describe(pools, i)).collect();
+            open?.into_iter().chain(pools.locked().iter().map(describe_locked)).collect()
+        }
+    };
+    let waiting: Vec<String> = c.deferred.calls().into_iter().map(|(method, _)| method).collect();
+    Ok(json!({"pools": list, "waiting_calls": waiting}))
+}
+
+fn unlock(c: &Control, p: Unlock) -> RpcResult {
+    let pools = c.pools()?;
+    let Some(locked) = pools.find_locked(&p.name) else {
+        // Says whether it is open or unknown.
+        let info = pools.find(&p.name)?;
+        return Err(RpcError::exists(format!("pool \"{}\" is not locked", info.name)));
+    };
+    let password = given_if_any(p.password, p.password_file)?;
+    let key = match (&password, p.key_file) {
+        (Some(password), None) => Try::Password(password),
+        (None, Some(file)) => Try::Key(PoolKey::File(absolute(&file)?)),
+        (None, None) => Try::All,
+        (Some(_), Some(_)) => {
+            return Err(RpcError::params("key_file: either this or a password can be given"));
+        }
+    };
+    let opened = pools.open(&locked.pool.base_bdev, key, locked.memory_budget);
+    let info = match opened {
+        Ok(Some(info)) => info,
+        Ok(None) => return Err(RpcError::no_device(&locked.pool.base_bdev)),
+        Err(e) => {
+            let reason = e.message.as_str();
+            tracing::warn!(target: AUDIT, event = "unlock refused", pool = locked.pool.name, reason);
+            return Err(e);
+        }
+    };
+    c.pool_opened(&info.name);
+    Ok(json!(info.uuid.to_string()))
+}
+
+fn lock_pool(c: &Control, name: &str) -> RpcResult {
+    let pools = c.pools()?;
+    let info = pools.find(name)?;
+    if pools.key_of(info.uuid) == Some(PoolKey::None) {
+        return Err(RpcError::params(format!(
+            "name: pool \"{}\" is not encrypted: locking it would keep nobody out",
+            info.name
+        )));
+    }
+    let all = |c: &Control| Ok::<_, RpcError>([bdev_config(c)?, nvmf_config(c)].concat());
+    let before = all(c)?;
+    pools.manager().close(&info.name)?;
+    let sealed =
+        pools.manager().peek(&info.base_bdev)?.ok_or_else(|| RpcError::no_device(&info.base_bdev))?;
+    // Forgotten, so that a saved configuration starts it locked.
+    pools.forget(info.uuid);
+    let (reason, memory_budget) = ("it was locked by request".into(), Some(info.memory_budget_bytes));
+    pools.set_locked(Locked { pool: sealed, reason, waiting: false, memory_budget });
+    let after = all(c)?;
+    for (method, params) in before.into_iter().filter(|call| !after.contains(call)) {
+        if method != "cryptfold_pool_open" {
+            c.deferred.add(&method, params);
+        }
+    }
+    c.watch.note("pool_close", &info.name);
+    Ok(json!(true))
+}
+
+/// Changes a pool's slots, and writes that to the audit log.
+fn change<T>(
+    c: &Control,
+    name: &str,
+    event: &'static str,
+    change: impl FnOnce(&mut KeyBlock, &cryptfold_reduce::keys::PoolKey) -> Result<T, RpcError>,
+) -> Result<T, RpcError> {
+    let pools = c.pools()?;
+    let pool = pools.find(name)?.name;
+    let done = pools.manager().change_keys(&pool, change);
+    match &done {
+        Ok(_) => tracing::info!(target: AUDIT, event, pool),
+        Err(e) => tracing::warn!(target: AUDIT, event, pool, refused = e.message),
+    }
+    done
+}
+
+fn now_ms() -> u64 {
+    let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    since.map_or(0, |t| t.as_millis() as u64)
+}
+
+fn passwd(c: &Control, p: Passwd) -> RpcResult {
+    let old = given("password", p.password, p.password_file)?;
+    let new = given("new_password", p.new_password, p.new_password_file)?;
+    let fresh = NewSlot { cost: Cost::DEFAULT, salt: salt()?, created_ms: now_ms(), label: "" };
+    let at = change(c, &p.name, "password changed", |block, _| {
+        Ok(cryptfold_keystore::change_password(block, &old, &new, &fresh, &Limits::default())?)
+    })?;
+    Ok(json!(at))
+}
+
+/// Puts a slot into the first free place.
+fn put(block: &mut KeyBlock, slot: KeySlot) -> Result<usize, RpcError> {
+    let count = block.slots.len();
+    let at = block.slots.iter().position(Option::is_none).ok_or(StoreError::Full(count))?;
+    block.slots[at] = Some(slot);
+    Ok(at)
+}
+
+fn seal(
+    kek: &Kek,
+    key: &cryptfold_reduce::keys::PoolKey,
+    slot: SlotKind,
+    label: &str,
+    reference: &str,
+) -> Result<KeySlot, RpcError> {
+    let slot = KeySlot::seal(slot, Kdf::None, kek, key, now_ms()).map_err(StoreError::from)?;
+    let slot = KeySlot { label: label.into(), reference: reference.into(), ..slot };
+    slot.encode().map_err(StoreError::from)?;
+    Ok(slot)
+}
+
+fn file_kek(path: &Path) -> Result<Kek, RpcError> {
+    let bytes = read_key(path, &[32])?;
+    Kek::from_file(&bytes).map_err(|e| RpcError::params(format!("key_file: {}: {e}", path.display())))
+}
+
+fn add_slot(c: &Control, p: AddSlot) -> RpcResult {
+    let pools = c.pools()?;
+    let info = pools.find(&p.name)?;
+    if !is_encrypted(&pools.manager().key_block(&info.name)?) {
+        return Err(RpcError::params(format!(
+            "name: pool \"{}\" is not encrypted; another slot would keep nobody out",
+            info.name
+        )));
+    }
+    let event = "key slot added";
+    let at = match p.kind {
+        NewSlotKind::Password => {
+            let password = given("password", p.password, p.password_file)?;
+            let label = p.label.unwrap_or_else(|| "password".into());
+            let new = NewSlot { cost: Cost::DEFAULT, salt: salt()?, created_ms: now_ms(), label: &label };
+            change(c, &p.name, event, |block, key| {
+                Ok(cryptfold_keystore::add_password(block, key, &password, &new, &Limits::default())?)
+            })?
+        }
+        NewSlotKind::KeyFile => {
+            let path =
+                p.key_file.ok_or_else(|| RpcError::params("key_file: missing; the slot's file is needed"))?;
+            let path = absolute(&path)?;
+            let made = make_key(&path)?;
+            let name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+            let label = p.label.unwrap_or_else(|| short(&name));
+            let kek = file_kek(&path)?;
+            let added = change(c, &p.name, event, |block, key| {
+                put(block, seal(&kek, key, SlotKind::KeyFile, &label, "")?)
+            });
+            if added.is_err() && made {
+                let _ = std::fs::remove_file(&path);
+            }
+            added?
+        }
+        NewSlotKind::Kms => {
+            let server = p
+                .kms_server
+                .ok_or_else(|| RpcError::params("kms_server: missing; the key server is needed"))?;
+            let (id, kek) = c.kms.new_kek(&server, p.kms_object.as_deref())?;
+            let label = p.label.unwrap_or_else(|| short(&server));
+            change(c, &p.name, event, |block, key| put(block, seal(&kek, key, SlotKind::Kms, &label, &id)?))?
+        }
+    };
+    Ok(json!(at))
+}
+
+fn remove_slot(c: &Control, p: RemoveSlot) -> RpcResult {
+    change(c, &p.name, "key slot removed", |block, _| {
+        Ok(cryptfold_keystore::remove(block, p.slot as usize)?)
+    })?;
+    Ok(json!(true))
+}
+
+fn rotate_kek(c: &Control, p: RotateKek) -> RpcResult {
+    let pools = c.pools()?;
+    let info = pools.find(&p.name)?;
+    let block = pools.manager().key_block(&info.name)?;
+    let used: Vec<usize> = (0..block.slots.len()).filter(|at| block.slots[*at].is_some()).collect();
+    let at = match (p.slot, &used[..]) {
+        (Some(at), _) => at as usize,
+        (None, [one]) => *one,
+        (None, _) => {
+            return Err(RpcError::params(
+                "slot: missing; the pool has several (cryptfold_encryption_status shows them)",
+            ));
+        }
+    };
+    let slot = block.slots.get(at).cloned().flatten().ok_or(StoreError::Empty(at))?;
+    let event = "key-encryption key rotated";
+    let same = |block: &KeyBlock| match block.slots[at].as_ref() == Some(&slot) {
+        true => Ok(()),
+        false => Err(RpcError::busy(format!("key slot {at} was changed meanwhile"))),
+    };
+    match slot.kind {
+        SlotKind::Open => Err(RpcError::params("slot: the pool is not encrypted; everybody knows this key")),
+        SlotKind::Password => {
+            let password = given("password", p.password, p.password_file)?;
+            let new = NewSlot { cost: Cost::DEFAULT, salt: salt()?, created_ms: now_ms(), label: "" };
+            change(c, &p.name, event, |block, _| {
+                Ok(cryptfold_keystore::change_password(
+                    block,
+                    &password,
+                    &password,
+                    &new,
+                    &Limits::default(),
+                )?)
+            })?;
+            Ok(json!({"slot": at}))
+        }
+        SlotKind::KeyFile => {
+            let path = match (p.key_file, pools.key_of(info.uuid)) {
+                (Some(path), _) => absolute(&path)?,
+                (None, Some(PoolKey::File(path))) => path,
+                (None, _) => {
+                    return Err(RpcError::params(
+                        "key_file: missing; the file that is to be replaced is needed",
+                    ));
+                }
+            };
+            if slot.open(&file_kek(&path)?).is_err() {
+                return Err(RpcError::new(-126, format!("{} does not open key slot {at}", path.display())));
+            }
+            rotate_file(c, &p.name, at, &path, event, same)?;
+            Ok(json!({"slot": at, "key_file": path}))
+        }
+        SlotKind::Kms => {
+            // The old key has to be there, too: nobody else rotates.
+            let (server, _) = c.kms.kek(&slot.reference)?;
+            let (id, kek) = c.kms.new_kek(&server, None)?;
+            let sealed = change(c, &p.name, event, |block, key| {
+                same(block)?;
+                block.slots[at] = Some(seal(&kek, key, SlotKind::Kms, &slot.label, &id)?);
+                Ok(())
+            });
+            if let Err(e) = sealed {
+                // Nothing is wrapped with it.
+                let _ = c.kms.destroy_kek(&id);
+                return Err(e);
+            }
+            let mut reply = json!({"slot": at, "kms_object": id, "old_kms_object": slot.reference});
+            if !p.keep_old {
+                match c.kms.destroy_kek(&slot.reference) {
+                    Ok(_) => reply["old_destroyed"] = true.into(),
+                    Err(e) => {
+                        reply["old_destroyed"] = false.into();
+                        reply["old_error"] = json!(e.to_string());
+                    }
+                }
+            }
+            Ok(reply)
+        }
+    }
+}
+
+/// A new key for a key file: both keys open the pool until the file is replaced, so a crash at any point leaves a file that does.
+fn rotate_file(
+    c: &Control,
+    pool: &str,
+    at: usize,
+    path: &Path,
+    event: &'static str,
+    same: impl Fn(&KeyBlock) -> Result<(), RpcError>,
+) -> Result<(), RpcError> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".new");
+    let beside = PathBuf::from(beside);
+    let bytes = random_key(32)?;
+    let kek = Kek::from_file(&bytes).map_err(StoreError::from)?;
+    // What a rotation that was cut short has left.
+    let _ = std::fs::remove_file(&beside);
+    write_key_file(&beside, hex_line(&bytes).as_bytes())?;
+    let extra = change(c, pool, event, |block, key| {
+        same(block)?;
+        let label = block.slots[at].as_ref().map_or("", |s| &s.label).to_string();
+        put(block, seal(&kek, key, SlotKind::KeyFile, &label, "")?)
+    });
+    let extra = extra.inspect_err(|_| drop(std::fs::remove_file(&beside)))?;
+    let failed = |e: std::io::Error| {
+        let what = format!("{}: {e}; both keys open the pool now", path.display());
+        RpcError::new(-i64::from(e.raw_os_error().unwrap_or(5)), what)
+    };
+    let mut old = std::fs::OpenOptions::new().write(true).open(path).map_err(failed)?;
+    std::fs::rename(&beside, path).map_err(failed)?;
+    let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let _ = std::fs::File::open(dir).and_then(|d| d.sync_all());
+    change(c, pool, event, |block, _| {
+        block.slots[at] = block.slots[extra].take();
+        Ok(())
+    })?;
+    overwrite(&mut old)
+        .map_err(|e| RpcError::internal(format!("the old key in {} is not overwritten: {e}", path.display())))
+}
+
+/// Overwrites a file that has no name any more; what the file system or the drive keep of it is not known.
+fn overwrite(old: &mut std::fs::File) -> std::io::Result<()> {
+    let len = usize::try_from(old.metadata()?.len()).unwrap_or(0);
+    old.seek(std::io::SeekFrom::Start(0))?;
+    old.write_all(&vec![0; len])?;
+    old.sync_all()
+}
+
+fn backup(c: &Control, p: BackupTo) -> RpcResult {
+    let password = given("password", p.password, p.password_file)?;
+    let pools = c.pools()?;
+    let pool = pools.find(&p.name)?.name;
+    let (keys, superblock) = pools.manager().backup(&pool)?;
+    let backup = Backup { keys, superblock };
+    let text = cryptfold_keystore::export(&backup, &password, Cost::DEFAULT, salt()?, now_ms())
+        .map_err(|e| RpcError::internal(e.to_string()))?;
+    tracing::info!(target: AUDIT, event = "key slots backed up", pool, file = p.filename);
+    match p.filename {
+        None => Ok(json!(text)),
+        Some(file) => {
+            write_key_file(&absolute(&file)?, text.as_bytes())?;
+            Ok(json!(true))
+        }
+    }
+}
+
+/// What no erasure by overwriting can claim.
+const NOT_CLAIMED: [&str; 4] = [
+    "that the drive, or what is between here and the drive (file system, cache, snapshot, RAID), keeps no older copy of the blocks \
+     that were overwritten",
+    "anything about back-ups of key slots made before, and copies of the device or of parts of it",
+    "anything about what hosts have read and kept, or about the memory of this machine",
+    "that the names of volumes and domains, their sizes and the times of their changes can not be found on the device",
+];
+
+fn erase(c: &Control, p: Erase) -> RpcResult {
+    let pools = c.pools()?;
+    let info = pools.find(&p.name)?;
+    let what = p.domain.as_ref().unwrap_or(&info.name);
+    if p.confirm != *what {
+        return Err(RpcError::params(format!("confirm: \"{what}\" is needed to erase it")));
+    }
+    if let Some(file) = &p.filename
+        && absolute(file)?.exists()
+    {
+        return Err(RpcError::exists(file));
+    }
+    let mut content = json!({
+        "pool": {"name": info.name, "uuid": info.uuid.to_string()}, "base_bdev": info.base_bdev,
+        "not_claimed": NOT_CLAIMED,
+    });
+    let places =
+        |offsets: &[u64]| json!({"device": info.base_bdev, "byte_offsets": offsets, "bytes_each": 4096});
+    match &p.domain {
+        Some(domain) => {
+            let erased = pools.manager().erase_domain(&info.name, domain)?;
+            content["what"] = "domain".into();
+            content["domain"] = json!({
+                "name": erased.name, "uuid": erased.uuid.to_string(), "key_generations": erased.generations,
+                "volumes": erased.volumes.iter().map(|(uuid, name)| json!({"uuid": uuid.to_string(), "name": name})).collect::<Vec<_>>(),
+            });
+            content["done"] = json!([
+                "the domain's data key and fingerprint secret were wrapped through a secret that the pool keeps in the places below \
+                 and nowhere else; it was replaced there, flushed, and the places were read back without it",
+                "the keys of the pool's other domains were wrapped anew",
+            ]);
+            content["overwritten"] = places(&erased.overwritten);
+        }
+        None => {
+            let erased = pools.manager().erase(&info.name)?;
+            pools.forget(info.uuid);
+            content["what"] = "pool".into();
+            content["done"] = json!([
+                "the places below, which alone had the pool's wrapped key, were overwritten with random bytes and with zeros, flushed \
+                 and read back each time; then the superblocks were overwritten",
+            ]);
+            content["overwritten"] = places(&erased.overwritten);
+            content["slots"] =
+                erased.slots.iter().map(|s| json!({"kind": kind(s.kind), "label": s.label})).collect();
+            content["key_servers"] = erased
+                .slots
+                .iter()
+                .filter(|s| s.kind == SlotKind::Kms)
+                .map(|s| match p.keep_kms {
+                    true => json!({"object": s.reference, "destroyed": false, "reason": "kept by request"}),
+                    false => match c.kms.destroy_kek(&s.reference) {
+                        Ok(server) => json!({"object": s.reference, "destroyed": true, "server": server}),
+                        Err(e) => json!({"object": s.reference, "destroyed": false, "reason": e.to_string()}),
+                    },
+                })
+                .collect();
+            c.watch.note("pool_close", &info.name);
+        }
+    }
+    tracing::warn!(target: AUDIT, event = "erased", pool = info.name, domain = p.domain);
+    let signed = crate::certificate::sign(&c.config.key_dir, content, now_ms())?;
+    if let Some(file) = p.filename {
+        write_key_file(&absolute(&file)?, format!("{signed:#}\n").as_bytes())?;
+    }
+    Ok(signed)
+}
+
+fn restore(c: &Control, p: Restore) -> RpcResult {
+    let pools = c.pools()?;
+    let text = match (p.backup, p.filename) {
+        (Some(text), None) => text,
+        (None, Some(file)) => read_backup(&absolute(&file)?)?,
+        _ => return Err(RpcError::params("filename: either this or backup is needed")),
+    };
+    let password = given("password", p.password, p.password_file)?;
+    let limits = Limits::default();
+    let backup = cryptfold_keystore::import(&text, &password, &limits)
+        .map_err(|e| RpcError::params(format!("backup: {e}")))?;
+    let base = c.registry.get(&p.base_bdev_name)?;
+    if let Some(open) = pools.manager().list().into_iter().find(|i| i.base_bdev == base.name()) {
+        return Err(RpcError::busy(format!("pool \"{}\" is open; lock or close it first", open.name)));
+    }
+    let pool_password = given_if_any(p.pool_password, p.pool_password_file)?;
+    let kek = match (&pool_password, p.pool_key_file) {
+        (Some(password), None) => cryptfold_keystore::find(&backup.keys, password, &limits)?.1,
+        (None, Some(file)) => file_kek(&absolute(&file)?)?,
+        (None, None) => kms_kek(c, &backup.keys)?,
+        (Some(_), Some(_)) => {
+            return Err(RpcError::params("pool_key_file: either this or a password can be given"));
+        }
+    };
+    let restored = pools.manager().restore(base.name(), &backup.keys, &backup.superblock, &kek, p.force);
+    let superblock = restored?;
+    tracing::info!(target: AUDIT, event = "key slots restored", bdev = base.name(), pool = %backup.keys.pool, superblock);
+    pools.list_locked(base.name(), None)?;
+    Ok(json!({"pool": backup.keys.pool.to_string(), "slots": true, "superblock": superblock}))
+}
+
+/// The key of a key server that opens one of these slots.
+fn kms_kek(c: &Control, block: &KeyBlock) -> Result<Kek, RpcError> {
+    let mut refused = RpcError::params("pool_password: this, pool_password_file or pool_key_file is needed");
+    for slot in block.slots.iter().flatten().filter(|s| s.kind == SlotKind::Kms) {
+        match c.kms.kek(&slot.reference) {
+            Ok((_, kek)) => return Ok(kek),
+            Err(e) => refused = e.into(),
+        }
+    }
+    Err(refused)
+}
+
+fn read_backup(path: &Path) -> Result<String, RpcError> {
+    use std::io::Read as _;
+    let failed = |e: std::io::Error| {
+        RpcError::new(-i64::from(e.raw_os_error().unwrap_or(5)), format!("{}: {e}", path.display()))
+    };
+    let mut text = String::new();
+    std::fs::File::open(path).map_err(failed)?.take(1 << 20).read_to_string(&mut text).map_err(failed)?;
+    Ok(text)
+}

@@ -1,0 +1,251 @@
+//! Who opens pools, through the methods: passwords, key files, locking, and what comes back when a pool is unlocked.
+
+use std::path::Path;
+use std::sync::Arc;
+
+use cryptfold_control::config::Config;
+use cryptfold_control::jsonrpc::{Handler as _, RpcError};
+use cryptfold_control::{Control, ControlConfig};
+use cryptfold_reactor::{IdlePolicy, MemoryConfig};
+use serde_json::{Value, json};
+
+const NQN: &str = "nqn.2024-01.io.cryptfold:locked";
+
+struct Target {
+    control: Arc<Control>,
+}
+
+impl Target {
+    fn new(dir: &Path) -> Target {
+        let control = Control::new(ControlConfig {
+            idle: IdlePolicy::Interrupt,
+            pin: false,
+            memory: MemoryConfig { hugepages: false, fixed_buffers: false, arena_bytes: 4 << 20 },
+            key_dir: dir.join("keys"),
+            ..ControlConfig::default()
+        });
+        control.initialize().unwrap();
+        Target { control }
+    }
+
+    /// With a disk that is a file.
+    fn with_disk(dir: &Path) -> Target {
+        let target = Target::new(dir);
+        let file = dir.join("disk");
+        if !file.exists() {
+            std::fs::File::create(&file).unwrap().set_len(64 << 20).unwrap();
+        }
+        target.ok("bdev_uring_create", json!({"name": "disk", "filename": file, "block_size": 4096}));
+        target
+    }
+
+    fn call(&self, method: &str, params: Value) -> Result<Value, RpcError> {
+        self.control.call(method, if params.is_null() { None } else { Some(&params) })
+    }
+
+    fn ok(&self, method: &str, params: Value) -> Value {
+        self.call(method, params).unwrap_or_else(|e| panic!("{method}: {}", e.message))
+    }
+
+    fn refused(&self, method: &str, params: Value, code: i64, words: &str) {
+        let e = self.call(method, params).unwrap_err();
+        assert_eq!(e.code, code, "{}", e.message);
+        assert!(e.message.contains(words), "{}", e.message);
+    }
+
+    fn pool(&self) -> Value {
+        self.ok("cryptfold_encryption_status", Value::Null)["pools"][0].clone()
+    }
+
+    /// Kinds of the slots in use, by number.
+    fn slots(&self) -> Vec<(u64, String)> {
+        let pool = self.pool();
+        let slots = pool["slots"].as_array().unwrap().iter();
+        slots.map(|s| (s["slot"].as_u64().unwrap(), s["kind"].as_str().unwrap().to_owned())).collect()
+    }
+
+    fn namespaces(&self) -> usize {
+        let all = self.ok("nvmf_get_subsystems", Value::Null);
+        let ours = all.as_array().unwrap().iter().find(|s| s["nqn"] == NQN).unwrap().clone();
+        ours["namespaces"].as_array().unwrap().len()
+    }
+
+    fn serve(&self) {
+        self.ok("bdev_lvol_create", json!({"lvs_name": "p", "lvol_name": "v", "size_in_mib": 8}));
+        self.ok("nvmf_create_transport", json!({"trtype": "TCP"}));
+        self.ok("nvmf_create_subsystem", json!({"nqn": NQN, "allow_any_host": true}));
+        self.ok("nvmf_subsystem_add_ns", json!({"nqn": NQN, "namespace": {"nsid": 3, "bdev_name": "p/v"}}));
+        assert_eq!(self.namespaces(), 1);
+    }
+
+    fn end(self) {
+        self.control.shutdown().unwrap();
+    }
+}
+
+fn unlock(password: &str) -> Value {
+    json!({"name": "p", "password": password})
+}
+
+const UNLOCK: &str = "cryptfold_encryption_unlock";
+
+#[test]
+fn a_pool_with_a_password_is_locked_and_unlocked_with_what_stands_on_it() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = Target::with_disk(dir.path());
+    let create = |password: &str| json!({"bdev_name": "disk", "lvs_name": "p", "password": password});
+    target.refused("bdev_lvol_create_lvstore", create("short"), -32602, "at least 8");
+    target.ok("bdev_lvol_create_lvstore", create("the first password"));
+    target.serve();
+    let before = target.ok("bdev_lvol_get_lvols", Value::Null);
+    assert_eq!(
+        (target.pool()["state"].clone(), target.pool()["encrypted"].clone()),
+        (json!("unlocked"), json!(true))
+    );
+
+    target.ok("cryptfold_encryption_lock", json!({"name": "p"}));
+    assert_eq!((target.pool()["state"].clone(), target.namespaces()), (json!("locked"), 0));
+    assert_eq!(target.ok("bdev_lvol_get_lvols", Value::Null), json!([]));
+    let stores = target.ok("bdev_lvol_get_lvstores", Value::Null);
+    assert_eq!((stores[0]["name"].clone(), stores[0]["total_data_clusters"].clone()), (json!("p"), json!(0)));
+    assert!(stores[0]["locked"].as_str().unwrap().contains("request"));
+    let volume = json!({"lvs_name": "p", "lvol_name": "w", "size_in_mib": 8});
+    target.refused("bdev_lvol_create", volume, -126, "locked");
+    let waiting = target.ok("cryptfold_encryption_status", Value::Null)["waiting_calls"].clone();
+    assert_eq!(waiting, json!(["nvmf_subsystem_add_ns"]));
+    let saved = target.ok("save_config", Value::Null).to_string();
+    assert!(
+        saved.contains("\"startup\":\"locked\"") && saved.contains("p/v") | saved.contains("nsid"),
+        "{saved}"
+    );
+    assert!(!saved.contains("the first password"));
+
+    target.refused(UNLOCK, unlock("another password"), -126, "opens no key slot");
+    target.refused(UNLOCK, json!({"name": "p"}), -126, "no key at hand");
+    target.refused(UNLOCK, json!({"name": "q"}), -19, "No such device");
+    target.ok(UNLOCK, unlock("the first password"));
+    target.refused(UNLOCK, unlock("the first password"), -17, "not locked");
+    assert_eq!(target.namespaces(), 1);
+    let after = target.ok("bdev_lvol_get_lvols", Value::Null);
+    assert_eq!((&after[0]["uuid"], &after[0]["name"]), (&before[0]["uuid"], &before[0]["name"]));
+    let waiting = target.ok("cryptfold_encryption_status", Value::Null)["waiting_calls"].clone();
+    assert_eq!(waiting, json!([]));
+    let config = target.ok("save_config", Value::Null);
+    target.end();
+
+    // The next start: everything is there but what needs the password.
+    let target = Target::new(dir.path());
+    Config::from_value("saved", &config).unwrap().load(&target.control).unwrap();
+    assert_eq!((target.pool()["state"].clone(), target.namespaces()), (json!("locked"), 0));
+    target.ok(UNLOCK, unlock("the first password"));
+    assert_eq!(target.namespaces(), 1);
+    target.end();
+}
+
+#[test]
+fn slots_come_and_go_and_are_backed_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = Target::with_disk(dir.path());
+    let file = |name: &str| dir.path().join(name);
+    let secret = |name: &str, text: &str| {
+        use std::os::unix::fs::PermissionsExt;
+        std::fs::write(file(name), text).unwrap();
+        std::fs::set_permissions(file(name), PermissionsExt::from_mode(0o600)).unwrap();
+    };
+    target.ok("bdev_lvol_create_lvstore", json!({"bdev_name": "disk", "lvs_name": "p"}));
+    target.serve();
+    let key_file = dir.path().join("keys/p.key");
+    let old_key = std::fs::read(&key_file).unwrap();
+    assert_eq!(target.slots(), [(0, "key_file".to_owned())]);
+    target.refused("cryptfold_encryption_remove_slot", json!({"name": "p", "slot": 0}), -32602, "last one");
+    secret("first", "the first password\n");
+    let add = json!({"name": "p", "kind": "password", "password_file": file("first")});
+    assert_eq!(target.ok("cryptfold_encryption_add_slot", add), 1);
+    let add = json!({"name": "p", "kind": "key_file", "key_file": file("second.key"), "label": "spare"});
+    assert_eq!(target.ok("cryptfold_encryption_add_slot", add), 2);
+    let passwd = |old: &str, new: &str| json!({"name": "p", "password": old, "new_password": new});
+    let method = "cryptfold_encryption_passwd";
+    target.refused(method, passwd("not the password", "the other password"), -126, "opens no key slot");
+    assert_eq!(target.ok(method, passwd("the first password", "the other password")), 1);
+
+    // The key file gets another key; the old one opens nothing.
+    assert_eq!(target.ok("cryptfold_encryption_rotate_kek", json!({"name": "p", "slot": 0}))["slot"], 0);
+    assert_ne!(std::fs::read(&key_file).unwrap(), old_key);
+    assert_eq!(target.slots().iter().map(|s| s.0).collect::<Vec<_>>(), [0, 1, 2]);
+    let backup = json!({"name": "p", "password": "of the back-up", "filename": file("backup")});
+    target.ok("cryptfold_encryption_backup", backup.clone());
+    target.refused("cryptfold_encryption_backup", backup, -17, "exists");
+    target.ok("cryptfold_encryption_remove_slot", json!({"name": "p", "slot": 2}));
+    target.ok("cryptfold_encryption_lock", json!({"name": "p"}));
+
+    secret("old.key", std::str::from_utf8(&old_key).unwrap());
+    for gone in ["old.key", "second.key"] {
+        target.refused(UNLOCK, json!({"name": "p", "key_file": file(gone)}), -126, "does not fit");
+    }
+    target.refused(UNLOCK, unlock("the first password"), -126, "opens no key slot");
+    target.ok(UNLOCK, unlock("the other password"));
+    target.ok("cryptfold_encryption_lock", json!({"name": "p"}));
+
+    // The back-up brings the removed slot back, if that is wanted.
+    let restore = |password: &str, force: bool| {
+        json!({"base_bdev_name": "disk", "filename": file("backup"), "password": password, "force": force,
+            "pool_key_file": file("second.key")})
+    };
+    let method = "cryptfold_encryption_restore";
+    target.refused(method, restore("not that one", true), -32602, "does not open");
+    target.refused(method, restore("of the back-up", false), -32602, "force");
+    assert_eq!(target.ok(method, restore("of the back-up", true))["superblock"], false);
+    target.ok(UNLOCK, json!({"name": "p", "key_file": file("second.key")}));
+    assert_eq!((target.namespaces(), target.slots().len()), (1, 3));
+    target.end();
+}
+
+#[test]
+fn a_pool_without_encryption_is_not_locked() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = Target::with_disk(dir.path());
+    target.ok("bdev_lvol_create_lvstore", json!({"bdev_name": "disk", "lvs_name": "p", "encrypt": false}));
+    assert_eq!(target.pool()["encrypted"], false);
+    target.refused("cryptfold_encryption_lock", json!({"name": "p"}), -32602, "not encrypted");
+    let add = json!({"name": "p", "kind": "password", "password": "long enough"});
+    target.refused("cryptfold_encryption_add_slot", add, -32602, "not encrypted");
+    let both = json!({"bdev_name": "disk", "lvs_name": "q", "password": "long enough", "key_file": "/k"});
+    target.refused("bdev_lvol_create_lvstore", both, -32602, "only one");
+    target.end();
+}
+
+#[test]
+fn domains_and_pools_are_erased_with_a_certificate() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = Target::with_disk(dir.path());
+    target.ok("bdev_lvol_create_lvstore", json!({"bdev_name": "disk", "lvs_name": "p"}));
+    target.serve();
+    let tenant = json!({"lvs_name": "p", "lvol_name": "t", "size_in_mib": 8, "domain": "tenant"});
+    target.ok("bdev_lvol_create", tenant.clone());
+    target.ok("nvmf_subsystem_add_ns", json!({"nqn": NQN, "namespace": {"bdev_name": "p/t"}}));
+    assert_eq!(target.namespaces(), 2);
+    let method = "cryptfold_encryption_erase";
+    let erase =
+        |domain: Option<&str>, confirm: &str| json!({"name": "p", "domain": domain, "confirm": confirm});
+    target.refused(method, erase(Some("tenant"), "p"), -32602, "confirm");
+    target.refused(method, erase(Some("nobody"), "nobody"), -19, "No such device");
+    let signed = target.ok(method, erase(Some("tenant"), "tenant"));
+    cryptfold_control::certificate::verify(&signed).unwrap();
+    let certificate = &signed["certificate"];
+    assert_eq!(
+        (&certificate["what"], &certificate["domain"]["volumes"][0]["name"]),
+        (&json!("domain"), &json!("t"))
+    );
+    assert_eq!(certificate["overwritten"]["byte_offsets"].as_array().unwrap().len(), 4);
+    assert_eq!(target.namespaces(), 1);
+    target.ok("bdev_lvol_create", tenant);
+
+    let file = dir.path().join("certificate");
+    let signed = target.ok(method, json!({"name": "p", "confirm": "p", "filename": file}));
+    let written: Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    assert_eq!((written, &signed["certificate"]["slots"][0]["kind"]), (signed.clone(), &json!("key_file")));
+    assert_eq!(target.namespaces(), 0);
+    let open = json!({"base_bdev_name": "disk"});
+    target.refused("cryptfold_pool_open", open, -19, "carries no pool");
+    target.end();
+}
