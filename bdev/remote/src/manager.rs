@@ -266,6 +266,11 @@ impl Remotes {
         addresses.map(|a| a.saved).collect()
     }
 
+    /// The process is about to end: what is connected goes on, but no I/O waits for a path that is lost.
+    pub fn hurry(&self) {
+        locked(&self.table).clone().iter().for_each(|r| r.hurry());
+    }
+
     /// Ends everything, for the end of the process: devices are gone already, or fail.
     pub fn stop(&self) {
         let _one = locked(&self.changing);

@@ -43,6 +43,8 @@ pub(crate) struct Remote {
     namespaces: Mutex<BTreeMap<Nsid, Arc<Namespace>>>,
     /// Reactors that have a [`Local`].
     locals: Mutex<Vec<Handle>>,
+    /// I/O does not wait for lost paths any more.
+    ending: AtomicBool,
     /// Called when the last link is gone by itself.
     on_end: Box<dyn Fn(&str) + Send + Sync>,
 }
@@ -67,6 +69,7 @@ impl Remote {
             links: Mutex::default(),
             namespaces: Mutex::default(),
             locals: Mutex::default(),
+            ending: AtomicBool::new(false),
             on_end,
         })
     }
@@ -121,6 +124,12 @@ impl Remote {
         locked(&self.locals).push(handle);
     }
 
+    /// From now on I/O that finds no path fails; what waits for one fails too.
+    pub fn hurry(&self) {
+        self.ending.store(true, Ordering::Relaxed);
+        self.publish();
+    }
+
     /// Takes the reactors' connections down.
     pub fn end(&self) {
         let id = self.id;
@@ -134,6 +143,7 @@ impl Remote {
         let now = reactor::now();
         let within = |from: Nanos, limit: Duration| now.0.saturating_sub(from.0) < limit.as_nanos() as u64;
         let fast = self.recovery.fast_io_fail;
+        let ending = self.ending.load(Ordering::Relaxed);
         self.links().iter().any(|link| match link.phase() {
             Phase::Up(up) => match up.namespaces.get(&nsid).map(|p| p.ana) {
                 // A core's connection is being opened, or that fails and the link is lost.
@@ -141,6 +151,7 @@ impl Remote {
                 Some(AnaState::PersistentLoss) | None => false,
                 Some(_) => within(since.max(up.since), fast.unwrap_or(ACCESS_WAIT)),
             },
+            Phase::Down { .. } | Phase::Connecting if ending => false,
             Phase::Down { since } => fast.is_none_or(|limit| within(since, limit)),
             Phase::Connecting => true,
             Phase::Failed | Phase::Ended => false,

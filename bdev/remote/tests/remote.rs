@@ -368,6 +368,20 @@ fn io_fails_in_time_and_controllers_are_given_up() {
     wait("given up", || near.remotes.is_empty() && near.registry.get("Farn1").is_err());
 }
 
+/// A process ends while a path is lost that would be waited for for ever.
+#[test]
+fn nobody_waits_for_a_lost_path_at_the_end() {
+    let (far, near) = (Far::new(), Near::new());
+    let at = far.listen();
+    near.attach(options(&at)).expect("attached");
+    let load = Load::on(&near, "Farn1");
+    near.remotes.hurry();
+    load.goes_on();
+    far.target.remove_listener(NQN, &at).expect("it listens");
+    wait("I/O fails", || load.threads.iter().all(|t| t.is_finished()));
+    assert!(load.end().is_err_and(|e| e.contains(&Status::TRANSIENT_TRANSPORT_ERROR.to_string())));
+}
+
 #[test]
 fn without_time_outs_there_is_one_attempt() {
     let (far, near) = (Far::new(), Near::new());

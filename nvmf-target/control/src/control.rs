@@ -366,6 +366,8 @@ impl Control {
         self.kms.end();
         let Some(running) = self.running.get() else { return Ok(()) };
         let Some(runtime) = lock(&running.runtime).take() else { return Ok(()) };
+        // A pool on a lost namespace must not keep the end waiting.
+        self.remotes.hurry();
         let drained = running.target.stop().map_err(RpcError::from);
         // Also when a host's I/O hangs: what has arrived is made durable.
         running.pools.manager().shutdown();
