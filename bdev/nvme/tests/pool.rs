@@ -23,10 +23,12 @@ fn key() -> KeySource {
     KeySource::Bytes((0..32).collect())
 }
 
+type Parts = (LocalPool, Arc<Controller>, Arc<SimController>);
+
 #[derive(Clone, Default)]
 struct NvmeStack {
     seed: u64,
-    parts: Rc<RefCell<Option<(LocalPool, Arc<Controller>, Arc<SimController>)>>>,
+    parts: Rc<RefCell<Option<Parts>>>,
 }
 
 /// A controller over the machine's disk, of a kind that the seed draws.
@@ -133,7 +135,7 @@ fn options(seed: u64) -> Options {
     let mut options = Options::new(40 * MIB);
     options.step_limit = 6_000_000;
     options.allowed = |status| status == Status::LBA_OUT_OF_RANGE;
-    options.disk.block_bytes = if seed % 3 == 0 { 512 } else { 4096 };
+    options.disk.block_bytes = if seed.is_multiple_of(3) { 512 } else { 4096 };
     options
 }
 
