@@ -184,7 +184,7 @@ impl Home {
         self.identify().await?;
         let pairs = self.queues(cap).await?;
         self.interrupts.set(self.controller.options.interrupts && self.enable_interrupts());
-        self.events().await;
+        self.events(pairs, cap).await;
         self.make_pairs(pairs, cap).await
     }
 
@@ -236,7 +236,7 @@ impl Home {
     }
 
     /// Asks for events and for shadow doorbells; what the controller does not have is done without.
-    async fn events(&self) {
+    async fn events(&self, pairs: u16, cap: Cap) {
         let (id, limit) = (self.controller.identity(), Some(self.controller.options.admin_timeout));
         let wanted = AsyncEventConfig(0xff).with_namespace_attributes(1).with_firmware_activation(1).0;
         let mut sqe = Sqe::new(Opcode::SetFeatures as u8);
@@ -246,7 +246,9 @@ impl Home {
         if let Err(e) = self.admin.run("Set Features (asynchronous events)", sqe, None, limit).await {
             tracing::info!("{}: {e}", self.controller.name);
         }
-        if id.oacs.get() & OACS_DBBUF == 0 {
+        // Two doorbells a queue pair, the administrator's too, have to lie within a page.
+        let doorbells = (2 * usize::from(pairs) + 2) * (4 << cap.dstrd());
+        if id.oacs.get() & OACS_DBBUF == 0 || doorbells > 4096 {
             return;
         }
         let shadow = (|| {
@@ -276,13 +278,19 @@ impl Home {
             let owner = c.cores[index].clone();
             let shadow = self.shadow.borrow().as_ref().map(Shadow::share);
             let (controller, bus, dstrd) = (c.clone(), self.bus.clone(), cap.dstrd() as u32);
-            let known = index < c.pairs();
+            let (known, interrupts) = (index < c.pairs(), self.interrupts.get());
             owner
                 .call(move || async move {
                     let pair = match controller.pair(index) {
+                        // It has as many slots as the queue had: one that is smaller now would be overrun.
+                        Some(pair) if usize::from(depth) <= pair.slots() => {
+                            return Err(NvmeError::Unsupported(format!(
+                                "a queue of {depth} entries where it had more before the reset"
+                            )));
+                        }
                         Some(pair) => pair,
                         None => {
-                            let pair = Pair::start(controller.clone(), index, depth)?;
+                            let pair = Pair::start(controller.clone(), index, depth, interrupts)?;
                             controller.add_pair(&pair);
                             pair
                         }

@@ -94,11 +94,13 @@ pub(crate) fn status_of(wire: Wire) -> Status {
 }
 
 impl Pair {
-    /// A pair with room for `depth - 1` commands, paused, polled on this reactor until [`Pair::close`].
+    /// A pair with room for `depth - 1` commands, paused, polled on this reactor until [`Pair::close`]; the reactor may sleep
+    /// when its queue has `interrupts`.
     pub fn start(
         controller: Arc<Controller>,
         index: usize,
         depth: u16,
+        interrupts: bool,
     ) -> Result<Rc<Pair>, crate::bus::BusError> {
         let bus = controller.bus.clone();
         let slots = usize::from(depth) - 1;
@@ -117,7 +119,7 @@ impl Pair {
         let pair = Rc::new_cyclic(|this| Pair {
             window: bus.window(),
             sgl: controller.offers_sgl(),
-            doze: Doze::new(bus.clone(), index as u16 + 1, controller.options.interrupts),
+            doze: Doze::new(bus.clone(), index as u16 + 1, interrupts),
             controller,
             index,
             mode: Cell::new(Mode::Paused),
@@ -138,6 +140,11 @@ impl Pair {
         })
         .detach();
         Ok(pair)
+    }
+
+    /// Commands that may be under way at a time.
+    pub fn slots(&self) -> usize {
+        self.inner.borrow().slots.len()
     }
 
     /// Sends a request, or keeps it until that is possible.

@@ -95,8 +95,10 @@ impl Request {
                 io.finish(status);
             }
             Owner::Part(split) => {
+                // Parts are cut from memory that the drive reaches. One that was read elsewhere all the same has not filled its place.
+                let is_elsewhere = status.is_ok() && !self.destination.is_empty();
                 drop(self.data);
-                split.part_ended(status);
+                split.part_ended(if is_elsewhere { Status::DATA_TRANSFER_ERROR } else { status });
             }
             Owner::Task(task) => {
                 // A task that no longer waits needs no answer.

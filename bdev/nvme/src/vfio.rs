@@ -454,7 +454,11 @@ fn set_irqs(device: &File, index: u32, fds: &[OwnedFd]) -> io::Result<()> {
     set.extend(fds.iter().map(|fd| fd.as_raw_fd() as u32));
     set[0] = (set.len() * 4) as u32;
     // SAFETY: `set` is as long as argsz says.
-    unsafe { ioctl(device.as_raw_fd(), abi::DEVICE_SET_IRQS, set.as_mut_ptr()) }.map(drop)
+    match unsafe { ioctl(device.as_raw_fd(), abi::DEVICE_SET_IRQS, set.as_mut_ptr()) }? {
+        0 => Ok(()),
+        // So many there are, and none of them is connected.
+        _ => Err(io::Error::from_raw_os_error(libc::ENOSPC)),
+    }
 }
 
 fn eventfd() -> io::Result<OwnedFd> {
