@@ -269,7 +269,7 @@ fn a_pool_is_checked_online_and_offline() {
     assert!(std::fs::read(&disk).unwrap() == before, "a check wrote");
     assert!(check(&[&disk, "--repair"]).status.success());
     // Without its key, without a pool, without a file.
-    refused(&["pool", "check", &disk, "--keys", &path("none")], 1, &["key does not fit"]);
+    refused(&["pool", "check", &disk, "--keys", &path("none")], 1, &["no key at hand", "disk.img"]);
     std::fs::File::create(path("empty.img")).unwrap().set_len(64 << 20).unwrap();
     refused(&["pool", "check", &path("empty.img"), "--keys", &keys], 1, &["empty.img carries no pool"]);
     refused(&["pool", "check", &path("none.img")], 1, &["none.img", "No such file"]);
