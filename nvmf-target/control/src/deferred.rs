@@ -8,6 +8,37 @@ use serde_json::Value;
 use crate::control::{Control, lock};
 use crate::jsonrpc::{Handler as _, RpcError};
 
+/// What may wait: calls that make or set something on a volume. Their parameters are in saved configurations, so nothing that is
+/// given a password or a key is among them.
+const MAY_WAIT: &[&str] = &[
+    "bdev_crypto_create",
+    "bdev_delay_create",
+    "bdev_enable_histogram",
+    "bdev_error_create",
+    "bdev_examine",
+    "bdev_hostcrypt_create",
+    "bdev_passthru_create",
+    "bdev_set_qos_limit",
+    "bdev_split_create",
+    "cryptfold_pool_open",
+    "nvmf_ns_add_host",
+    "nvmf_subsystem_add_ns",
+    "nvmf_subsystem_set_ns_ana_group",
+];
+
+/// Whether a parameter, at any depth, is a secret itself: not a file with it and not a name of it.
+fn has_secret(params: &Value) -> bool {
+    let is_secret = |name: &str| {
+        let what = ["password", "passphrase", "secret"].iter().any(|word| name.contains(word));
+        (what && !name.ends_with("_file")) || matches!(name, "key" | "key2" | "psk")
+    };
+    match params {
+        Value::Object(o) => o.iter().any(|(name, v)| is_secret(name) || has_secret(v)),
+        Value::Array(a) => a.iter().any(has_secret),
+        _ => false,
+    }
+}
+
 /// See the module.
 #[derive(Default)]
 pub struct Deferred(Mutex<Vec<(String, Value)>>);
@@ -19,7 +50,8 @@ impl Deferred {
         lock(&self.0).push((method.into(), params));
     }
 
-    /// Keeps a call that was refused because its device is not there while a pool is locked; else gives the refusal back.
+    /// Keeps a call that was refused because its device is not there while a pool is locked, if it is one of those that may
+    /// wait; else gives the refusal back.
     ///
     /// # Errors
     /// The refusal.
@@ -30,9 +62,11 @@ impl Deferred {
         params: Option<&Value>,
         e: RpcError,
     ) -> Result<(), RpcError> {
-        let locked = c.pools().is_ok_and(|p| !p.locked().is_empty());
+        let locked = || c.pools().is_ok_and(|p| !p.locked().is_empty());
         match (e.code, params) {
-            (RpcError::ENODEV, Some(params)) if locked => {
+            (RpcError::ENODEV, Some(params))
+                if MAY_WAIT.contains(&method) && !has_secret(params) && locked() =>
+            {
                 self.add(method, params.clone());
                 Ok(())
             }
@@ -62,6 +96,28 @@ impl Deferred {
                     tracing::error!(method, error = e.message, "could not be made after a pool was unlocked")
                 }
             }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn secrets_are_found_at_any_depth() {
+        for secret in [
+            json!({"password": "x"}),
+            json!({"a": [{"new_password": "x"}]}),
+            json!({"key": "00"}),
+            json!({"b": {"passphrase": "x"}}),
+        ] {
+            assert!(has_secret(&secret), "{secret}");
+        }
+        for plain in [json!({"password_file": "/f", "key_name": "k", "key_file": "/k"}), json!(null)] {
+            assert!(!has_secret(&plain), "{plain}");
         }
     }
 }

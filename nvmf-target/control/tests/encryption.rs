@@ -249,3 +249,29 @@ fn domains_and_pools_are_erased_with_a_certificate() {
     target.refused("cryptfold_pool_open", open, -19, "carries no pool");
     target.end();
 }
+
+#[test]
+fn calls_with_secrets_do_not_wait_for_locked_pools() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = Target::with_disk(dir.path());
+    let create = json!({"bdev_name": "disk", "lvs_name": "p", "password": "the first password"});
+    target.ok("bdev_lvol_create_lvstore", create);
+    target.ok("cryptfold_encryption_lock", json!({"name": "p"}));
+    let load = |method: &str, params: Value| {
+        let calls = json!([{"method": method, "params": params}]);
+        json!({"config": {"subsystems": [{"subsystem": "bdev", "config": calls}]}})
+    };
+    let other = json!({"bdev_name": "missing", "lvs_name": "q", "password": "another password"});
+    for (method, params) in [
+        ("bdev_lvol_create_lvstore", other),
+        ("cryptfold_encryption_unlock", json!({"name": "q", "password": "another password"})),
+    ] {
+        target.refused("load_config", load(method, params), -19, "No such device");
+    }
+    target.ok("load_config", load("bdev_passthru_create", json!({"name": "pt", "base_bdev_name": "p/v"})));
+    let waiting = target.ok("cryptfold_encryption_status", Value::Null)["waiting_calls"].clone();
+    assert_eq!(waiting, json!(["bdev_passthru_create"]));
+    let saved = target.ok("save_config", Value::Null).to_string();
+    assert!(saved.contains("bdev_passthru_create") && !saved.contains("another password"), "{saved}");
+    target.end();
+}
