@@ -195,6 +195,15 @@ impl Pools {
         locked.push(new);
     }
 
+    /// A locked pool is not tried again by itself; why.
+    fn stop_waiting(&self, bdev: &str, reason: &str) {
+        for l in lock(&self.locked).iter_mut().filter(|l| l.pool.base_bdev == bdev) {
+            tracing::warn!(target: AUDIT, event = "pool not opened", pool = l.pool.name, bdev, reason);
+            l.waiting = false;
+            l.reason = reason.into();
+        }
+    }
+
     /// Lists the pool on a device as locked without trying anything, unless it is open; its UUID. `None`: there is no pool.
     ///
     /// # Errors
@@ -316,7 +325,14 @@ impl Pools {
             }
         };
         let source = KeySource::Kek(Box::new(kek));
-        let Some(info) = self.manager.open(base.name(), &source, memory_budget)? else { return Ok(None) };
+        let opened = self.manager.open(base.name(), &source, memory_budget);
+        if !matches!(opened, Ok(Some(_))) {
+            // The key is there and is not what it waits for: fetching it again and again would help nobody.
+            let reason =
+                opened.as_ref().err().map_or_else(|| "it is not there any more".into(), ToString::to_string);
+            self.stop_waiting(base.name(), &reason);
+        }
+        let Some(info) = opened? else { return Ok(None) };
         tracing::info!(target: AUDIT, event = "pool unlocked", pool = info.name, bdev = info.base_bdev, key = ?key);
         lock(&self.keys).insert(info.uuid, key);
         lock(&self.locked).retain(|l| l.pool.base_bdev != info.base_bdev);
