@@ -23,7 +23,11 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-fn signer(dir: &Path) -> Result<Ed25519KeyPair, RpcError> {
+/// The key that signs; made the first time.
+///
+/// # Errors
+/// It can not be read or made.
+pub fn signer(dir: &Path) -> Result<Ed25519KeyPair, RpcError> {
     let path = dir.join(KEY_FILE);
     let bad = |what: String| RpcError::internal(format!("{}: {what}", path.display()));
     if !path.exists() {
@@ -35,20 +39,16 @@ fn signer(dir: &Path) -> Result<Ed25519KeyPair, RpcError> {
 }
 
 /// Signs a certificate's content, which gets its format and time.
-///
-/// # Errors
-/// The signing key can not be read or made.
-pub fn sign(dir: &Path, mut content: Value, time_ms: u64) -> Result<Value, RpcError> {
+pub fn sign(pair: &Ed25519KeyPair, mut content: Value, time_ms: u64) -> Value {
     content["format"] = FORMAT.into();
     content["time_ms"] = time_ms.into();
     content["by"] = concat!("cryptfold ", env!("CARGO_PKG_VERSION")).into();
-    let pair = signer(dir)?;
     let sum = digest(&SHA256, content.to_string().as_bytes());
     let signature = pair.sign(sum.as_ref());
-    Ok(json!({
+    json!({
         "certificate": content, "sha256": hex(sum.as_ref()), "public_key": hex(pair.public_key().as_ref()),
         "signature": hex(signature.as_ref()),
-    }))
+    })
 }
 
 /// Whether digest and signature are right.
@@ -82,10 +82,11 @@ mod tests {
     #[test]
     fn a_certificate_verifies_until_it_is_changed() {
         let dir = tempfile::tempdir().unwrap();
-        let signed = sign(dir.path(), json!({"what": "pool", "claims": ["a", "b"]}), 5).unwrap();
+        let pair = || signer(dir.path()).unwrap();
+        let signed = sign(&pair(), json!({"what": "pool", "claims": ["a", "b"]}), 5);
         let again: Value = serde_json::from_str(&format!("{signed:#}")).unwrap();
         assert_eq!(verify(&again), Ok(()));
-        assert_eq!(sign(dir.path(), json!({}), 6).unwrap()["public_key"], signed["public_key"], "one key");
+        assert_eq!(sign(&pair(), json!({}), 6)["public_key"], signed["public_key"], "one key");
         for (pointer, value, words) in [
             ("/certificate/what", json!("domain"), "digest"),
             ("/certificate/time_ms", json!(6), "digest"),

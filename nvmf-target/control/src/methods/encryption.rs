@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use cryptfold_keystore::{Backup, Cost, Limits, NewSlot, Password, StoreError};
 use cryptfold_nvmf_target::audit::TARGET as AUDIT;
-use cryptfold_reduce::PoolInfo;
 use cryptfold_reduce::keys::Kek;
 use cryptfold_reduce::slots::{Kdf, KeyBlock, KeySlot, SlotKind};
+use cryptfold_reduce::{PoolError, PoolInfo};
 use serde_json::{Value, json};
 
 use super::crypto::absolute;
@@ -362,9 +362,17 @@ fn lock_pool(c: &Control, name: &str) -> RpcResult {
     }
     let all = |c: &Control| Ok::<_, RpcError>([bdev_config(c)?, nvmf_config(c)].concat());
     let before = all(c)?;
-    pools.manager().close(&info.name)?;
+    // Before anything is taken apart: nothing between that and the list of what waits may fail.
     let sealed =
         pools.manager().peek(&info.base_bdev)?.ok_or_else(|| RpcError::no_device(&info.base_bdev))?;
+    let closed = pools.manager().close(&info.name);
+    if let Err(e) = &closed
+        && pools.manager().list().iter().any(|i| i.uuid == info.uuid)
+    {
+        return Err(e.clone().into());
+    }
+    // Its slots may have been changed in between.
+    let sealed = pools.manager().peek(&info.base_bdev).ok().flatten().unwrap_or(sealed);
     // Forgotten, so that a saved configuration starts it locked.
     pools.forget(info.uuid);
     let (reason, memory_budget) = ("it was locked by request".into(), Some(info.memory_budget_bytes));
@@ -376,6 +384,7 @@ fn lock_pool(c: &Control, name: &str) -> RpcResult {
         }
     }
     c.watch.note("pool_close", &info.name);
+    closed?;
     Ok(json!(true))
 }
 
@@ -658,12 +667,15 @@ fn erase(c: &Control, p: Erase) -> RpcResult {
     {
         return Err(RpcError::exists(file));
     }
+    // What can fail without harm fails before anything is gone.
+    let signer = crate::certificate::signer(&c.config.key_dir)?;
     let mut content = json!({
         "pool": {"name": info.name, "uuid": info.uuid.to_string()}, "base_bdev": info.base_bdev,
         "not_claimed": NOT_CLAIMED,
     });
     let places =
         |offsets: &[u64]| json!({"device": info.base_bdev, "byte_offsets": offsets, "bytes_each": 4096});
+    let mut warning = None;
     match &p.domain {
         Some(domain) => {
             let erased = pools.manager().erase_domain(&info.name, domain)?;
@@ -680,18 +692,35 @@ fn erase(c: &Control, p: Erase) -> RpcResult {
             content["overwritten"] = places(&erased.overwritten);
         }
         None => {
-            let erased = pools.manager().erase(&info.name)?;
-            pools.forget(info.uuid);
+            let block = pools.manager().key_block(&info.name)?;
+            let budget = Some(info.memory_budget_bytes);
             content["what"] = "pool".into();
-            content["done"] = json!([
-                "the places below, which alone had the pool's wrapped key, were overwritten with random bytes and with zeros, flushed \
-                 and read back each time; then the superblocks were overwritten",
-            ]);
-            content["overwritten"] = places(&erased.overwritten);
+            let slots = match pools.manager().erase(&info.name) {
+                Ok(erased) => {
+                    content["done"] = json!([
+                        "the places below, which alone had the pool's wrapped key, were overwritten with random bytes and with \
+                         zeros, flushed and read back each time; then the superblocks were overwritten",
+                    ]);
+                    content["overwritten"] = places(&erased.overwritten);
+                    erased.slots
+                }
+                Err(e) => {
+                    not_erased(pools, &info, budget, &e)?;
+                    warning = Some(format!("the pool is erased, but not everything was done for it: {e}"));
+                    content["done"] = json!([
+                        "the places that alone had the pool's wrapped key were overwritten; then the device failed, and the device \
+                         was read: no copy of the wrapped key was found on it",
+                    ]);
+                    content["not_done"] = json!([format!(
+                        "overwriting all of the places and the superblocks with zeros, and reading that back: {e}"
+                    )]);
+                    block.slots.into_iter().flatten().collect()
+                }
+            };
+            pools.forget(info.uuid);
             content["slots"] =
-                erased.slots.iter().map(|s| json!({"kind": kind(s.kind), "label": s.label})).collect();
-            content["key_servers"] = erased
-                .slots
+                slots.iter().map(|s| json!({"kind": kind(s.kind), "label": s.label})).collect();
+            content["key_servers"] = slots
                 .iter()
                 .filter(|s| s.kind == SlotKind::Kms)
                 .map(|s| match p.keep_kms {
@@ -706,11 +735,52 @@ fn erase(c: &Control, p: Erase) -> RpcResult {
         }
     }
     tracing::warn!(target: AUDIT, event = "erased", pool = info.name, domain = p.domain);
-    let signed = crate::certificate::sign(&c.config.key_dir, content, now_ms())?;
+    let mut signed = crate::certificate::sign(&signer, content, now_ms());
     if let Some(file) = p.filename {
-        write_key_file(&absolute(&file)?, format!("{signed:#}\n").as_bytes())?;
+        let written = absolute(&file).and_then(|path| {
+            write_key_file(&path, format!("{signed:#}\n").as_bytes()).map_err(RpcError::from)
+        });
+        // It is the only proof of what can not be done again: the reply has it.
+        if let Err(e) = written {
+            let what = format!("the certificate is not in a file, keep this one: {}", e.message);
+            warning = Some(warning.map_or(what.clone(), |before: String| format!("{before}; {what}")));
+        }
+    }
+    if let Some(warning) = warning {
+        tracing::warn!(target: AUDIT, event = "erased with a warning", pool = info.name, warning);
+        signed["warning"] = warning.into();
     }
     Ok(signed)
+}
+
+/// After an erasure of a pool that failed: `Ok` when its device shows that what opens it is gone all the same.
+fn not_erased(
+    pools: &Pools,
+    info: &PoolInfo,
+    memory_budget: Option<u64>,
+    e: &PoolError,
+) -> Result<(), RpcError> {
+    if pools.manager().list().iter().any(|i| i.uuid == info.uuid) {
+        return Err(e.clone().into());
+    }
+    match pools.manager().peek(&info.base_bdev) {
+        // The superblocks go after the last copy of the key.
+        Err(PoolError::Erased { .. }) | Ok(None) => Ok(()),
+        Ok(Some(pool)) => {
+            // Closed, and whole.
+            pools.forget(info.uuid);
+            let reason = format!("its erasure failed: {e}");
+            pools.set_locked(Locked { pool, reason, waiting: false, memory_budget });
+            Err(e.clone().into())
+        }
+        Err(_) => Err(RpcError::new(
+            e.code().into(),
+            format!(
+                "{e}; whether pool \"{}\" still opens is not known: its device can not be read",
+                info.name
+            ),
+        )),
+    }
 }
 
 fn restore(c: &Control, p: Restore) -> RpcResult {
