@@ -453,6 +453,15 @@ impl Pools {
         b.claimed_by().is_none() && !b.is_read_only() && b.info().product_name != VOLUME_PRODUCT
     }
 
+    /// A key file has another name now, for all pools but one.
+    pub fn key_file_moved(&self, from: &Path, to: &Path, but: Uuid) {
+        for (_, key) in lock(&self.keys).iter_mut().filter(|(uuid, _)| **uuid != but) {
+            if matches!(key, PoolKey::File(path) if path.canonicalize().is_ok_and(|p| p == from)) {
+                *key = PoolKey::File(to.into());
+            }
+        }
+    }
+
     /// Forgets the key of a pool that is gone.
     pub fn forget(&self, uuid: Uuid) {
         lock(&self.keys).remove(&uuid);

@@ -275,3 +275,54 @@ fn calls_with_secrets_do_not_wait_for_locked_pools() {
     assert!(saved.contains("bdev_passthru_create") && !saved.contains("another password"), "{saved}");
     target.end();
 }
+
+#[test]
+fn a_key_file_that_opens_another_pool_is_kept() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = Target::with_disk(dir.path());
+    let other = dir.path().join("other");
+    std::fs::File::create(&other).unwrap().set_len(64 << 20).unwrap();
+    target.ok("bdev_uring_create", json!({"name": "other", "filename": other, "block_size": 4096}));
+    let shared = dir.path().join("shared.key");
+    let create = |disk: &str, name: &str| json!({"bdev_name": disk, "lvs_name": name, "key_file": shared, "create_key": true});
+    target.ok("bdev_lvol_create_lvstore", create("disk", "p"));
+    target.ok("bdev_lvol_create_lvstore", create("other", "q"));
+    let old_key = std::fs::read(&shared).unwrap();
+    let rotate = |name: &str| target.ok("cryptfold_encryption_rotate_kek", json!({"name": name}));
+
+    // The other pool is opened by the kept file from now on.
+    let rotated = rotate("p");
+    let kept = dir.path().join("shared.old-1.key");
+    assert_eq!(
+        (&rotated["old_kept"], &rotated["old_key_file"]),
+        (&json!("kept: it also opens q"), &json!(kept))
+    );
+    assert_eq!(std::fs::read(&kept).unwrap(), old_key);
+    assert_ne!(std::fs::read(&shared).unwrap(), old_key);
+    let saved = target.ok("save_config", Value::Null).to_string();
+    assert!(saved.contains("shared.old-1.key") && saved.contains("shared.key"), "{saved}");
+    for (pool, file) in [("q", &kept), ("p", &shared)] {
+        target.ok("cryptfold_encryption_lock", json!({"name": pool}));
+        target.ok(UNLOCK, json!({"name": pool, "key_file": file}));
+    }
+
+    // Nobody else needs these.
+    assert_eq!(
+        (rotate("p")["old_kept"].clone(), rotate("q")["old_kept"].clone()),
+        (Value::Null, Value::Null)
+    );
+    let mut names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().file_name()).collect();
+    names.retain(|n| n.to_string_lossy().contains("key"));
+    names.sort();
+    assert_eq!(names, ["shared.key", "shared.old-1.key"]);
+
+    // A locked pool counts, too; and another slot of the same pool.
+    let add = |name: &str| json!({"name": name, "kind": "key_file", "key_file": shared});
+    target.ok("cryptfold_encryption_add_slot", add("q"));
+    target.ok("cryptfold_encryption_lock", json!({"name": "q"}));
+    assert_eq!(rotate("p")["old_kept"], "kept: it also opens q");
+    target.ok("cryptfold_encryption_add_slot", add("p"));
+    let rotated = target.ok("cryptfold_encryption_rotate_kek", json!({"name": "p", "slot": 0}));
+    assert_eq!(rotated["old_kept"], "kept: it also opens p");
+    target.end();
+}

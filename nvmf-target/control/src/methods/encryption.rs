@@ -192,7 +192,9 @@ pub fn methods() -> Vec<Method> {
         Method::new(
             "cryptfold_encryption_rotate_kek",
             "Gives a slot another key-encryption key: a key file gets a new random key (the old one is overwritten), a key server a new \
-             key (the old one is revoked and destroyed unless keep_old), a password another salt. Data is not touched. Ours.",
+             key (the old one is revoked and destroyed unless keep_old), a password another salt. Data is not touched. A key that also opens another slot, or another pool \
+             that is attached here (open or locked), is kept: `old_kept` says which, `old_key_file` where; pools that are not attached \
+             can not be seen. Ours.",
             rotate_kek,
         ),
         Method::new(
@@ -204,8 +206,9 @@ pub fn methods() -> Vec<Method> {
         Method::new(
             "cryptfold_encryption_erase",
             "Erases a pool, or a domain of it with all its volumes and snapshots, at once, whatever they hold: what opens their keys is \
-             overwritten and read back, keys of the pool at key servers are destroyed. Hosts lose the volumes; the space of a domain is \
-             free. Replies a signed certificate that says what was done and what is not claimed. There is no way back. Ours.",
+             overwritten and read back, keys of the pool at key servers are destroyed, unless they also open another pool that is attached \
+             here, open or locked (pools that are not attached can not be seen). Hosts lose the volumes; the space of a domain is \
+             free. Replies a signed certificate that says what was done and what is not claimed, with a `warning` beside it if something failed after the erasure. There is no way back. Ours.",
             erase,
         ),
         Method::new(
@@ -473,10 +476,14 @@ fn add_slot(c: &Control, p: AddSlot) -> RpcResult {
             let name = path.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
             let label = p.label.unwrap_or_else(|| short(&name));
             let kek = file_kek(&path)?;
+            let mut handed_over = false;
             let added = change(c, &p.name, event, |block, key| {
-                put(block, seal(&kek, key, SlotKind::KeyFile, &label, "")?)
+                let at = put(block, seal(&kek, key, SlotKind::KeyFile, &label, "")?)?;
+                handed_over = true;
+                Ok(at)
             });
-            if added.is_err() && made {
+            // Once the slot may have been written, the file may open it.
+            if added.is_err() && made && !handed_over {
                 let _ = std::fs::remove_file(&path);
             }
             added?
@@ -549,25 +556,45 @@ fn rotate_kek(c: &Control, p: RotateKek) -> RpcResult {
             if slot.open(&file_kek(&path)?).is_err() {
                 return Err(RpcError::new(-126, format!("{} does not open key slot {at}", path.display())));
             }
-            rotate_file(c, &p.name, at, &path, event, same)?;
-            Ok(json!({"slot": at, "key_file": path}))
+            let mut reply = json!({"slot": at, "key_file": path});
+            if let Some((old, other)) = rotate_file(c, &info, (at, &slot), &path, event)? {
+                reply["old_key_file"] = json!(old);
+                reply["old_kept"] = kept(&other).into();
+            }
+            Ok(reply)
         }
         SlotKind::Kms => {
             // The old key has to be there, too: nobody else rotates.
             let (server, _) = c.kms.kek(&slot.reference)?;
             let (id, kek) = c.kms.new_kek(&server, None)?;
+            let mut handed_over = false;
             let sealed = change(c, &p.name, event, |block, key| {
                 same(block)?;
                 block.slots[at] = Some(seal(&kek, key, SlotKind::Kms, &slot.label, &id)?);
+                handed_over = true;
                 Ok(())
             });
-            if let Err(e) = sealed {
-                // Nothing is wrapped with it.
-                let _ = c.kms.destroy_kek(&id);
-                return Err(e);
+            match sealed {
+                Ok(()) => {}
+                // The slot may have been written, and then this key alone opens it.
+                Err(e) if handed_over => {
+                    let what = format!(
+                        "{}; the new key \"{id}\" and the old one \"{}\" are kept at key server \"{server}\"",
+                        e.message, slot.reference
+                    );
+                    return Err(RpcError::new(e.code, what));
+                }
+                Err(e) => {
+                    // Nothing is wrapped with it.
+                    let _ = c.kms.destroy_kek(&id);
+                    return Err(e);
+                }
             }
             let mut reply = json!({"slot": at, "kms_object": id, "old_kms_object": slot.reference});
-            if !p.keep_old {
+            if let Some(other) = also_opens(pools, &slot, &info.base_bdev, Some(at)) {
+                reply["old_destroyed"] = false.into();
+                reply["old_kept"] = kept(&other).into();
+            } else if !p.keep_old {
                 match c.kms.destroy_kek(&slot.reference) {
                     Ok(_) => reply["old_destroyed"] = true.into(),
                     Err(e) => {
@@ -581,15 +608,79 @@ fn rotate_kek(c: &Control, p: RotateKek) -> RpcResult {
     }
 }
 
+/// Another slot that is opened by what opens `slot`: of which pool. Slots of all pools known here are looked at, open and locked,
+/// but for slot `at` of the pool on `base` (all of them if it is `None`). Other machines' pools can not be seen.
+fn also_opens(pools: &Pools, slot: &KeySlot, base: &str, at: Option<usize>) -> Option<String> {
+    // The same key, under whatever name; or the same object, whatever was wrapped with it. One reference at two servers counts
+    // as one object: a key that is kept can still be destroyed.
+    let is = |other: &KeySlot| {
+        other.kek_id == slot.kek_id || (slot.kind == SlotKind::Kms && other.reference == slot.reference)
+    };
+    let opens = |block: &KeyBlock, device: &str| {
+        let used = block.slots.iter().enumerate().filter_map(|(i, s)| Some((i, s.as_ref()?)));
+        used.filter(|(i, _)| device != base || at.is_some_and(|at| at != *i)).any(|(_, s)| is(s))
+    };
+    let open = pools.manager().list().into_iter().find(|i| {
+        let ours = i.base_bdev == base && at.is_none();
+        // Slots that can not be looked at may be anything.
+        !ours && pools.manager().key_block(&i.name).map_or(true, |block| opens(&block, &i.base_bdev))
+    });
+    let locked = || pools.locked().into_iter().find(|l| opens(&l.pool.keys, &l.pool.base_bdev));
+    open.map(|i| i.name).or_else(|| locked().map(|l| l.pool.name))
+}
+
+fn kept(pool: &str) -> String {
+    format!("kept: it also opens {pool}")
+}
+
+/// Gives a key file a second name, which is free, and with which the search for keys finds it.
+fn second_name(path: &Path) -> std::io::Result<PathBuf> {
+    use std::os::unix::fs::MetadataExt as _;
+    let file = |path: &Path| path.metadata().map(|m| (m.dev(), m.ino()));
+    let mut taken = std::io::Error::from(std::io::ErrorKind::AlreadyExists);
+    for n in 1..=64 {
+        let aside = path.with_extension(format!("old-{n}.key"));
+        match std::fs::hard_link(path, &aside) {
+            Ok(()) => return Ok(aside),
+            // A rotation that was cut short has left it.
+            Err(_) if file(&aside).ok() == Some(file(path)?) => return Ok(aside),
+            Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => taken = e,
+            Err(e) => return Err(e),
+        }
+    }
+    Err(taken)
+}
+
+/// Moves the new key's slot to the place of the old one, if both are what they were.
+fn take_over(
+    block: &mut KeyBlock,
+    (at, old): (usize, &KeySlot),
+    (extra, new): (usize, &KeySlot),
+) -> Result<(), RpcError> {
+    for (at, slot) in [(at, old), (extra, new)] {
+        if block.slots[at].as_ref() != Some(slot) {
+            return Err(RpcError::busy(format!("key slot {at} was changed meanwhile")));
+        }
+    }
+    block.slots[at] = block.slots[extra].take();
+    Ok(())
+}
+
 /// A new key for a key file: both keys open the pool until the file is replaced, so a crash at any point leaves a file that does.
+/// The old file has a second name meanwhile, and keeps it if it also opens something else: that name, and which pool.
 fn rotate_file(
     c: &Control,
-    pool: &str,
-    at: usize,
+    info: &PoolInfo,
+    (at, slot): (usize, &KeySlot),
     path: &Path,
     event: &'static str,
-    same: impl Fn(&KeyBlock) -> Result<(), RpcError>,
-) -> Result<(), RpcError> {
+) -> Result<Option<(PathBuf, String)>, RpcError> {
+    let pool = &info.name;
+    let os = |path: &Path, e: &std::io::Error| {
+        RpcError::new(-i64::from(e.raw_os_error().unwrap_or(5)), format!("{}: {e}", path.display()))
+    };
+    // Through links: what is replaced is the file that holds the key.
+    let path = &path.canonicalize().map_err(|e| os(path, &e))?;
     let mut beside = path.as_os_str().to_owned();
     beside.push(".new");
     let beside = PathBuf::from(beside);
@@ -597,30 +688,50 @@ fn rotate_file(
     let kek = Kek::from_file(&bytes).map_err(StoreError::from)?;
     // What a rotation that was cut short has left.
     let _ = std::fs::remove_file(&beside);
-    write_key_file(&beside, hex_line(&bytes).as_bytes())?;
-    let extra = change(c, pool, event, |block, key| {
-        same(block)?;
-        let label = block.slots[at].as_ref().map_or("", |s| &s.label).to_string();
-        put(block, seal(&kek, key, SlotKind::KeyFile, &label, "")?)
-    });
-    let extra = extra.inspect_err(|_| drop(std::fs::remove_file(&beside)))?;
-    let failed = |e: std::io::Error| {
-        let what = format!("{}: {e}; both keys open the pool now", path.display());
-        RpcError::new(-i64::from(e.raw_os_error().unwrap_or(5)), what)
+    let aside = second_name(path).map_err(|e| os(path, &e))?;
+    let undo = || {
+        let _ = std::fs::remove_file(&beside);
+        let _ = std::fs::remove_file(&aside);
     };
-    let mut old = std::fs::OpenOptions::new().write(true).open(path).map_err(failed)?;
+    write_key_file(&beside, hex_line(&bytes).as_bytes()).inspect_err(|_| undo())?;
+    let put_new = change(c, pool, event, |block, key| {
+        if block.slots[at].as_ref() != Some(slot) {
+            return Err(RpcError::busy(format!("key slot {at} was changed meanwhile")));
+        }
+        let new = seal(&kek, key, SlotKind::KeyFile, &slot.label, "")?;
+        Ok((put(block, new.clone())?, new))
+    });
+    // The old key opens the pool, whether the new slot is there or not.
+    let (extra, new) = put_new.inspect_err(|_| undo())?;
+    let failed = |e: std::io::Error| {
+        let e = os(path, &e);
+        RpcError::new(e.code, format!("{}; both keys open the pool now", e.message))
+    };
+    let mut old = std::fs::OpenOptions::new().write(true).open(&aside).map_err(failed)?;
     std::fs::rename(&beside, path).map_err(failed)?;
-    let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    let _ = std::fs::File::open(dir).and_then(|d| d.sync_all());
-    change(c, pool, event, |block, _| {
-        block.slots[at] = block.slots[extra].take();
-        Ok(())
+    let sync = || {
+        let dir = path.parent().filter(|d| !d.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let _ = std::fs::File::open(dir).and_then(|d| d.sync_all());
+    };
+    sync();
+    change(c, pool, event, |block, _| take_over(block, (at, slot), (extra, &new))).map_err(|e| {
+        let what =
+            format!("{}; {} has the new key, {} the old one", e.message, path.display(), aside.display());
+        RpcError::new(e.code, what)
     })?;
-    overwrite(&mut old)
-        .map_err(|e| RpcError::internal(format!("the old key in {} is not overwritten: {e}", path.display())))
+    let pools = c.pools()?;
+    if let Some(other) = also_opens(pools, slot, &info.base_bdev, Some(at)) {
+        pools.key_file_moved(path, &aside, info.uuid);
+        return Ok(Some((aside, other)));
+    }
+    overwrite(&mut old).and_then(|()| std::fs::remove_file(&aside)).map_err(|e| {
+        RpcError::internal(format!("the old key in {} is not overwritten: {e}", aside.display()))
+    })?;
+    sync();
+    Ok(None)
 }
 
-/// Overwrites a file that has no name any more; what the file system or the drive keep of it is not known.
+/// Overwrites a file; what the file system or the drive keep of it is not known.
 fn overwrite(old: &mut std::fs::File) -> std::io::Result<()> {
     let len = usize::try_from(old.metadata()?.len()).unwrap_or(0);
     old.seek(std::io::SeekFrom::Start(0))?;
@@ -723,9 +834,12 @@ fn erase(c: &Control, p: Erase) -> RpcResult {
             content["key_servers"] = slots
                 .iter()
                 .filter(|s| s.kind == SlotKind::Kms)
-                .map(|s| match p.keep_kms {
-                    true => json!({"object": s.reference, "destroyed": false, "reason": "kept by request"}),
-                    false => match c.kms.destroy_kek(&s.reference) {
+                .map(|s| match also_opens(pools, s, &info.base_bdev, None) {
+                    Some(other) => json!({"object": s.reference, "destroyed": false, "reason": kept(&other)}),
+                    None if p.keep_kms => {
+                        json!({"object": s.reference, "destroyed": false, "reason": "kept by request"})
+                    }
+                    None => match c.kms.destroy_kek(&s.reference) {
                         Ok(server) => json!({"object": s.reference, "destroyed": true, "server": server}),
                         Err(e) => json!({"object": s.reference, "destroyed": false, "reason": e.to_string()}),
                     },
@@ -834,4 +948,33 @@ fn read_backup(path: &Path) -> Result<String, RpcError> {
     let mut text = String::new();
     std::fs::File::open(path).map_err(failed)?.take(1 << 20).read_to_string(&mut text).map_err(failed)?;
     Ok(text)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn slot(byte: u8) -> KeySlot {
+        let (kind, kdf, kek_id) = (SlotKind::KeyFile, Kdf::None, [byte; 16]);
+        let (label, reference) = (String::new(), String::new());
+        KeySlot { kind, kdf, kek_id, wrapped: [byte; 40], created_ms: 5, label, reference }
+    }
+
+    #[test]
+    fn a_new_slot_takes_over_only_if_both_are_what_they_were() {
+        let (old, new) = (slot(1), slot(2));
+        let mut slots = [const { None }; cryptfold_reduce::slots::MAX_KEY_SLOTS];
+        (slots[0], slots[3]) = (Some(old.clone()), Some(new.clone()));
+        let whole = KeyBlock { pool: uuid::Uuid::nil(), generation: 1, slots, erasure: [None; 2] };
+        for (at, changed) in [(3, None), (3, Some(slot(4))), (0, None), (0, Some(slot(4)))] {
+            let mut block = whole.clone();
+            block.slots[at] = changed;
+            let before = block.clone();
+            assert_eq!(take_over(&mut block, (0, &old), (3, &new)).unwrap_err().code, -16);
+            assert_eq!(block, before, "nothing is lost");
+        }
+        let mut block = whole;
+        take_over(&mut block, (0, &old), (3, &new)).unwrap();
+        assert_eq!((&block.slots[0], &block.slots[3]), (&Some(new), &None));
+    }
 }
