@@ -386,10 +386,9 @@ impl PoolManager {
             let name = pool.shard.borrow().domain(id).map(|d| d.record.name.clone()).unwrap_or_default();
             Ok((id, infos.into_iter().filter(|v| v.domain == name).collect::<Vec<_>>()))
         })?;
-        for volume in &volumes {
-            self.unregister(&volume.uuid)?;
-        }
-        let erased = self.on_home(&reference, move |pool| async move { pool.erase_domain(id).await });
+        let unused = volumes.iter().try_for_each(|volume| self.unregister(&volume.uuid));
+        let erased = unused
+            .and_then(|()| self.on_home(&reference, move |pool| async move { pool.erase_domain(id).await }));
         if erased.is_err() {
             for volume in volumes {
                 // Those that are still there are served again.

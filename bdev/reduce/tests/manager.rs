@@ -283,3 +283,27 @@ fn reduces_real_files() {
     manager.shutdown();
     runtime.stop();
 }
+
+#[test]
+fn a_domain_with_a_volume_in_use_is_not_erased_and_its_others_are_served() {
+    let runtime = runtime(1);
+    let registry = Registry::new();
+    support::RamDisk::create(&registry, "ram", 128 * MIB);
+    let manager = PoolManager::new(registry.clone(), runtime.handles().to_vec());
+    manager.create("ram", "pool", &options()).unwrap();
+    manager.create_domain("pool", "tenant").unwrap();
+    for name in ["a", "b"] {
+        let options = VolumeOptions { domain: Some("tenant".into()), ..volume(name, 4 * MIB) };
+        manager.create_volume("pool", &options).unwrap();
+    }
+    write(&runtime, &registry, 0, "pool/a", 64, 1);
+    // Somebody does not let go of a volume that is being removed already.
+    let held = registry.open("pool/b", Access::ReadWrite, |_| ()).unwrap();
+    let _removal = registry.unregister("pool/b").unwrap();
+    assert!(manager.erase_domain("pool", "tenant").is_err());
+    verify(&runtime, &registry, 0, "pool/a", 64, 1);
+    drop(held);
+    manager.erase_domain("pool", "tenant").unwrap();
+    assert!(registry.get("pool/a").is_err() && manager.volumes("pool").unwrap().is_empty());
+    manager.close("pool").unwrap();
+}
