@@ -188,10 +188,15 @@ impl Pool {
                     self.wait_quietly().await;
                 }
             }
-            if self.life.get() == Life::Failed {
-                self.commits.done.notify_waiters();
-                self.commits.wake.notified().await;
-                continue;
+            match self.life.get() {
+                // A closing makes its last commit while it is under way. What it left may lack its data.
+                Life::Open | Life::Closing => {}
+                Life::Failed => {
+                    self.commits.done.notify_waiters();
+                    self.commits.wake.notified().await;
+                    continue;
+                }
+                Life::Closed => continue,
             }
             if let Err(status) = self.commit_once().await {
                 self.fail(status);

@@ -80,7 +80,7 @@ impl Pool {
         let stopped = |status: Status| self.stopped(status);
         self.check_writable().map_err(stopped)?;
         // Other cores let go of the domain's segments; nobody writes to it any more.
-        self.recall(false).await.map_err(stopped)?;
+        self.recall().await.map_err(stopped)?;
         self.flush().await.map_err(stopped)?;
         let (name, uuid, volumes, key_ids, is_default) = {
             let shard = self.shard.borrow();

@@ -581,7 +581,7 @@ impl Pool {
             let progress =
                 self.space_progress() > ready || self.emptied.get() > emptied || self.emptying_metadata.get();
             fruitless = if progress { 0 } else { fruitless + 1 };
-            if fruitless == 2 && self.recall(false).await? {
+            if fruitless == 2 && self.recall().await? {
                 // What other cores had begun to fill can be collected.
                 fruitless = 0;
             }

@@ -142,8 +142,8 @@ impl Pool {
         cuts.collect()
     }
 
-    /// Takes everything back that has been lent; `end`: for good. True: there was a segment among it.
-    pub(crate) async fn recall(&self, end: bool) -> Result<bool, Status> {
+    /// Takes everything back that has been lent. True: there was a segment among it.
+    pub(crate) async fn recall(&self) -> Result<bool, Status> {
         let all: Vec<(LoanId, Handle, DomainId)> = {
             let loans = self.loans.borrow();
             let each = loans.iter().enumerate();
@@ -152,7 +152,7 @@ impl Pool {
         let (mut any, mut result) = (false, Ok(()));
         for (id, core, domain) in all {
             let pool = self.handle.id;
-            let returned = core.call(move || give_back(pool, domain, end)).await;
+            let returned = core.call(move || give_back(pool, domain)).await;
             match returned.unwrap_or(Err(Status::INTERNAL_ERROR)) {
                 Ok(returned) => {
                     any |= returned.segment.is_some();
@@ -162,6 +162,22 @@ impl Pool {
             }
         }
         result.map(|()| any)
+    }
+
+    /// Has all cores forget what they filled and let go of the device. What is not written is lost, and a cut finds nothing to
+    /// write out any more: only when nothing is committed any more.
+    pub(crate) async fn end_loans(&self) {
+        let mut cores: Vec<Handle> = Vec::new();
+        for loan in self.loans.borrow().iter() {
+            if !cores.contains(&loan.core) {
+                cores.push(loan.core.clone());
+            }
+        }
+        let pool = self.handle.id;
+        for core in cores {
+            // A core that has ended has let go.
+            let _ = core.call(move || forget(pool)).await;
+        }
     }
 
     /// Containers of a domain that other cores fill.
@@ -307,14 +323,14 @@ impl Core {
 /// Writes out what this core has sealed so far.
 async fn write_out(pool: u64, domain: DomainId) -> Result<(), Status> {
     let lane = Core::find(pool).and_then(|core| core.lanes.borrow().get(&domain).cloned());
-    // What has been given back has been written.
+    // Nothing has been lent to it. A lane goes only after the last commit: see `Pool::end_loans`.
     let Some(lane) = lane else { return Ok(()) };
     let number = lane.log.cut();
     lane.log.written(number).await
 }
 
-/// Ends what this core fills.
-async fn give_back(pool: u64, domain: DomainId, end: bool) -> Result<Returned, Status> {
+/// Ends what this core fills. The lane stays: when the device has refused something, that is known to whoever asks again.
+async fn give_back(pool: u64, domain: DomainId) -> Result<Returned, Status> {
     let Some(core) = Core::find(pool) else { return Ok(Returned::default()) };
     let lane = core.lanes.borrow().get(&domain).cloned();
     let mut returned = Returned::default();
@@ -326,13 +342,15 @@ async fn give_back(pool: u64, domain: DomainId, end: bool) -> Result<Returned, S
         returned.containers = lane.full.take().into_iter().chain(open).chain(lane.spare.take()).collect();
         written = lane.log.written(number).await;
     }
-    if end {
-        core.lanes.borrow_mut().remove(&domain);
-        if core.lanes.borrow().is_empty() {
-            core.let_go().await;
-        }
-    }
     written.map(|()| returned)
+}
+
+/// Drops all lanes of this core, also those that have never been lent anything.
+async fn forget(pool: u64) {
+    if let Some(core) = Core::find(pool) {
+        core.lanes.borrow_mut().clear();
+        core.let_go().await;
+    }
 }
 
 /// Sealed bytes that the core which fills the segment has and the device has not. `None`: the device has them, or it is the home

@@ -560,13 +560,22 @@ impl Pool {
         self.background(self.clone().run_committer());
         self.background(self.clone().run_heartbeat());
         self.background(self.clone().run_collector());
+        let completed = self.complete(&device).await;
+        if completed.is_err() {
+            // The device is let go of: it can be opened again.
+            self.stop_tasks().await;
+            self.unpublish();
+            self.lanes.borrow_mut().clear();
+            self.logs.borrow_mut().clear();
+        }
+        completed
+    }
+
+    /// What an opening does with the tasks running: the first domain, the end of an erasure, the first checkpoint.
+    async fn complete(self: &Rc<Self>, device: &str) -> Result<(), PoolError> {
         let replayed = self.journal.borrow().usage().0;
         if self.shard.borrow().domains.is_empty() && self.superblock.borrow().root.is_none() {
-            let started = self.add_domain(DEFAULT_DOMAIN).map(drop);
-            if let Err(error) = started {
-                self.unpublish();
-                return Err(error);
-            }
+            self.add_domain(DEFAULT_DOMAIN)?;
         }
         let default = self.shard.borrow().pool.default_domain;
         // A power cut in between left the record that erased it without the one that names another.
@@ -575,11 +584,11 @@ impl Pool {
         }
         if self.key_block.borrow().erasure[1].is_some() {
             tracing::info!(pool = %self.name(), "an erasure that was cut short is brought to its end");
-            self.flush().await.map_err(io_error(&device, "flush"))?;
+            self.flush().await.map_err(io_error(device, "flush"))?;
             self.retire_secret().await?;
         }
         if self.superblock.borrow().root.is_none() {
-            self.checkpoint().await.map_err(io_error(&device, "first checkpoint"))?;
+            self.checkpoint().await.map_err(io_error(device, "first checkpoint"))?;
         } else if replayed > 0 {
             // Hosts need not wait for it.
             self.recovered.set(true);
@@ -636,7 +645,11 @@ impl Pool {
         let mut result = Ok(());
         if self.life.get() == Life::Closing {
             result = async {
-                self.recall(true).await?;
+                if let Err(status) = self.recall().await {
+                    // Some of what has been recorded is not on the device, and must not be committed.
+                    self.fail(status);
+                    return Err(status);
+                }
                 self.flush().await?;
                 self.checkpoint().await
             }
@@ -644,16 +657,12 @@ impl Pool {
         }
         let clean = self.life.get() == Life::Closing && result.is_ok();
         if !clean {
-            // Other cores let go of the device all the same; what they have can not become durable any more.
-            let _ = self.recall(true).await;
+            // What other cores have can not become durable any more, but it is not left on its way to the device.
+            let _ = self.recall().await;
         }
-        self.life.set(Life::Closed);
-        self.collect.notify_one();
-        self.stop_committer().await;
-        while !self.heart_stopped.get() {
-            // It sleeps for at most half a second.
-            reactor::sleep(std::time::Duration::from_millis(20)).await;
-        }
+        self.stop_tasks().await;
+        // Not before: a commit that was under way must not find that there is nothing to write out.
+        self.end_loans().await;
         if clean {
             result = self.give_up_ownership().await;
         }
@@ -661,5 +670,16 @@ impl Pool {
         self.lanes.borrow_mut().clear();
         self.logs.borrow_mut().clear();
         result.map_err(|status| PoolError::Stopped { pool, status })
+    }
+
+    /// Marks the pool closed, and waits until its committer and its heartbeat have seen it.
+    async fn stop_tasks(&self) {
+        self.life.set(Life::Closed);
+        self.collect.notify_one();
+        self.stop_committer().await;
+        while !self.heart_stopped.get() {
+            // It sleeps for at most half a second.
+            reactor::sleep(std::time::Duration::from_millis(20)).await;
+        }
     }
 }

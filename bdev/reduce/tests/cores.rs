@@ -8,7 +8,7 @@ use cryptfold_bdev::{Access, Channel, Op, Registry, Status};
 use cryptfold_bdev_sim::{DiskOptions, Effect, Fault, Image, Rng, SimDisk, Survivors, Tear, When};
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{Handle, Sim};
-use cryptfold_reduce::{CreateOptions, KeySource, LocalPool, VolumeOptions};
+use cryptfold_reduce::{CreateOptions, KeySource, LocalPool, Part, VolumeOptions};
 
 const MIB: u64 = 1 << 20;
 const MEMORY: u64 = 16 * MIB;
@@ -184,5 +184,43 @@ fn a_disk_that_takes_no_data_of_another_core_stops_the_pool() {
         assert!(read(&handles[2], &registry, 0, 32).await == noise(1, 32), "what is durable can be read");
         write(&handles[1], &registry, 200, noise(3, 32)).await.unwrap_err();
         let _ = pool.close().await;
+    });
+}
+
+#[test]
+fn a_closing_commits_nothing_whose_data_another_core_could_not_write() {
+    let mut sim = Sim::new(7).cores(CORES);
+    let handles = sim.handles().to_vec();
+    let image = sim.run(move || async move {
+        let (registry, disk) = disk(96 * MIB, Image::zeroed());
+        let pool = create(&registry, 32 * MIB).await;
+        write(&handles[1], &registry, 0, noise(1, 32)).await.unwrap();
+        open(&registry).flush().await.unwrap();
+        // What the core writes next lies behind; the journal is elsewhere.
+        let (at, _) = pool.place_of("v", 0, Part::Fragment).await.unwrap();
+        disk.inject(Fault {
+            when: When::always(Op::Write, at..at + MIB / 2),
+            effect: Effect::Fail(Status::WRITE_FAULT),
+        });
+        write(&handles[1], &registry, 0, noise(2, 32)).await.unwrap();
+        assert!(pool.info().failed.is_none(), "nothing has been written yet");
+        pool.close().await.unwrap_err();
+        assert_eq!(disk.clear_faults(), 1);
+        let image = disk.content();
+        // The device was let go of all the same.
+        let pool = reopen(&registry).await;
+        assert!(read(&handles[2], &registry, 0, 32).await == noise(1, 32));
+        clean(&pool).await;
+        pool.close().await.unwrap();
+        image
+    });
+    let mut sim = Sim::new(8).cores(CORES);
+    let handles = sim.handles().to_vec();
+    sim.run(move || async move {
+        let (registry, _disk) = disk(96 * MIB, image);
+        let pool = reopen(&registry).await;
+        assert!(read(&handles[1], &registry, 0, 32).await == noise(1, 32), "what was durable is there");
+        clean(&pool).await;
+        pool.close().await.unwrap();
     });
 }
