@@ -17,6 +17,9 @@
 //! | after the record, or in 2, 3 | the domain gone, its keys still openable | the opening goes on with 2 to 4 |
 //! | in 4 | copies with one secret and with two | the newest counts; the opening overwrites the others |
 //!
+//! An erasure that fails while the pool stays open (no space for a checkpoint) leaves two secrets as well; the next erasure goes on
+//! with 2 to 4 for what there is before it begins with 1, as else it would not take away the secret that is in use.
+//!
 //! A pool is erased by overwriting its key blocks (the only places of the wrapped pool key and of the erasure secret) and then its
 //! superblocks. As long as one copy of the key block is left the pool opens, and is whole.
 
@@ -93,6 +96,9 @@ impl Pool {
             let is_default = shard.pool.default_domain == id;
             (domain.record.name.clone(), domain.record.uuid, volumes, key_ids, is_default)
         };
+        // Keys wrapped through either of two secrets may lie anywhere: an erasure that failed is brought to its end first, so that
+        // this one takes away the secret that all copies of this domain's keys need.
+        self.retire_secret().await?;
         self.renew_secret().await?;
         {
             // The log of its metadata must not be appended to again.
@@ -123,12 +129,10 @@ impl Pool {
             .map_err(|status| self.stopped(status))
     }
 
-    /// Adds a new erasure secret beside the one in use, unless there are two.
+    /// Adds a new erasure secret beside the one in use. There is one: see [`Pool::retire_secret`].
     async fn renew_secret(&self) -> Result<(), PoolError> {
         let before = self.key_block.borrow().clone();
-        if before.erasure[1].is_some() {
-            return Ok(());
-        }
+        debug_assert!(before.erasure[1].is_none(), "a third secret beside two");
         let new = keys::wrap(self.keys.wrap_key(), &random_secret()).map_err(|e| self.key_error(e))?;
         let erasure = [Some(new), before.erasure[0]];
         let wraps = DomainWraps::open(&self.keys, &erasure).map_err(|e| self.key_error(e))?;
@@ -137,7 +141,8 @@ impl Pool {
         Ok(())
     }
 
-    /// Wraps all domains' keys through the newer secret, makes that durable, and overwrites the older one: the places.
+    /// Wraps all domains' keys through the newer secret, makes that durable, and overwrites the older one, if there are two: the
+    /// places.
     pub(crate) async fn retire_secret(&self) -> Result<Vec<u64>, PoolError> {
         let stopped = |status: Status| self.stopped(status);
         let places = self.anchors.iter().map(|at| at + KEYS_AT).collect();

@@ -5,8 +5,8 @@ use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cryptfold_bdev::{Access, Channel, Registry};
-use cryptfold_bdev_sim::{DiskOptions, Image, Rng, SimDisk, Survivors, Tear};
+use cryptfold_bdev::{Access, Channel, Op, Registry, Status};
+use cryptfold_bdev_sim::{DiskOptions, Effect, Fault, Image, Rng, SimDisk, Survivors, Tear, When};
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{self as reactor, Sim};
 use cryptfold_reduce::keys::Kek;
@@ -451,6 +451,74 @@ fn a_pool_of_the_first_format_says_that_it_can_not_erase_a_domain() {
         let pool = create(&registry, true).await;
         assert!(matches!(pool.erase_domain("default").await, Err(PoolError::NotErasable(_))));
         is_whole(&registry).await;
+        pool.close().await.unwrap();
+    });
+}
+
+/// The first copy of the key block is written `writes` times and then no more.
+fn fail_keys_after(disk: &SimDisk, writes: u64) {
+    let bytes = Some(KEYS_AT..KEYS_AT + 4096);
+    let when = When { op: Some(Op::Write), bytes, skip: writes, hits: u64::MAX };
+    disk.inject(Fault { when, effect: Effect::Fail(Status::WRITE_FAULT) });
+}
+
+#[test]
+fn an_erasure_after_one_that_failed_takes_away_the_secret_in_use() {
+    Sim::new(7).run(|| async {
+        let (registry, disk) = disk(Image::zeroed());
+        let pool = with_tenant(&registry).await;
+        let first = pool.key_block().erasure[0].unwrap();
+        // The new secret gets there; what overwrites the old one does not.
+        fail_keys_after(&disk, 1);
+        assert!(pool.erase_domain("tenant").await.is_err());
+        assert_eq!(disk.clear_faults(), 1);
+        let then = pool.key_block();
+        let second = then.erasure[0].unwrap();
+        assert!(second != first && then.erasure[1] == Some(first));
+        // The keys of this one are wrapped through the second secret, and are in a checkpoint.
+        pool.create_domain("other").await.unwrap();
+        pool.checkpoint().await.unwrap();
+        let wrapped = pool.wrapped_keys("other");
+        pool.erase_domain("other").await.unwrap();
+        let now = pool.key_block();
+        assert_eq!(now.erasure[1], None);
+        assert!(![first, second].contains(&now.erasure[0].unwrap()), "a third one");
+        assert_eq!((count(&disk.content(), &first), count(&disk.content(), &second)), (0, 0));
+        let keys = cryptfold_reduce::keys::PoolKeys::derive(&pool.pool_key(), pool.info().uuid);
+        let wraps = |erasure| cryptfold_reduce::keys::DomainWraps::open(&keys, &erasure).unwrap();
+        let (then, now) = (wraps(then.erasure), wraps(now.erasure));
+        assert_eq!(wrapped.len(), 2);
+        assert!(wrapped.iter().all(|key| then.unwrap(key).is_ok() && now.unwrap(key).is_err()));
+        assert!(pool.wrapped_keys("default").iter().all(|key| now.unwrap(key).is_ok()));
+        is_whole(&registry).await;
+        is_clean(&pool).await;
+        pool.close().await.unwrap();
+        let pool = reopen(&registry, 0).await.unwrap();
+        is_whole(&registry).await;
+        pool.close().await.unwrap();
+    });
+}
+
+#[test]
+fn an_opening_that_can_not_finish_an_erasure_lets_go_of_the_device() {
+    Sim::new(8).run(|| async {
+        let (registry, disk) = disk(Image::zeroed());
+        let pool = with_tenant(&registry).await;
+        fail_keys_after(&disk, 1);
+        assert!(pool.erase_domain("tenant").await.is_err());
+        pool.close().await.unwrap();
+        assert_eq!(disk.clear_faults(), 1);
+        fail_keys_after(&disk, 0);
+        assert!(reopen(&registry, 0).await.is_err());
+        assert_eq!(disk.clear_faults(), 1);
+        let written = disk.events();
+        reactor::sleep(Duration::from_secs(5)).await;
+        assert_eq!(disk.events(), written, "no heart beats");
+        let pool = reopen(&registry, 0).await.unwrap();
+        assert_eq!(pool.key_block().erasure[1], None);
+        assert_eq!(names(&pool), ["v"]);
+        is_whole(&registry).await;
+        is_clean(&pool).await;
         pool.close().await.unwrap();
     });
 }
