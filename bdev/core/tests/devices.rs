@@ -200,25 +200,28 @@ fn delay_delays() {
         c.write(0, Buf::from_slice(&[1; 4096]), false).await.unwrap();
         assert!(now() - start >= Duration::from_micros(300));
 
-        cryptfold_bdev_delay::update_latency(
-            &registry,
-            "d",
-            cryptfold_bdev_delay::Latency::AvgRead,
-            3_000_000,
-        )
-        .unwrap();
-        let slow = spawn_local({
-            let c = c.clone();
-            let mut io = Io::new(Op::Read, 0, 1);
-            io.tag = 9;
-            async move { c.io(io).await.status() }
-        });
-        while c.outstanding() == 0 {
-            yield_now().await;
+        for which in [cryptfold_bdev_delay::Latency::AvgRead, cryptfold_bdev_delay::Latency::P99Read] {
+            cryptfold_bdev_delay::update_latency(&registry, "d", which, 3_000_000).unwrap();
         }
-        cryptfold_reactor::sleep(Duration::from_millis(20)).await;
-        assert!(c.abort(9), "held I/O can be aborted");
-        assert_eq!(slow.await, Status::ABORTED_BY_REQUEST);
+        for with_base in [false, true] {
+            let slow = spawn_local({
+                let c = c.clone();
+                let mut io = Io::new(Op::Read, 0, 1);
+                io.tag = 9;
+                async move { c.io(io).await.status() }
+            });
+            while c.outstanding() == 0 {
+                yield_now().await;
+            }
+            if !with_base {
+                cryptfold_reactor::sleep(Duration::from_millis(20)).await;
+            }
+            let start = now();
+            assert!(c.abort(9), "held I/O can be aborted, at its base too: {with_base}");
+            assert_eq!(slow.await, Status::ABORTED_BY_REQUEST);
+            assert!(now() - start < Duration::from_millis(1));
+            assert!(!c.abort(9));
+        }
         let bad =
             cryptfold_bdev_delay::update_latency(&registry, "m", cryptfold_bdev_delay::Latency::AvgRead, 1);
         assert!(matches!(bad, Err(BdevError::Invalid(_))));

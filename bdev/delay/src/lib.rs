@@ -143,9 +143,16 @@ impl Device for Delay {
 struct DelayQueue {
     device: Arc<Delay>,
     base: Channel,
-    /// Back from the base, waiting for their time.
-    held: RefCell<BTreeMap<u64, Box<Io>>>,
+    /// Everything outstanding, by its number here.
+    held: RefCell<BTreeMap<u64, Held>>,
     next: Cell<u64>,
+}
+
+enum Held {
+    /// Still with the base, which could not end it early when asked to.
+    AtBase { tag: u64, aborted: bool },
+    /// Back from the base, waiting for its time.
+    Waiting(Box<Io>),
 }
 
 impl DelayQueue {
@@ -165,18 +172,31 @@ impl Queue for DelayQueue {
     fn submit(self: Rc<Self>, mut io: Box<Io>) {
         let due = reactor::now().0 + self.latency(&io).as_nanos() as u64;
         let base = self.base.clone();
-        io.push(self, due, 0);
+        let key = self.next.replace(self.next.get() + 1);
+        self.held.borrow_mut().insert(key, Held::AtBase { tag: io.tag, aborted: false });
+        io.push(self, due, key);
         base.submit(io);
     }
 
     fn abort(&self, tag: u64) -> bool {
         let mut held = self.held.borrow_mut();
-        let Some(key) = held.iter().find(|(_, io)| io.tag == tag).map(|(k, _)| *k) else {
-            drop(held);
-            return self.base.abort(tag);
-        };
-        if let Some(io) = held.remove(&key) {
-            io.finish(Status::ABORTED_BY_REQUEST);
+        let found = held.iter_mut().find(|(_, it)| match it {
+            Held::AtBase { tag: its, .. } => *its == tag,
+            Held::Waiting(io) => io.tag == tag,
+        });
+        match found {
+            None => return false,
+            // Whether the base ends it now or soon: its latency is not waited for.
+            Some((_, Held::AtBase { aborted, .. })) => {
+                *aborted = true;
+                drop(held);
+                self.base.abort(tag);
+            }
+            Some((&key, Held::Waiting(_))) => {
+                if let Some(Held::Waiting(io)) = held.remove(&key) {
+                    io.finish(Status::ABORTED_BY_REQUEST);
+                }
+            }
         }
         true
     }
@@ -184,13 +204,17 @@ impl Queue for DelayQueue {
 
 impl Complete for DelayQueue {
     fn complete(self: Rc<Self>, io: Box<Io>, frame: Frame) {
-        let key = self.next.get();
-        self.next.set(key + 1);
-        self.held.borrow_mut().insert(key, io);
+        let key = frame.word;
+        let before = self.held.borrow_mut().remove(&key);
+        if matches!(before, Some(Held::AtBase { aborted: true, .. })) {
+            let status = io.status();
+            return io.up(if status.is_ok() { Status::ABORTED_BY_REQUEST } else { status });
+        }
+        self.held.borrow_mut().insert(key, Held::Waiting(io));
         reactor::spawn_local(async move {
             reactor::sleep_until(reactor::Nanos(frame.lba)).await;
             let io = self.held.borrow_mut().remove(&key);
-            if let Some(io) = io {
+            if let Some(Held::Waiting(io)) = io {
                 let status = io.status();
                 io.up(status);
             }
