@@ -155,6 +155,10 @@ impl Bdev {
     pub fn is_removing(&self) -> bool {
         self.gate.load(Ordering::Relaxed) & gate::REMOVING != 0
     }
+    /// The removal that is under way, to wait for it as well.
+    pub fn removal(&self) -> Option<Removal> {
+        locked(&self.openings).removing.clone().map(Removal)
+    }
     /// Rate limits, now.
     pub fn qos(&self) -> crate::QosLimits {
         self.qos.limits()

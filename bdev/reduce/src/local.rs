@@ -307,7 +307,7 @@ impl LocalPool {
         data: bool,
     ) -> Result<Option<(PoolInfo, CheckReport)>, PoolError> {
         let kek = slot_key(key, base_bdev)?.kek;
-        let claim = open::claim_for(registry, base_bdev, Access::ReadOnly)?;
+        let claim = open::claim_for(registry, base_bdev, Access::ReadOnly, || ())?;
         let opening = Opening { read_only: true, ..Opening::default() };
         let Some(pool) = open::open(&claim, &kek, &opening).await? else { return Ok(None) };
         let report = pool.check(data).await;

@@ -1,13 +1,14 @@
 //! All pools of a process, for ordinary threads.
 //!
 //! Owns the list of open pools. Calls block until the pool's home reactor has done the work; never call them on a
-//! reactor. A pool's volumes are in the registry while it is open.
+//! reactor. A pool's volumes are in the registry while it is open. A pool whose device is to go away is closed by a thread of its
+//! own, because a device goes only when nobody has it open.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use cryptfold_bdev::{BdevError, Registry};
+use cryptfold_bdev::{Access, BdevError, Registry, Removal};
 use cryptfold_reactor::Handle;
 use cryptfold_reduce_format::block::Block;
 use cryptfold_reduce_format::codec::Compression;
@@ -22,7 +23,7 @@ use crate::info::{
     ScrubInfo, SealedPool, SlotKey, VolumeInfo, VolumeOptions,
 };
 use crate::local::LocalPool;
-use crate::open::{self, Making, Opening};
+use crate::open::{self, Claim, Making, Opening};
 use crate::pool::{Pool, PoolRef};
 use crate::volume::VolumeDevice;
 
@@ -31,6 +32,7 @@ const DRAIN: Duration = Duration::from_secs(30);
 
 /// All pools of a process. See the module's head.
 pub struct PoolManager {
+    me: Weak<PoolManager>,
     registry: Arc<Registry>,
     homes: Vec<Handle>,
     next_home: AtomicUsize,
@@ -43,6 +45,13 @@ pub struct PoolManager {
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn drained(uuid: &Uuid, removal: &Removal) -> Result<(), PoolError> {
+    if removal.wait(DRAIN) {
+        return Ok(());
+    }
+    Err(PoolError::Busy(format!("volume {uuid} is still in use after {} s", DRAIN.as_secs())))
 }
 
 /// As much of a label as a slot holds.
@@ -82,7 +91,8 @@ pub(crate) fn slot_key(source: &KeySource, device: &str) -> Result<SlotKey, Pool
 impl PoolManager {
     /// A manager without pools. Pools are spread over `homes` (at least one).
     pub fn new(registry: Arc<Registry>, homes: Vec<Handle>) -> Arc<PoolManager> {
-        Arc::new(PoolManager {
+        Arc::new_cyclic(|me| PoolManager {
+            me: me.clone(),
             registry,
             homes,
             next_home: AtomicUsize::new(0),
@@ -102,6 +112,42 @@ impl PoolManager {
         let pools = locked(&self.pools);
         let found = pools.iter().find(|p| p.name() == name || uuid == Some(p.uuid));
         found.cloned().ok_or_else(|| PoolError::NoPool(name.to_owned()))
+    }
+
+    /// Opens and claims a base device for a pool of this manager.
+    fn claim(&self, base_bdev: &str) -> Result<Claim, PoolError> {
+        let me = self.me.clone();
+        open::claim_for(&self.registry, base_bdev, Access::ReadWrite, move || {
+            let me = me.clone();
+            let closing = move || {
+                if let Some(manager) = me.upgrade() {
+                    manager.close_removed();
+                }
+            };
+            if let Err(error) = std::thread::Builder::new().name("pool_close".into()).spawn(closing) {
+                tracing::error!(%error, "no thread to close a pool whose device goes away: close it");
+            }
+        })
+    }
+
+    /// Closes the pools whose devices are to go away, also one that is just being opened. Waits for the users of their volumes.
+    fn close_removed(&self) {
+        let losing: Vec<PoolRef> = {
+            let _one = locked(&self.serial);
+            locked(&self.pools).iter().filter(|pool| pool.loses_device()).cloned().collect()
+        };
+        for pool in losing {
+            // Other pools are not held up while this one's volumes drain.
+            while let Err(error @ PoolError::Busy(_)) = self.unregister_volumes(&pool) {
+                tracing::warn!(pool = %pool.name(), %error, "its device is gone");
+            }
+            let _one = locked(&self.serial);
+            if locked(&self.pools).iter().any(|other| other.id == pool.id)
+                && let Err(error) = self.close_ref(&pool)
+            {
+                tracing::error!(pool = %pool.name(), %error, "not closed in order: its device is gone");
+            }
+        }
     }
 
     /// Runs `f` with the pool on its home reactor.
@@ -143,7 +189,7 @@ impl PoolManager {
                 open::MIN_MEMORY_BYTES
             )));
         }
-        let claim = open::claim(&self.registry, base_bdev)?;
+        let claim = self.claim(base_bdev)?;
         let making = Making {
             name: name.to_owned(),
             force: options.force,
@@ -182,7 +228,7 @@ impl PoolManager {
     ) -> Result<Option<PoolInfo>, PoolError> {
         let _one = locked(&self.serial);
         let kek = slot_key(key, base_bdev)?.kek;
-        let claim = open::claim(&self.registry, base_bdev)?;
+        let claim = self.claim(base_bdev)?;
         let opening = Opening { memory_bytes: memory_budget, ..Opening::default() };
         let taken: Vec<String> = locked(&self.pools).iter().map(PoolRef::name).collect();
         let opened = self.home()?.block_on(move || async move {
@@ -298,24 +344,25 @@ impl PoolManager {
         audited.map_err(|_| PoolError::NoReactor)?
     }
 
-    /// Takes the pool's volumes out of the registry; they are drained.
+    /// Takes the pool's volumes out of the registry; they are drained. Those that are being removed already are waited for.
     fn unregister_volumes(&self, pool: &PoolRef) -> Result<(), PoolError> {
         let volumes = self.on_home(pool, |pool| async move { Ok(pool.volume_infos()) })?;
-        for volume in volumes {
-            self.unregister(&volume.uuid)?;
+        for VolumeInfo { uuid, .. } in volumes {
+            match self.unregister(&uuid) {
+                Err(PoolError::Bdev(BdevError::Removing(_))) => {
+                    let bdev = self.registry.get(&uuid.to_string()).ok();
+                    bdev.and_then(|bdev| bdev.removal())
+                        .map_or(Ok(()), |removal| drained(&uuid, &removal))?;
+                }
+                other => other?,
+            }
         }
         Ok(())
     }
 
     fn unregister(&self, uuid: &Uuid) -> Result<(), PoolError> {
         match self.registry.unregister(&uuid.to_string()) {
-            Ok(removal) => {
-                if removal.wait(DRAIN) {
-                    Ok(())
-                } else {
-                    Err(PoolError::Busy(format!("volume {uuid} is still in use after {} s", DRAIN.as_secs())))
-                }
-            }
+            Ok(removal) => drained(uuid, &removal),
             Err(BdevError::NotFound(_)) => Ok(()),
             Err(error) => Err(error.into()),
         }
@@ -332,9 +379,19 @@ impl PoolManager {
     }
 
     fn close_ref(&self, pool: &PoolRef) -> Result<(), PoolError> {
+        self.retire(pool, |pool| async move { pool.close().await })
+    }
+
+    /// Drains the pool's volumes, takes it off the list and lets `end` close it on its home.
+    fn retire<F, Fut, T>(&self, pool: &PoolRef, end: F) -> Result<T, PoolError>
+    where
+        F: FnOnce(std::rc::Rc<Pool>) -> Fut + Send + 'static,
+        Fut: Future<Output = Result<T, PoolError>> + 'static,
+        T: Send + 'static,
+    {
         self.unregister_volumes(pool)?;
         locked(&self.pools).retain(|other| other.id != pool.id);
-        self.on_home(pool, |pool| async move { pool.close().await })
+        self.on_home(pool, end)
     }
 
     /// Closes the pool and makes its device forget it.
@@ -343,10 +400,7 @@ impl PoolManager {
     /// As [`PoolManager::close`].
     pub fn destroy(&self, name: &str) -> Result<(), PoolError> {
         let _one = locked(&self.serial);
-        let pool = self.find(name)?;
-        self.unregister_volumes(&pool)?;
-        locked(&self.pools).retain(|other| other.id != pool.id);
-        self.on_home(&pool, |pool| async move {
+        self.retire(&self.find(name)?, |pool| async move {
             pool.close().await?;
             pool.wipe().await
         })
@@ -359,10 +413,7 @@ impl PoolManager {
     /// erased again while it opens.
     pub fn erase(&self, name: &str) -> Result<ErasedPool, PoolError> {
         let _one = locked(&self.serial);
-        let pool = self.find(name)?;
-        self.unregister_volumes(&pool)?;
-        locked(&self.pools).retain(|other| other.id != pool.id);
-        self.on_home(&pool, |pool| async move {
+        self.retire(&self.find(name)?, |pool| async move {
             pool.close().await?;
             pool.erase_pool().await
         })

@@ -82,22 +82,30 @@ pub(crate) struct Claim {
 
 /// Opens and claims a base device.
 pub(crate) fn claim(registry: &Registry, base: &str) -> Result<Claim, PoolError> {
-    claim_for(registry, base, Access::ReadWrite)
+    claim_for(registry, base, Access::ReadWrite, || ())
 }
 
-/// As [`claim`], with this access.
-pub(crate) fn claim_for(registry: &Registry, base: &str, access: Access) -> Result<Claim, PoolError> {
+/// As [`claim`], with this access; `on_removed` is called, on any thread, when the device is to go away. It must not block.
+pub(crate) fn claim_for(
+    registry: &Registry,
+    base: &str,
+    access: Access,
+    on_removed: impl Fn() + Send + Sync + 'static,
+) -> Result<Claim, PoolError> {
     let owner: Arc<OnceLock<PoolRef>> = Arc::default();
     let told = owner.clone();
     let descriptor = registry.open(base, access, move |event| {
-        if let (BdevEvent::Removed, Some(pool)) = (event, told.get()) {
-            let pool = pool.clone();
+        if event != BdevEvent::Removed {
+            return;
+        }
+        if let Some(pool) = told.get().cloned() {
             pool.home.clone().send(move || {
                 if let Some(pool) = pool.get() {
                     pool.fail(Status::INVALID_NAMESPACE);
                 }
             });
         }
+        on_removed();
     })?;
     descriptor.claim("a cryptfold pool")?;
     Ok(Claim { descriptor, owner })

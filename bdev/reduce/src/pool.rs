@@ -88,6 +88,11 @@ impl PoolRef {
         (total_bytes > 0).then_some(Space { free_bytes, total_bytes })
     }
 
+    /// Whether its device is to go away.
+    pub fn loses_device(&self) -> bool {
+        self.descriptor.upgrade().is_some_and(|descriptor| descriptor.bdev().is_removing())
+    }
+
     /// The pool; only on its home reactor, while it is open.
     pub fn get(&self) -> Option<Rc<Pool>> {
         POOLS.with_borrow(|pools| pools.get(&self.id).cloned())

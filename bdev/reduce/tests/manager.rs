@@ -2,9 +2,10 @@
 
 mod support;
 
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
+use std::time::Duration;
 
-use cryptfold_bdev::{Access, Registry};
+use cryptfold_bdev::{Access, BdevEvent, Registry};
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{IdlePolicy, Runtime, RuntimeConfig};
 use cryptfold_reduce::{Compression, CreateOptions, KeySource, PoolError, PoolManager, VolumeOptions};
@@ -306,4 +307,90 @@ fn a_domain_with_a_volume_in_use_is_not_erased_and_its_others_are_served() {
     manager.erase_domain("pool", "tenant").unwrap();
     assert!(registry.get("pool/a").is_err() && manager.volumes("pool").unwrap().is_empty());
     manager.close("pool").unwrap();
+}
+
+/// Longest wait for what has to happen, on a machine that is busy.
+const LONG: Duration = Duration::from_secs(120);
+
+/// The pool kept its device open until somebody closed it, so a drive that was unplugged never went.
+#[test]
+fn a_pool_whose_device_goes_is_closed_when_its_hosts_have_let_go() {
+    let runtime = runtime(2);
+    let registry = Registry::new();
+    support::RamDisk::create(&registry, "ram", 128 * MIB);
+    support::RamDisk::create(&registry, "other", 128 * MIB);
+    let manager = PoolManager::new(registry.clone(), runtime.handles().to_vec());
+    for (disk, name) in [("ram", "pool"), ("other", "stays")] {
+        manager.create(disk, name, &options()).unwrap();
+        manager.create_volume(name, &volume("a", 4 * MIB)).unwrap();
+    }
+    manager.create_volume("pool", &volume("b", 4 * MIB)).unwrap();
+    write(&runtime, &registry, 0, "pool/a", 64, 1);
+    // A host on each core that writes until the volume refuses, and lets go when it is told to.
+    let hosts: Vec<_> = [(0, "pool/a"), (1, "pool/b")]
+        .into_iter()
+        .map(|(core, name)| {
+            let (registry, (tell, told)) = (registry.clone(), mpsc::channel());
+            let (started, start) = mpsc::channel();
+            runtime.handles()[core].send(move || {
+                cryptfold_reactor::spawn_local(async move {
+                    let open = registry.open(name, Access::ReadWrite, move |event| tell.send(event).unwrap());
+                    let channel = open.unwrap().channel().unwrap();
+                    while channel.write(0, Buf::from_slice(&block(0, 2)), true).await.is_ok() {
+                        let _ = started.send(());
+                    }
+                    while told.try_recv() != Ok(BdevEvent::Removed) {
+                        cryptfold_reactor::sleep(Duration::from_millis(1)).await;
+                    }
+                })
+                .detach();
+            });
+            start
+        })
+        .collect();
+    hosts.iter().for_each(|start| start.recv_timeout(LONG).unwrap());
+    assert!(registry.unregister("ram").unwrap().wait(LONG), "its pool has it open");
+    let left: Vec<String> = manager.list().into_iter().map(|pool| pool.name).collect();
+    assert_eq!(left, ["stays"]);
+    assert!(registry.get("pool/a").is_err() && registry.get("pool/b").is_err());
+    write(&runtime, &registry, 1, "stays/a", 64, 3);
+    verify(&runtime, &registry, 0, "stays/a", 64, 3);
+    manager.shutdown();
+    runtime.stop();
+}
+
+/// Whenever the device goes while its pool is opened, nothing stays.
+#[test]
+fn a_device_goes_while_its_pool_is_opened() {
+    let runtime = runtime(1);
+    let registry = Registry::new();
+    let manager = PoolManager::new(registry.clone(), runtime.handles().to_vec());
+    let disk = support::RamDisk::create(&registry, "ram", 64 * MIB);
+    manager.create("ram", "pool", &options()).unwrap();
+    manager.create_volume("pool", &volume("a", 4 * MIB)).unwrap();
+    write(&runtime, &registry, 0, "pool/a", 64, 1);
+    manager.close("pool").unwrap();
+    disk.after(u64::MAX, || ());
+    manager.open("ram", &key(), Some(16 * MIB)).unwrap();
+    let all = u64::MAX - disk.disarm().unwrap();
+    manager.close("pool").unwrap();
+    // After the last one it is open.
+    for nth in [1, all / 2, all - 1, all] {
+        let (removed, removal) = mpsc::channel();
+        let gone = registry.clone();
+        disk.after(nth, move || removed.send(gone.unregister("ram").unwrap()).unwrap());
+        let opened = manager.open("ram", &key(), Some(16 * MIB));
+        if disk.disarm().is_none() {
+            let removal = removal.recv_timeout(LONG).unwrap();
+            assert!(removal.wait(LONG), "at I/O {nth}: still open after {opened:?}");
+            assert!(manager.list().is_empty() && registry.get("pool/a").is_err(), "at I/O {nth}");
+            registry.register(disk.clone()).unwrap();
+        } else {
+            manager.close("pool").unwrap();
+        }
+    }
+    manager.open("ram", &key(), Some(16 * MIB)).unwrap();
+    verify(&runtime, &registry, 0, "pool/a", 64, 1);
+    manager.shutdown();
+    runtime.stop();
 }

@@ -3,15 +3,21 @@
 #![allow(dead_code)]
 
 use std::rc::Rc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use cryptfold_bdev::{BdevError, Device, DeviceInfo, Io, Op, OpSet, Queue, Registry, Status};
 use cryptfold_reactor::memory::{Buf, SgList};
 
+type Fuse = (u64, Box<dyn FnOnce() + Send>);
+
 /// Bytes in RAM behind a lock; completes at once.
 pub struct RamDisk {
     info: DeviceInfo,
     bytes: Mutex<Vec<u8>>,
+    /// I/Os until something happens, and what.
+    fuse: Mutex<Option<Fuse>>,
+    fused: AtomicBool,
 }
 
 impl RamDisk {
@@ -21,9 +27,40 @@ impl RamDisk {
         info.ops = OpSet::of(&[Op::Read, Op::Write, Op::Flush, Op::Reset]);
         info.write_cache = true;
         // Not zero: so the pages are there before anybody measures.
-        let disk = Arc::new(RamDisk { info, bytes: Mutex::new(vec![0xa5; bytes as usize]) });
+        let disk = Arc::new(RamDisk {
+            info,
+            bytes: Mutex::new(vec![0xa5; bytes as usize]),
+            fuse: Mutex::default(),
+            fused: AtomicBool::new(false),
+        });
         registry.register(disk.clone()).unwrap();
         disk
+    }
+
+    /// Calls `f` when the `nth` I/O from now on has been done, before it completes.
+    pub fn after(&self, nth: u64, f: impl FnOnce() + Send + 'static) {
+        *self.fuse.lock().unwrap() = Some((nth, Box::new(f)));
+        self.fused.store(true, Ordering::SeqCst);
+    }
+
+    /// I/Os until what was to happen, which it will not any more; `None` when it has happened.
+    pub fn disarm(&self) -> Option<u64> {
+        self.fused.store(false, Ordering::SeqCst);
+        self.fuse.lock().unwrap().take().map(|(left, _)| left)
+    }
+
+    fn burn(&self) {
+        let mut fuse = self.fuse.lock().unwrap();
+        match &mut *fuse {
+            Some((left, _)) if *left > 1 => *left -= 1,
+            _ => {
+                let burnt = fuse.take();
+                drop(fuse);
+                if let Some((_, f)) = burnt {
+                    f();
+                }
+            }
+        }
     }
 }
 
@@ -56,6 +93,9 @@ impl Queue for RamQueue {
             _ => {}
         }
         drop(bytes);
+        if self.0.fused.load(Ordering::Relaxed) {
+            self.0.burn();
+        }
         io.finish(Status::SUCCESS);
     }
 }
