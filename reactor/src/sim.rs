@@ -178,6 +178,12 @@ impl Sim {
         true
     }
 
+    /// The whole machine stands still (paused, suspended): time passes, nothing runs.
+    pub fn stand_still(&mut self, time: Duration) {
+        self.note(time.as_nanos() as u64);
+        self.set_time(self.now() + time);
+    }
+
     /// Runs one thing on one core. False: nothing can ever run.
     pub fn step(&mut self) -> bool {
         let Some((index, work)) = self.choose() else { return self.advance() };

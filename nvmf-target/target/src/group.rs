@@ -31,7 +31,7 @@ pub(crate) const STAGING_BYTES: usize = 256 << 10;
 /// Copy and Verify commands that hold data at the same time.
 const LARGE_COMMANDS: usize = 16;
 /// How often deadlines are looked at.
-const TICK: Duration = Duration::from_millis(250);
+pub(crate) const TICK: Duration = Duration::from_millis(250);
 
 thread_local! {
     /// The groups of this thread, by target and reactor (a simulation has many reactors on one thread).
@@ -273,13 +273,16 @@ impl Group {
         }
     }
 
-    /// Looks at deadlines as long as there are connections.
+    /// Looks at deadlines as long as there are connections. What a look comes late is time in which this reactor stood still (the
+    /// process was stopped, the machine was paused, others had the core), and no host is charged for it: what hosts have sent
+    /// meanwhile may not have been read yet.
     fn start_ticking(self: &Rc<Self>) {
         if self.ticking.replace(true) {
             return;
         }
         let me = Rc::downgrade(self);
         reactor::spawn_local(async move {
+            let mut last = reactor::now();
             loop {
                 reactor::sleep(TICK).await;
                 let Some(group) = me.upgrade() else { return };
@@ -289,7 +292,9 @@ impl Group {
                     return;
                 }
                 let now = reactor::now();
-                conns.iter().for_each(|c| c.tick(now));
+                let lost = now.since(last).saturating_sub(TICK);
+                last = now;
+                conns.iter().for_each(|c| c.tick(now, lost));
             }
         })
         .detach();

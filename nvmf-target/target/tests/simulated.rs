@@ -12,7 +12,8 @@ use std::time::Duration;
 use cryptfold_bdev::Registry;
 use cryptfold_bdev_malloc::MallocOptions;
 use cryptfold_nvmf_spec::fabrics::{Connect, ConnectData, PropertyCommand};
-use cryptfold_nvmf_spec::opcode::Io;
+use cryptfold_nvmf_spec::features::Fid;
+use cryptfold_nvmf_spec::opcode::{Admin, Io};
 use cryptfold_nvmf_spec::pdu::build::{self, DataPart, Format};
 use cryptfold_nvmf_spec::pdu::{Event, Header, Limits, Parser, Role};
 use cryptfold_nvmf_spec::property::Property;
@@ -407,5 +408,89 @@ fn equal_connections_get_equal_service() {
         );
         assert!(most - least <= most / 5, "seed {seed}: between {least} and {most} bytes");
         end(&mut sim, &target, &stop);
+    }
+}
+
+/// Keep Alive every so often until told to stop, from a host whose timer is 10 s; then it only listens. Counts what was answered.
+async fn heart(
+    t: Arc<Target>,
+    addr: ListenAddr,
+    every: Duration,
+    beats: Arc<AtomicU64>,
+    stop: Arc<AtomicU64>,
+) {
+    let mut admin = Host::with_capacity(&t, &addr, u64::MAX, PIPE_BYTES);
+    admin.connect(0, Cntlid::DYNAMIC).await.expect("connected");
+    let enable = Sqe::from_view(&PropertyCommand::set(Cid(1), Property::Cc, 0x0046_0001));
+    assert!(admin.command(enable, &[], &[]).await.expect("enabled").0.status().is_success());
+    let mut set = Sqe::admin(Admin::SetFeatures, Cid(2), Nsid(0));
+    (set.cdw10, set.cdw11) = ((Fid::KeepAliveTimer as u32).into(), 10_000.into());
+    assert!(admin.command(set, &[], &[]).await.expect("set").0.status().is_success());
+    while stop.load(Ordering::Relaxed) == 0 {
+        reactor::sleep(every).await;
+        let alive = Sqe::admin(Admin::KeepAlive, Cid(3), Nsid(0));
+        assert!(admin.command(alive, &[], &[]).await.expect("it lives").0.status().is_success());
+        beats.fetch_add(1, Ordering::Relaxed);
+    }
+    assert!(admin.recv().await.is_err(), "nothing is answered that was not asked");
+}
+
+/// Keep Alive in time keeps a controller; the timer's time after the last one it ends.
+#[test]
+fn keep_alive_keeps_and_its_end_ends() {
+    for seed in 0..20 {
+        let (mut sim, _registry, target, addr) = simulate(seed, 1);
+        let (beats, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let (t, b, s) = (target.clone(), beats.clone(), stop.clone());
+        let host = sim.spawn(0, move || heart(t, addr, Duration::from_millis(9_900), b, s));
+        assert!(sim.run_until(|| host.is_finished() || beats.load(Ordering::Relaxed) == 20), "seed {seed}");
+        stop.store(1, Ordering::Relaxed);
+        assert!(sim.run_until(|| host.is_finished() || beats.load(Ordering::Relaxed) == 21), "seed {seed}");
+        let last = sim.now();
+        assert!(sim.run_until(|| host.is_finished()), "seed {seed}: the end was noticed");
+        let lived = sim.now().since(last);
+        let due = Duration::from_secs(10)..Duration::from_millis(10_600);
+        assert!(due.contains(&lived), "seed {seed}: {lived:?}");
+        assert!(sim.run_until(|| target.controllers(NQN).is_ok_and(|c| c.is_empty())), "seed {seed}");
+    }
+}
+
+/// The machine stood still (a paused guest, a stopped process): deadlines that passed meanwhile are not the hosts' fault, and what
+/// they had sent has not been read yet. An association under I/O once ended so, in a re-authentication.
+#[test]
+fn nobody_is_charged_for_time_in_which_the_target_stood_still() {
+    for seed in 0..40 {
+        let (mut sim, _registry, target, addr) = simulate(seed, 1);
+        let (beats, stop) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let (t, a, b, s) = (target.clone(), addr.clone(), beats.clone(), stop.clone());
+        let host = sim.spawn(0, move || heart(t, a, Duration::from_secs(4), b, s));
+        assert!(sim.run_until(|| beats.load(Ordering::Relaxed) == 1), "seed {seed}");
+        // Somebody who has ten seconds for a greeting.
+        let (silent, theirs) = mem_pair(PIPE_BYTES);
+        let t = target.clone();
+        sim.spawn(0, move || async move { t.attach(&addr, Box::new(theirs)).expect("the address listens") })
+            .detach();
+        let open = || {
+            silent
+                .recv(&mut [IoSliceMut::new(&mut [0])])
+                .is_err_and(|e| e.kind() == io::ErrorKind::WouldBlock)
+        };
+        assert!(sim.run_until(|| beats.load(Ordering::Relaxed) == 2), "seed {seed}");
+        for round in 3..6 {
+            sim.stand_still(Duration::from_secs(60));
+            assert!(
+                sim.run_until(|| host.is_finished() || beats.load(Ordering::Relaxed) == round),
+                "seed {seed}"
+            );
+            assert!(round > 3 || open(), "seed {seed}: four of its ten seconds have gone by");
+        }
+        assert!(
+            !host.is_finished() && beats.load(Ordering::Relaxed) == 5,
+            "seed {seed}: the host was cut off"
+        );
+        assert!(sim.run_until(|| beats.load(Ordering::Relaxed) == 7), "seed {seed}");
+        assert!(!open(), "seed {seed}: it has had more than its ten seconds");
+        stop.store(1, Ordering::Relaxed);
+        assert!(sim.run_until(|| host.is_finished()), "seed {seed}: silence ends it still");
     }
 }

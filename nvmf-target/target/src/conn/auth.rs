@@ -8,8 +8,8 @@ use cryptfold_nvmf_auth::{Controller as Machine, DhGroup, Entropy, Failure, Hash
 use cryptfold_nvmf_spec::fabrics::Authentication;
 use cryptfold_nvmf_spec::pdu::ADMIN_CAPSULE_DATA_BYTES;
 use cryptfold_nvmf_spec::{Sqe, Status};
+use cryptfold_reactor as reactor;
 use cryptfold_reactor::memory::{Buf, SgList};
-use cryptfold_reactor::{self as reactor, Nanos};
 
 use super::slot::Phase;
 use super::state::{Event, State};
@@ -27,19 +27,16 @@ pub(super) enum Auth {
     /// None is under way.
     #[default]
     Idle,
-    /// One is, since then.
-    Running(Nanos, Box<Machine>),
+    /// One is.
+    Running(Box<Machine>),
     /// The thread for slow work has it.
-    Away(Nanos),
+    Away,
 }
 
 impl Auth {
-    /// Start of the transaction under way.
-    pub fn since(&self) -> Option<Nanos> {
-        match self {
-            Auth::Idle => None,
-            Auth::Running(since, _) | Auth::Away(since) => Some(*since),
-        }
+    /// Whether none is under way.
+    pub fn is_idle(&self) -> bool {
+        matches!(self, Auth::Idle)
     }
 }
 
@@ -65,7 +62,7 @@ impl Conn {
         let controller = &queue.controller;
         let known = controller.subsystem.access(&controller.host.nqn).dhchap.is_some();
         // Where nothing has to be proven, there is nothing to prove it with.
-        if !known && self.state.get() != State::Authenticating && inner.auth.since().is_none() {
+        if !known && self.state.get() != State::Authenticating && inner.auth.is_idle() {
             return Err(Status::INVALID_OPCODE.with_dnr());
         }
         check(sqe, command)
@@ -74,15 +71,18 @@ impl Conn {
     /// Authentication Send: a message from the host.
     pub(super) fn auth_send(&self, inner: &mut Inner, index: u16) {
         let message = std::mem::take(&mut inner.slots[index].data);
-        let (since, mut machine) = match std::mem::take(&mut inner.auth) {
-            Auth::Running(since, machine) => (since, machine),
+        let mut machine = match std::mem::take(&mut inner.auth) {
+            Auth::Running(machine) => machine,
             Auth::Idle => match self.auth_machine(inner) {
-                Some(machine) => (reactor::now(), machine),
+                Some(machine) => {
+                    inner.auth_since = reactor::now();
+                    machine
+                }
                 None => return self.auth_failed(inner, index, Status::ACCESS_DENIED, Failure::Failed),
             },
-            Auth::Away(since) => {
+            Auth::Away => {
                 // Messages follow each other; the one that is being worked on ends the transaction.
-                inner.auth = Auth::Away(since);
+                inner.auth = Auth::Away;
                 return self.complete(inner, index, Status::COMMAND_SEQUENCE_ERROR.with_dnr(), 0);
             }
         };
@@ -90,16 +90,16 @@ impl Conn {
         let threads = inner.wire.as_ref().is_some_and(|w| w.descriptor().is_some());
         let Some(me) = self.reference().filter(|_| threads) else {
             machine.receive(&message, &entropy);
-            return self.auth_received(inner, index, since, machine);
+            return self.auth_received(inner, index, machine);
         };
-        inner.auth = Auth::Away(since);
+        inner.auth = Auth::Away;
         inner.slots[index].phase = Phase::Executing;
         inner.executing += 1;
         let message = message.to_vec();
         let job = move || {
             machine.receive(&message, &entropy);
             me.send(move |conn| {
-                conn.finished(index, |conn, inner| conn.auth_received(inner, index, since, machine));
+                conn.finished(index, |conn, inner| conn.auth_received(inner, index, machine));
             });
         };
         if let Err(job) = off_reactor(Box::new(job)) {
@@ -117,7 +117,7 @@ impl Conn {
         Some(Box::new(Machine::new(names, access.dhchap?.key, access.dhchap_ctrlr.map(|k| k.key), offer)))
     }
 
-    fn auth_received(&self, inner: &mut Inner, index: u16, since: Nanos, machine: Box<Machine>) {
+    fn auth_received(&self, inner: &mut Inner, index: u16, machine: Box<Machine>) {
         inner.auth = Auth::Idle;
         match machine.progress() {
             Progress::Failed(why @ Failure::Failed) => {
@@ -130,7 +130,7 @@ impl Conn {
                 self.authenticated(inner, hash, group);
             }
             Progress::Receive | Progress::Send => {
-                inner.auth = Auth::Running(since, machine);
+                inner.auth = Auth::Running(machine);
                 self.complete(inner, index, Status::SUCCESS, 0);
             }
         }
@@ -139,8 +139,8 @@ impl Conn {
     /// Authentication Receive: the host fetches a message.
     pub(super) fn auth_receive(&self, inner: &mut Inner, index: u16) {
         let room = inner.slots[index].sqe.sgl.length.get() as usize;
-        let (since, mut machine) = match std::mem::take(&mut inner.auth) {
-            Auth::Running(since, machine) => (since, machine),
+        let mut machine = match std::mem::take(&mut inner.auth) {
+            Auth::Running(machine) => machine,
             other => {
                 inner.auth = other;
                 return self.complete(inner, index, Status::COMMAND_SEQUENCE_ERROR.with_dnr(), 0);
@@ -162,7 +162,7 @@ impl Conn {
         match machine.progress() {
             Progress::Done(hash, group) => self.authenticated(inner, hash, group),
             Progress::Failed(why) => self.auth_over(inner, why),
-            Progress::Receive | Progress::Send => inner.auth = Auth::Running(since, machine),
+            Progress::Receive | Progress::Send => inner.auth = Auth::Running(machine),
         }
     }
 

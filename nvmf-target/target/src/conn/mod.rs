@@ -37,7 +37,7 @@ use crate::TransportOptions;
 use crate::audit;
 use crate::budget::{Place, STEP_BYTES};
 use crate::controller::Controller;
-use crate::group::{ConnRef, Group, LOAD_CONNECTION, LOAD_IO};
+use crate::group::{ConnRef, Group, LOAD_CONNECTION, LOAD_IO, TICK};
 use crate::port::Port;
 use crate::reservation::{Access, Rights};
 use crate::stats::QueueStats;
@@ -104,6 +104,8 @@ struct Inner {
     fused: Fused,
     queue: Option<Queue>,
     auth: Auth,
+    /// When the authentication under way began.
+    auth_since: Nanos,
     /// By namespace identifier, from 1: the channel, or why the namespace can not be used through this port now (ANA).
     channels: Vec<Option<Result<Rc<NsChannel>, Status>>>,
     channels_generation: u64,
@@ -167,6 +169,7 @@ impl Conn {
                 fused: Fused::None,
                 queue: None,
                 auth: Auth::Idle,
+                auth_since: Nanos(0),
                 channels: Vec::new(),
                 channels_generation: 0,
                 rights: Vec::new(),
@@ -371,9 +374,12 @@ impl Conn {
         self.advance(&mut self.inner.borrow_mut(), Event::Deleted);
     }
 
-    /// Looks at deadlines.
-    pub fn tick(&self, now: Nanos) {
+    /// Looks at deadlines. `lost`: so long nobody has looked, beyond what is usual.
+    pub fn tick(&self, now: Nanos, lost: Duration) {
         let mut inner = self.inner.borrow_mut();
+        if lost > TICK {
+            self.forgive(&mut inner, now, lost);
+        }
         let held = inner.slots.held_bytes() + inner.out.bytes() as u64;
         if let Some(place) = &mut inner.place {
             place.trim(held, 0);
@@ -399,6 +405,20 @@ impl Conn {
         }
     }
 
+    /// All that is waited for gets so much longer.
+    fn forgive(&self, inner: &mut Inner, now: Nanos, lost: Duration) {
+        let later = |since: Nanos| (since + lost).min(now);
+        inner.since = later(inner.since);
+        inner.auth_since = later(inner.auth_since);
+        inner.stalled = inner.stalled.map(|(since, sent)| (later(since), sent));
+        for slot in inner.slots.busy() {
+            inner.slots[slot].asked = later(inner.slots[slot].asked);
+        }
+        if let Some(queue) = inner.queue.as_ref().filter(|q| q.qid.is_admin()) {
+            queue.controller.forgive(now, lost);
+        }
+    }
+
     fn auth_overdue(&self, inner: &Inner, now: Nanos, since: Nanos) -> bool {
         let late = now.since(since) > Duration::from_millis(self.options.auth_timeout_ms.into());
         if late && let Some(q) = &inner.queue {
@@ -410,7 +430,7 @@ impl Conn {
 
     fn overdue(&self, inner: &mut Inner, now: Nanos) -> bool {
         let Some(queue) = &inner.queue else { return false };
-        if inner.auth.since().is_some_and(|since| self.auth_overdue(inner, now, since)) {
+        if !inner.auth.is_idle() && self.auth_overdue(inner, now, inner.auth_since) {
             return true;
         }
         if queue.qid.is_admin() {

@@ -252,6 +252,12 @@ impl Controller {
         self.alive.store(cryptfold_reactor::now().0, Ordering::Relaxed);
     }
 
+    /// The host gets so much longer for its next Keep Alive.
+    pub(crate) fn forgive(&self, now: Nanos, lost: Duration) {
+        let alive = Nanos(self.alive.load(Ordering::Relaxed)) + lost;
+        self.alive.store(alive.min(now).0, Ordering::Relaxed);
+    }
+
     /// Whether the keep-alive timer has expired; then the controller has failed for good.
     pub(crate) fn expired(&self, now: Nanos) -> bool {
         let kato = self.kato_ms.load(Ordering::Relaxed);
