@@ -44,7 +44,7 @@ use crate::stats::QueueStats;
 use crate::subsystem::{NsChannel, locked};
 use crate::watch::{Ready, WatchId};
 use crate::wire::{Wake, Wire};
-use auth::Auth;
+use auth::{Auth, MAX_MESSAGE_BYTES};
 use fused::Fused;
 use out::Out;
 use rx::Rx;
@@ -483,11 +483,12 @@ impl Conn {
         self.ready_queue(inner);
     }
 
-    /// From here on capsules of an I/O queue have its size: Fabrics commands may need more before.
+    /// From here on capsules of an I/O queue have its size: Fabrics commands may need more before. Hosts prove again who they are on
+    /// queues in use, with messages in capsules whatever the queue's size is.
     fn ready_queue(&self, inner: &mut Inner) {
         let io = inner.queue.as_ref().is_some_and(|q| !q.qid.is_admin());
         if let Some(mut limits) = inner.parser.limits().filter(|_| io) {
-            limits.max_capsule_data_bytes = self.options.in_capsule_data_size;
+            limits.max_capsule_data_bytes = self.options.in_capsule_data_size.max(MAX_MESSAGE_BYTES);
             inner.parser.establish(limits);
         }
     }
