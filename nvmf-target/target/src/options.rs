@@ -37,7 +37,7 @@ pub struct TransportOptions {
     pub sock_priority: u32,
     /// Time after which unacknowledged data ends a connection (TCP_USER_TIMEOUT), ms; 0 leaves the system's.
     pub ack_timeout: u32,
-    /// Shown as given: Abort answers at once, and says whether the command will end.
+    /// How long Abort waits to see whether a command that a device promised to end did end so, s; 0 does not wait.
     pub abort_timeout_sec: u32,
     /// Granularity of keep-alive timers, units of 100 ms (KAS).
     pub kas: u16,

@@ -149,7 +149,7 @@ params! {
         sock_priority: u32 = 0,
         /// RDMA only; no effect.
         acceptor_backlog: Option<i32>,
-        /// Shown as given.
+        /// How long Abort waits for a command that a device promised to end, to say truthfully whether it was aborted, seconds.
         abort_timeout_sec: u32 = TransportOptions::default().abort_timeout_sec,
         /// RDMA only; no effect.
         no_wr_batching: Option<bool>,

@@ -2,7 +2,9 @@
 
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::Duration;
 
+use cryptfold_bdev::{Io, Op};
 use cryptfold_nvmf_spec::{Cid, Qid, Status};
 use cryptfold_reactor as reactor;
 use cryptfold_reactor::memory::{Buf, SgList};
@@ -35,9 +37,16 @@ impl Conn {
         .detach();
     }
 
-    /// Between two steps of a task: whether it is to go on.
-    fn go_on(&self, index: u16) -> Result<(), Status> {
-        if self.inner.borrow().slots[index].cancelled { Err(Status::ABORT_REQUESTED) } else { Ok(()) }
+    /// A step of a task, if it is to go on: an I/O that an Abort of the command reaches. Returns what was read.
+    async fn step(&self, index: u16, ns: &NsChannel, mut io: Box<Io>) -> Result<SgList, Status> {
+        if self.inner.borrow().slots[index].cancelled {
+            return Err(Status::ABORT_REQUESTED);
+        }
+        io.tag = self.tag(index);
+        let mut io = ns.channel.io(io).await;
+        let (status, data) = (io.status(), std::mem::take(&mut io.data));
+        io.recycle();
+        status.ok().map(|()| data).map_err(io::status)
     }
 
     /// Dataset Management: gives the ranges up one after the other.
@@ -53,8 +62,7 @@ impl Conn {
         }
         self.task(inner, index, move |conn| async move {
             for (lba, blocks) in ranges {
-                conn.go_on(index)?;
-                ns.channel.unmap(lba, blocks).await.map_err(io::status)?;
+                conn.step(index, &ns, Io::new(Op::Unmap, lba, blocks)).await?;
             }
             Ok(())
         });
@@ -68,9 +76,8 @@ impl Conn {
             let mut done = 0;
             while done < blocks {
                 let _permit = group.large_commands.acquire(1).await;
-                conn.go_on(index)?;
                 let now = step.min(blocks - done);
-                ns.channel.read(lba + done, now).await.map_err(io::status)?;
+                conn.step(index, &ns, Io::new(Op::Read, lba + done, now)).await?;
                 done += now;
             }
             Ok(())
@@ -93,11 +100,12 @@ impl Conn {
             let _permit = group.large_commands.acquire(1).await;
             let mut data = SgList::new();
             for (lba, blocks) in ranges {
-                conn.go_on(index)?;
-                data.append(ns.channel.read(lba, blocks).await.map_err(io::status)?);
+                data.append(conn.step(index, &ns, Io::new(Op::Read, lba, blocks)).await?);
             }
-            conn.go_on(index)?;
-            ns.channel.write(sqe.slba(), data, fua).await.map_err(io::status)
+            let blocks = data.len_bytes() as u64 / u64::from(ns.ns.bdev().block_size_bytes());
+            let mut write = Io::new(Op::Write, sqe.slba(), blocks);
+            (write.data, write.fua) = (data, fua);
+            conn.step(index, &ns, write).await.map(drop)
         });
     }
 
@@ -223,16 +231,32 @@ impl Conn {
         other.send(move |conn| conn.abort(cid, &later));
     }
 
-    /// Tries to end a command early, and tells `later` whether it does.
+    /// Tries to end a command early, and tells `later` whether it did. What a device or a task has is looked at when it is back, so
+    /// that the answer is true, but not waited for longer than `abort_timeout_sec`.
     fn abort(&self, cid: Cid, later: &Arc<Later>) {
         let mut inner = self.inner.borrow_mut();
         let Some(index) = inner.slots.find(cid) else { return };
+        let executing = inner.slots[index].phase == Phase::Executing;
         let is_task = inner.slots[index].plan.is_some_and(|p| p.is_task());
-        if self.end_early(&mut inner, index, Status::ABORT_REQUESTED) {
-            later.set_dw0(0);
-        } else if is_task {
-            // Known when it ends, soon.
-            inner.slots[index].waited_for.push(later.clone());
+        if !self.end_early(&mut inner, index, Status::ABORT_REQUESTED) && !is_task {
+            return;
         }
+        if !executing {
+            return later.set_dw0(0);
+        }
+        // Devices complete by message: the command is still here.
+        let slot = &mut inner.slots[index];
+        slot.waited_for.push(later.clone());
+        let (me, generation, later) = (self.me.clone(), slot.generation, Arc::downgrade(later));
+        let limit = Duration::from_secs(self.options.abort_timeout_sec.into());
+        reactor::spawn_local(async move {
+            reactor::sleep(limit).await;
+            let (Some(conn), Some(later)) = (me.upgrade(), later.upgrade()) else { return };
+            let mut inner = conn.inner.borrow_mut();
+            if let Some(slot) = inner.slots.get_mut(index).filter(|s| s.generation == generation) {
+                slot.waited_for.retain(|l| !Arc::ptr_eq(l, &later));
+            }
+        })
+        .detach();
     }
 }
