@@ -117,16 +117,16 @@ fn memory_has_limits() {
             io.submit(&Sqe { cid: cid.into(), ..sqe }, &[]);
         }
     }
-    let until = Instant::now() + Duration::from_millis(500);
-    let mut most = 0;
+    let (end, mut most, mut rounds) = (Instant::now() + PATIENCE, 0, 0);
     let (_admin, mut io) = rig.host(2);
-    while Instant::now() < until {
+    while rounds < 200 || most < 3 << 20 {
         assert_eq!(io.write(0, &pattern(0, 256, 1)), Status::SUCCESS);
         assert!(io.read(0, 256).0.is_success());
         most = most.max(rig.target.buffer_bytes());
+        rounds += 1;
+        assert!(most <= 8 << 20, "{most} bytes");
+        assert!(Instant::now() < end, "the limit was never near: {most} bytes, {rounds} rounds");
     }
-    assert!(most <= 8 << 20, "{most} bytes");
-    assert!(most >= 3 << 20, "the limit was never near: {most} bytes");
     // The greedy one gets everything it asked for once it takes it.
     for io in &mut greedy {
         let mut done = 0;
@@ -179,7 +179,8 @@ fn connections_have_limits() {
     rig.host(3);
 }
 
-/// One reactor, one host with queues full of large commands: another one's small reads are served in their turn.
+/// One reactor, two hosts with queues full of large commands: another one's small reads are served all the while. How often is
+/// counted in the simulator (`simulated.rs`); the times here are for people.
 #[test]
 fn a_greedy_host_does_not_starve_another() {
     let rig = Rig::with(1, IdlePolicy::Interrupt, TransportOptions::default());
@@ -197,32 +198,32 @@ fn a_greedy_host_does_not_starve_another() {
         (all[n / 2], all[n * 99 / 100])
     };
     let alone = latencies(&mut io, 500);
+    let served = std::sync::Arc::new(std::sync::atomic::AtomicU64::new(0));
+    let count = || served.load(std::sync::atomic::Ordering::Relaxed);
     let greedy: Vec<_> = (0..2u16)
         .map(|n| {
             let (admin, mut io) = rig.host(10 + n as u8);
-            let stop = stop.clone();
+            let (stop, served) = (stop.clone(), served.clone());
             std::thread::spawn(move || {
                 for cid in 0..120u16 {
                     io.submit(&Sqe { cid: cid.into(), ..read_sqe(0, 256) }, &[]);
                 }
-                let mut commands = 0u64;
                 while !stop.load(std::sync::atomic::Ordering::Relaxed) {
                     if let Pdu::Response(cqe) = io.recv() {
-                        commands += 1;
+                        served.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
                         io.submit(&Sqe { cid: cqe.cid().0.into(), ..read_sqe(0, 256) }, &[]);
                     }
                 }
                 drop(admin);
-                commands
             })
         })
         .collect();
-    std::thread::sleep(Duration::from_millis(100));
+    wait(|| count() > 240);
+    let before = count();
     let crowded = latencies(&mut io, 500);
+    wait(|| count() > before + 240);
+    let commands = count() - before;
     stop.store(true, std::sync::atomic::Ordering::Relaxed);
-    let commands: u64 = greedy.into_iter().map(|g| g.join().expect("it ends")).sum();
+    greedy.into_iter().for_each(|g| g.join().expect("it ends"));
     println!("4 KiB reads, p50 and p99: alone {alone:?}, beside {commands} reads of 128 KiB {crowded:?}");
-    assert!(commands > 240, "the greedy hosts did nothing");
-    // Behind a whole queue of the others it would wait for 120 x 128 KiB each time. The machine may be busy with other things.
-    assert!(crowded.0 < Duration::from_millis(20), "{crowded:?}");
 }

@@ -2,8 +2,6 @@
 
 mod common;
 
-use std::time::{Duration, Instant};
-
 use common::*;
 use cryptfold_nvmf_spec::features::Fid;
 use cryptfold_nvmf_spec::identify::{Cns, NamespaceIdentify};
@@ -237,7 +235,7 @@ fn others_are_told_unless_they_do_not_care() {
 #[test]
 fn preempt_and_abort() {
     let rig = Rig::new();
-    rig.slow(Duration::from_secs(60));
+    rig.slow(FOR_EVER);
     let (_admin, mut io) = rig.host(1);
     let (_other_admin, mut other) = rig.host(2);
     let kind = ReservationType::WriteExclusive;
@@ -251,9 +249,11 @@ fn preempt_and_abort() {
     // One whose data is still to come.
     other.submit(&Sqe { cid: 65.into(), ..rw_sqe(Io::Write, 0, 16, Sgl::transport(8192)) }, &[]);
     let Pdu::R2t { ttag, .. } = other.recv() else { panic!("no R2T") };
-    let start = Instant::now();
-    assert_eq!(acquire(&mut io, PREEMPT_AND_ABORT, kind, 1, 2), Status::SUCCESS);
-    assert!(start.elapsed() < Duration::from_secs(10));
+    assert_eq!(
+        acquire(&mut io, PREEMPT_AND_ABORT, kind, 1, 2),
+        Status::SUCCESS,
+        "it does not wait for the device"
+    );
     let part = cryptfold_nvmf_spec::pdu::build::DataPart { cid: Cid(65), offset: 0, len: 8192, last: true };
     let bytes = other.h2c_data(part, ttag, &[1; 8192]);
     other.send(&bytes);

@@ -11,7 +11,7 @@ use cryptfold_bdev_malloc::MallocOptions;
 use cryptfold_nvmf_spec::{Cntlid, Status};
 use cryptfold_nvmf_target::{NsOptions, SubsystemOptions};
 
-use super::{Client, Rig, pattern};
+use super::{Client, Rig, pattern, wait};
 
 pub const WITNESS_NQN: &str = "nqn.2024-01.io.cryptfold:witness";
 const BLOCKS: u64 = 2048;
@@ -76,11 +76,8 @@ impl Witness {
 impl Drop for Witness {
     fn drop(&mut self) {
         // It may have just begun.
-        for _ in 0..2000 {
-            if self.rounds() > 0 || self.thread.as_ref().is_none_or(|t| t.is_finished()) {
-                break;
-            }
-            std::thread::sleep(Duration::from_millis(1));
+        if !std::thread::panicking() {
+            wait(|| self.rounds() > 0 || self.thread.as_ref().is_none_or(|t| t.is_finished()));
         }
         self.stop.store(true, Ordering::Relaxed);
         let ended = self.thread.take().map(|t| t.join());
