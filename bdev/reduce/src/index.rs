@@ -34,6 +34,22 @@ struct Bucket {
     addrs: [u64; WAYS],
 }
 
+impl Bucket {
+    /// The ways with this tag. Looks at nothing else: for most look-ups there is none.
+    #[inline]
+    fn tagged(&self, tag: u32) -> impl Iterator<Item = usize> + use<> {
+        let mut mask = 0u32;
+        for (way, other) in self.tags.iter().enumerate() {
+            mask |= u32::from(*other == tag) << way;
+        }
+        std::iter::from_fn(move || {
+            let way = mask.trailing_zeros() as usize;
+            mask &= mask.wrapping_sub(1);
+            (way < WAYS).then_some(way)
+        })
+    }
+}
+
 const EMPTY: Bucket = Bucket { tags: [0; WAYS], addrs: [0; WAYS] };
 const _: () = assert!(size_of::<Bucket>() == 96);
 
@@ -120,9 +136,9 @@ impl Index {
         let mut found = SmallVec::new();
         for at in self.at(key) {
             let bucket = &self.buckets[at];
-            for way in 0..WAYS {
+            for way in bucket.tagged(tag) {
                 let entry = bucket.addrs[way];
-                if bucket.tags[way] == tag && entry >> ADDR_BITS == spare && entry & ADDR_MASK != 0 {
+                if entry >> ADDR_BITS == spare && entry & ADDR_MASK != 0 {
                     found.extend(unpack(entry));
                 }
             }
@@ -130,10 +146,21 @@ impl Index {
         found
     }
 
-    /// The place of an entry that satisfies `wanted`, by tag and packed address.
-    fn find(&self, key: Key, wanted: impl Fn(u32, u64) -> bool) -> Option<(usize, usize)> {
-        let ways = self.at(key).into_iter().flat_map(|at| (0..WAYS).map(move |way| (at, way)));
-        ways.into_iter().find(|&(at, way)| wanted(self.buckets[at].tags[way], self.buckets[at].addrs[way]))
+    /// The place of an entry.
+    fn find(&self, key: Key, tag: u32, entry: u64) -> Option<(usize, usize)> {
+        self.at(key).into_iter().find_map(|at| {
+            let bucket = &self.buckets[at];
+            Some((at, bucket.tagged(tag).find(|&way| bucket.addrs[way] == entry)?))
+        })
+    }
+
+    /// A place for a new entry.
+    fn find_empty(&self, key: Key) -> Option<(usize, usize)> {
+        self.at(key).into_iter().find_map(|at| {
+            let bucket = &self.buckets[at];
+            // What is empty has tag 0; so may an entry.
+            Some((at, bucket.tagged(0).find(|&way| bucket.addrs[way] & ADDR_MASK == 0)?))
+        })
     }
 
     /// Remembers `addr`, if the fingerprint is one of those kept. A full pair of buckets makes the table grow,
@@ -151,17 +178,16 @@ impl Index {
         }
         let (tag, spare) = key.tag();
         let entry = spare << ADDR_BITS | packed;
-        if self.find(key, |t, e| t == tag && e == entry).is_some() {
+        if self.find(key, tag, entry).is_some() {
             return;
         }
-        let empty = |_: u32, e: u64| e & ADDR_MASK == 0;
-        let mut free = self.find(key, empty);
+        let mut free = self.find_empty(key);
         if free.is_none()
             && self.buckets.len() < self.max_buckets
             && self.used * 3 > self.buckets.len() * WAYS
         {
             self.double();
-            free = self.find(key, empty);
+            free = self.find_empty(key);
         }
         self.used += usize::from(free.is_some());
         let (at, way) = free.unwrap_or((self.at(key)[0], (key.0 >> 56) as usize % WAYS));
@@ -174,7 +200,7 @@ impl Index {
         let Some(packed) = pack(addr) else { return };
         let (tag, spare) = key.tag();
         let entry = spare << ADDR_BITS | packed;
-        if let Some((at, way)) = self.find(key, |t, e| t == tag && e == entry) {
+        if let Some((at, way)) = self.find(key, tag, entry) {
             self.buckets[at].tags[way] = 0;
             self.buckets[at].addrs[way] = 0;
             self.used -= 1;

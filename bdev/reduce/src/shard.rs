@@ -993,23 +993,17 @@ fn take_references(
 ) -> Result<(), ApplyError> {
     let id = d.record.id;
     let c = d.containers.get_mut(first.container().get());
-    for n in 0..count {
-        let addr = first.plus(n).ok_or(ApplyError::Record("run leaves its container".into()))?;
-        let wrap = |error| ApplyError::Container { domain: id, container: addr.container(), error };
-        if c.change_refs(addr.slot(), 1).map_err(wrap)? > 1 {
-            continue;
+    let mut result = Ok(());
+    let taken = c.take_refs(first.slot(), count, |fragment, before, live| {
+        d.unique += (live - before) as u64;
+        let more = share(fragment, live) - share(fragment, before);
+        d.stored_bytes += u64::from(more);
+        if !segments.apply_live(fragment.place.segment.segment.0, more, true, now) {
+            result = Err(ApplyError::Segment(fragment.place.segment));
         }
-        d.unique += 1;
-        if let Some(fragment) = c.fragment_of(addr.slot()) {
-            let live = c.live_in(&fragment);
-            let more = share(&fragment, live) - share(&fragment, live - 1);
-            d.stored_bytes += u64::from(more);
-            if !segments.apply_live(fragment.place.segment.segment.0, more, true, now) {
-                return Err(ApplyError::Segment(fragment.place.segment));
-            }
-        }
-    }
-    Ok(())
+    });
+    taken.map_err(|error| ApplyError::Container { domain: id, container: first.container(), error })?;
+    result
 }
 
 pub(crate) fn drop_reference(

@@ -365,6 +365,40 @@ impl Container {
         Ok(new)
     }
 
+    /// Adds a reference to each of `count` slots from `first` on. `woken` gets each fragment in which slots came alive, with how
+    /// many of them lived before and live now.
+    pub fn take_refs(
+        &mut self,
+        first: u16,
+        count: u16,
+        mut woken: impl FnMut(&FragmentEntry, usize, usize),
+    ) -> Result<(), ContainerError> {
+        let end = first.saturating_add(count);
+        let mut slot = first;
+        while slot < end {
+            if usize::from(slot) >= SLOTS {
+                return Err(ContainerError::NoSuchSlot { slot });
+            }
+            let fragment = self.fragment_of(slot);
+            let fragment =
+                fragment.ok_or(ContainerError::BadReference { slot, refs: self.refs(slot), delta: 1 })?;
+            let before = self.live_in(&fragment);
+            let mut now = before;
+            for slot in slot..end.min(fragment.end_slot()) {
+                let refs = self.refs.get(slot.into());
+                let more = refs.checked_add(1).ok_or(ContainerError::TooManyReferences { slot })?;
+                self.refs.set(slot.into(), more);
+                now += usize::from(refs == 0);
+            }
+            self.live += (now - before) as u16;
+            if now > before {
+                woken(&fragment, before, now);
+            }
+            slot = fragment.end_slot();
+        }
+        Ok(())
+    }
+
     /// The leaf's content.
     pub fn encode(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(16 + 9 * self.fragments.len());

@@ -48,6 +48,11 @@ enum Change {
         slot: u16,
         delta: i32,
     },
+    /// A reference to each of these slots.
+    Run {
+        slot: u16,
+        count: u16,
+    },
     Split {
         pick: usize,
     },
@@ -59,6 +64,7 @@ fn change() -> impl Strategy<Value = Change> {
         4 => (0..40u16, any::<bool>(), 1..=MAX_CHUNKS as u8)
             .prop_map(|(gap, back, chunks)| Change::Add { gap, back, chunks }),
         5 => (0..520u16, -3..400i32).prop_map(|(slot, delta)| Change::Refs { slot, delta }),
+        3 => (0..512u16, 1..40u16).prop_map(|(slot, count)| Change::Run { slot, count }),
         2 => any::<usize>().prop_map(|pick| Change::Split { pick }),
         1 => Just(Change::Close),
     ]
@@ -121,6 +127,22 @@ proptest! {
                     if fits {
                         refs.insert(slot, new);
                     }
+                }
+                Change::Run { slot, count } => {
+                    let fits = slot + count <= 512
+                        && (slot..slot + count).all(|slot| fragments.iter().any(|entry| entry.holds(slot)));
+                    if !fits {
+                        continue;
+                    }
+                    let (before, mut woken) = (container.live(), 0);
+                    let each = |entry: &FragmentEntry, old: usize, now: usize| {
+                        let lived = |slot: &u16| refs.get(slot).is_some_and(|&refs| refs > 0);
+                        assert_eq!((entry.first_slot..entry.end_slot()).filter(lived).count(), old);
+                        woken += now - old;
+                    };
+                    prop_assert_eq!(container.take_refs(slot, count, each), Ok(()));
+                    prop_assert_eq!(usize::from(container.live() - before), woken);
+                    (slot..slot + count).for_each(|slot| *refs.entry(slot).or_insert(0) += 1);
                 }
                 Change::Split { pick } if !fragments.is_empty() => {
                     // As garbage collection does: one fragment per run of live slots.
