@@ -1,31 +1,21 @@
 //! Several cores that use one pool, in the simulator: each compresses and seals new data by itself, into segments that the
 //! pool's home lends it.
 
+mod support;
+
 use std::sync::Arc;
-use std::time::Duration;
 
 use cryptfold_bdev::{Access, Channel, Op, Registry, Status};
-use cryptfold_bdev_sim::{DiskOptions, Effect, Fault, Image, Rng, SimDisk, Survivors, Tear, When};
+use cryptfold_bdev_sim::{Effect, Fault, Image, Rng, Survivors, Tear, When};
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{Handle, Sim};
-use cryptfold_reduce::{CreateOptions, KeySource, LocalPool, Part, VolumeOptions};
+use cryptfold_reduce::{CreateOptions, LocalPool, Part, VolumeOptions};
+use support::{disk, key};
 
 const MIB: u64 = 1 << 20;
 const MEMORY: u64 = 16 * MIB;
 const CHUNK: usize = 4096;
 const CORES: usize = 3;
-
-fn key() -> KeySource {
-    KeySource::Bytes((0..32).collect())
-}
-
-fn disk(bytes: u64, image: Image) -> (Arc<Registry>, Arc<SimDisk>) {
-    let registry = Registry::new();
-    let mut options = DiskOptions::new("disk", bytes);
-    options.latency = Duration::from_micros(1)..Duration::from_micros(4);
-    let (disk, _) = SimDisk::create(&registry, options, image, 1).unwrap();
-    (registry, disk)
-}
 
 async fn create(registry: &Arc<Registry>, volume_bytes: u64) -> LocalPool {
     let options = CreateOptions { memory_budget: Some(MEMORY), ..CreateOptions::new(key()) };

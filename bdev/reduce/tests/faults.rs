@@ -1,30 +1,18 @@
 //! A device that fails or lies: errors, never wrong data, and what was made durable comes back.
 
+mod support;
+
 use std::sync::Arc;
-use std::time::Duration;
 
 use cryptfold_bdev::{Access, Channel, Op, Registry, Status};
-use cryptfold_bdev_sim::{DiskOptions, Effect, Fault, Image, Rng, SimDisk, When};
+use cryptfold_bdev_sim::{Effect, Fault, Image, Rng, When};
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{self as reactor, Sim};
-use cryptfold_reduce::{CreateOptions, KeySource, LocalPool, PoolError, VolumeOptions};
+use cryptfold_reduce::{CreateOptions, LocalPool, PoolError, VolumeOptions};
+use support::key;
 
 const MIB: u64 = 1 << 20;
 const BLOCKS: u64 = 1024;
-
-fn key() -> KeySource {
-    KeySource::Bytes((0..32).collect())
-}
-
-fn disk(image: Image) -> (Arc<Registry>, Arc<SimDisk>) {
-    let filter = tracing_subscriber::EnvFilter::from_default_env();
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
-    let registry = Registry::new();
-    let mut options = DiskOptions::new("disk", 40 * MIB);
-    options.latency = Duration::from_micros(1)..Duration::from_micros(4);
-    let (disk, _) = SimDisk::create(&registry, options, image, 1).unwrap();
-    (registry, disk)
-}
 
 async fn create(registry: &Arc<Registry>) -> LocalPool {
     let mut options = CreateOptions::new(key());
@@ -99,7 +87,7 @@ fn expect(model: &Model, lba: u64, data: &[u8]) {
 
 async fn one_lie(seed: u64) {
     let mut rng = Rng::new(seed);
-    let (registry, disk) = disk(Image::zeroed());
+    let (registry, disk) = support::disk(40 * MIB, Image::zeroed());
     let pool = create(&registry).await;
     let channel = open(&registry);
     let mut model: Model = vec![Some(0); BLOCKS as usize];
@@ -146,7 +134,7 @@ fn a_device_that_lies_once_gives_errors_and_no_wrong_data() {
 #[test]
 fn a_device_that_takes_no_data_stops_the_pool_and_loses_nothing() {
     Sim::new(3).run(|| async {
-        let (registry, disk) = disk(Image::zeroed());
+        let (registry, disk) = support::disk(40 * MIB, Image::zeroed());
         let pool = create(&registry).await;
         let channel = open(&registry);
         let mut model: Model = vec![Some(0); BLOCKS as usize];
@@ -176,7 +164,7 @@ fn a_device_that_takes_no_data_stops_the_pool_and_loses_nothing() {
 #[test]
 fn a_hole_in_the_journal_is_refused_and_a_torn_end_is_not() {
     Sim::new(4).run(|| async {
-        let (registry, disk) = disk(Image::zeroed());
+        let (registry, disk) = support::disk(40 * MIB, Image::zeroed());
         let pool = create(&registry).await;
         let channel = open(&registry);
         pool.checkpoint().await.unwrap();
@@ -198,7 +186,7 @@ fn a_hole_in_the_journal_is_refused_and_a_torn_end_is_not() {
         drop(before);
         let full = disk.content();
         let reopened = |image: Image| async move {
-            let (registry, _disk) = self::disk(image);
+            let (registry, _disk) = support::disk(40 * MIB, image);
             match reopen(&registry).await {
                 Ok(pool) => {
                     let channel = open(&registry);

@@ -1,12 +1,14 @@
 //! Key slots of a pool: who opens it, what power cuts leave, and what of older formats.
 
+mod support;
+
 use std::cell::Cell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::Duration;
 
 use cryptfold_bdev::{Access, Channel, Op, Registry, Status};
-use cryptfold_bdev_sim::{DiskOptions, Effect, Fault, Image, Rng, SimDisk, Survivors, Tear, When};
+use cryptfold_bdev_sim::{Effect, Fault, Image, Rng, SimDisk, Survivors, Tear, When};
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{self as reactor, Sim};
 use cryptfold_reduce::keys::Kek;
@@ -26,16 +28,6 @@ fn key(n: u8) -> KeySource {
 
 fn kek(n: u8) -> Kek {
     Kek::from_file(&bytes(n)).unwrap()
-}
-
-fn disk(image: Image) -> (Arc<Registry>, Arc<SimDisk>) {
-    let filter = tracing_subscriber::EnvFilter::from_default_env();
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
-    let registry = Registry::new();
-    let mut options = DiskOptions::new("disk", 40 * MIB);
-    options.latency = Duration::from_micros(1)..Duration::from_micros(4);
-    let (disk, _) = SimDisk::create(&registry, options, image, 1).unwrap();
-    (registry, disk)
 }
 
 async fn create(registry: &Arc<Registry>, first_format: bool) -> LocalPool {
@@ -76,7 +68,7 @@ fn slots(pool: &LocalPool, keys: &[u8]) -> [Option<KeySlot>; MAX_KEY_SLOTS] {
 #[test]
 fn several_keys_open_a_pool_until_they_are_removed() {
     Sim::new(1).run(|| async {
-        let (registry, _disk) = disk(Image::zeroed());
+        let (registry, _disk) = support::disk(40 * MIB, Image::zeroed());
         let pool = create(&registry, false).await;
         pool.change_slots(slots(&pool, &[0, 1, 2])).await.unwrap();
         pool.close().await.unwrap();
@@ -101,7 +93,7 @@ fn several_keys_open_a_pool_until_they_are_removed() {
 #[test]
 fn a_removed_slot_does_not_come_back_with_an_old_copy() {
     Sim::new(2).run(|| async {
-        let (registry, disk) = disk(Image::zeroed());
+        let (registry, disk) = support::disk(40 * MIB, Image::zeroed());
         let pool = create(&registry, false).await;
         let mut old = vec![0; 4096];
         disk.content().read(MIB + KEYS_AT, &mut old);
@@ -109,7 +101,7 @@ fn a_removed_slot_does_not_come_back_with_an_old_copy() {
         pool.close().await.unwrap();
         let mut image = disk.content();
         image.write(MIB + KEYS_AT, &old);
-        let (registry, disk) = self::disk(image);
+        let (registry, disk) = support::disk(40 * MIB, image);
         assert!(matches!(reopen(&registry, 0).await, Err(PoolError::WrongKey { .. })));
         let pool = reopen(&registry, 1).await.unwrap();
         let mut now = vec![0; 4096];
@@ -132,7 +124,7 @@ fn a_power_cut_leaves_the_old_slots_or_the_new_ones() {
             let done = Rc::new(Cell::new(false));
             let (tell, finished) = (told.clone(), done.clone());
             Sim::new(cut).run(move || async move {
-                let (registry, disk) = disk(Image::zeroed());
+                let (registry, disk) = support::disk(40 * MIB, Image::zeroed());
                 let pool = create(&registry, false).await;
                 disk.cut_power_after(cut);
                 let change = pool.clone();
@@ -147,7 +139,7 @@ fn a_power_cut_leaves_the_old_slots_or_the_new_ones() {
                 }
                 finished.set(tell.get());
                 let image = disk.crash(survivors, Tear::Sectors, &mut Rng::new(cut));
-                let (registry, _disk) = self::disk(image);
+                let (registry, _disk) = support::disk(40 * MIB, image);
                 let (n, other) = match reopen(&registry, 0).await {
                     Ok(pool) => {
                         is_whole(&registry).await;
@@ -173,7 +165,7 @@ fn a_power_cut_leaves_the_old_slots_or_the_new_ones() {
 #[test]
 fn a_pool_of_the_first_format_opens() {
     Sim::new(3).run(|| async {
-        let (registry, disk) = disk(Image::zeroed());
+        let (registry, disk) = support::disk(40 * MIB, Image::zeroed());
         let pool = create(&registry, true).await;
         assert_eq!(pool.key_block().erasure, [None, None]);
         pool.close().await.unwrap();
@@ -183,7 +175,7 @@ fn a_pool_of_the_first_format_opens() {
         pool.change_slots(slots(&pool, &[4])).await.unwrap();
         disk.cut_power();
         let image = disk.crash(Survivors::All, Tear::Whole, &mut Rng::new(1));
-        let (registry, _disk) = self::disk(image);
+        let (registry, _disk) = support::disk(40 * MIB, image);
         let pool = reopen(&registry, 4).await.unwrap();
         is_whole(&registry).await;
         assert_eq!(pool.domains().len(), 2);
@@ -195,7 +187,7 @@ fn a_pool_of_the_first_format_opens() {
 #[test]
 fn a_back_up_brings_a_pool_without_anchors_back() {
     Sim::new(4).run(|| async {
-        let (registry, disk) = disk(Image::zeroed());
+        let (registry, disk) = support::disk(40 * MIB, Image::zeroed());
         let pool = create(&registry, false).await;
         let (old, _) = pool.backup().unwrap();
         pool.change_slots(slots(&pool, &[1, 2])).await.unwrap();
@@ -217,7 +209,7 @@ fn a_back_up_brings_a_pool_without_anchors_back() {
         for anchor in [0, MIB, 20 * MIB, 40 * MIB - 16384] {
             image.write(anchor, &[0; 16384]);
         }
-        let (registry, _disk) = self::disk(image);
+        let (registry, _disk) = support::disk(40 * MIB, image);
         assert!(LocalPool::open(&registry, "disk", &key(1), None).await.unwrap().is_none());
         assert!(restore(&registry, &keys, 2, false).await.unwrap());
         let pool = reopen(&registry, 1).await.unwrap();
@@ -277,7 +269,7 @@ async fn is_clean(pool: &LocalPool) {
 #[test]
 fn an_erased_domain_is_gone_and_its_space_is_free() {
     Sim::new(5).run(|| async {
-        let (registry, disk) = disk(Image::zeroed());
+        let (registry, disk) = support::disk(40 * MIB, Image::zeroed());
         let pool = with_tenant(&registry).await;
         let (wrapped, others) = (pool.wrapped_keys("tenant"), pool.wrapped_keys("default"));
         let before = pool.key_block();
@@ -343,7 +335,7 @@ fn a_power_cut_during_an_erasure_leaves_a_domain_whole_or_gone() {
         let gone = Rc::new(Cell::new((false, false)));
         let said = gone.clone();
         Sim::new(cut).run(move || async move {
-            let (registry, disk) = disk(Image::zeroed());
+            let (registry, disk) = support::disk(40 * MIB, Image::zeroed());
             let pool = with_tenant(&registry).await;
             let secret = pool.key_block().erasure[0].unwrap();
             disk.cut_power_after(cut);
@@ -351,7 +343,7 @@ fn a_power_cut_during_an_erasure_leaves_a_domain_whole_or_gone() {
             let done = until_off(&disk, async move { erasing.erase_domain("tenant").await.is_ok() }).await;
             let image = disk.crash(survivors, Tear::Sectors, &mut Rng::new(cut));
             drop((pool, registry));
-            let (registry, disk) = self::disk(image);
+            let (registry, disk) = support::disk(40 * MIB, image);
             let pool = reopen(&registry, 0).await.unwrap();
             is_whole(&registry).await;
             is_clean(&pool).await;
@@ -400,7 +392,7 @@ fn an_erased_pool_opens_with_nothing() {
         let said = Rc::new(Cell::new(0));
         let say = said.clone();
         Sim::new(cut).run(move || async move {
-            let (registry, disk) = disk(Image::zeroed());
+            let (registry, disk) = support::disk(40 * MIB, Image::zeroed());
             let pool = create(&registry, false).await;
             pool.change_slots(slots(&pool, &[0, 3])).await.unwrap();
             let block = pool.key_block();
@@ -413,7 +405,7 @@ fn an_erased_pool_opens_with_nothing() {
             let image = disk.crash(Survivors::Random, Tear::Sectors, &mut Rng::new(cut));
             drop(registry);
             let left: usize = wrapped.iter().map(|key| count(&image, key)).sum();
-            let (registry, disk) = self::disk(image);
+            let (registry, disk) = support::disk(40 * MIB, image);
             match LocalPool::open(&registry, "disk", &key(3), Some(16 * MIB)).await {
                 Ok(Some(pool)) => {
                     assert!(done.is_none() && left >= 3);
@@ -447,7 +439,7 @@ fn an_erased_pool_opens_with_nothing() {
 #[test]
 fn a_pool_of_the_first_format_says_that_it_can_not_erase_a_domain() {
     Sim::new(6).run(|| async {
-        let (registry, _disk) = disk(Image::zeroed());
+        let (registry, _disk) = support::disk(40 * MIB, Image::zeroed());
         let pool = create(&registry, true).await;
         assert!(matches!(pool.erase_domain("default").await, Err(PoolError::NotErasable(_))));
         is_whole(&registry).await;
@@ -465,7 +457,7 @@ fn fail_keys_after(disk: &SimDisk, writes: u64) {
 #[test]
 fn an_erasure_after_one_that_failed_takes_away_the_secret_in_use() {
     Sim::new(7).run(|| async {
-        let (registry, disk) = disk(Image::zeroed());
+        let (registry, disk) = support::disk(40 * MIB, Image::zeroed());
         let pool = with_tenant(&registry).await;
         let first = pool.key_block().erasure[0].unwrap();
         // The new secret gets there; what overwrites the old one does not.
@@ -502,7 +494,7 @@ fn an_erasure_after_one_that_failed_takes_away_the_secret_in_use() {
 #[test]
 fn an_opening_that_can_not_finish_an_erasure_lets_go_of_the_device() {
     Sim::new(8).run(|| async {
-        let (registry, disk) = disk(Image::zeroed());
+        let (registry, disk) = support::disk(40 * MIB, Image::zeroed());
         let pool = with_tenant(&registry).await;
         fail_keys_after(&disk, 1);
         assert!(pool.erase_domain("tenant").await.is_err());

@@ -1,31 +1,20 @@
 //! Late deduplication: what a sampled index has missed is found, maps change and nothing that can be read does.
 
+mod support;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use cryptfold_bdev::{Access, Channel, Registry};
-use cryptfold_bdev_sim::{DiskOptions, Image, Rng, SimDisk, Survivors, Tear};
+use cryptfold_bdev_sim::{Image, Rng, Survivors, Tear};
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{self as reactor, Sim};
-use cryptfold_reduce::{CreateOptions, KeySource, LateInfo, LocalPool, ScrubState, VolumeOptions};
+use cryptfold_reduce::{CreateOptions, LateInfo, LocalPool, ScrubState, VolumeOptions};
+use support::key;
 
 const MIB: u64 = 1 << 20;
 /// Distinct blocks: eight containers.
 const VALUES: u64 = 4096;
-
-fn key() -> KeySource {
-    KeySource::Bytes((0..32).collect())
-}
-
-fn disk(image: Image) -> (Arc<Registry>, Arc<SimDisk>) {
-    let filter = tracing_subscriber::EnvFilter::from_default_env();
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
-    let registry = Registry::new();
-    let mut options = DiskOptions::new("disk", 192 * MIB);
-    options.latency = Duration::from_micros(1)..Duration::from_micros(4);
-    let (disk, _) = SimDisk::create(&registry, options, image, 1).unwrap();
-    (registry, disk)
-}
 
 fn volume(name: &str) -> VolumeOptions {
     VolumeOptions { name: name.into(), size_bytes: 2 * VALUES * 4096, ..VolumeOptions::default() }
@@ -109,7 +98,7 @@ async fn clean(pool: &LocalPool) {
 fn all_that_the_sample_has_missed_is_found() {
     for batch in [None, Some(3)] {
         Sim::new(3).run(move || async move {
-            let (registry, _disk) = disk(Image::zeroed());
+            let (registry, _disk) = support::disk(192 * MIB, Image::zeroed());
             let pool = new_pool(&registry).await;
             let channel = open(&registry, "v", Access::ReadWrite);
             let values = fill(&channel, 7).await;
@@ -136,7 +125,7 @@ fn all_that_the_sample_has_missed_is_found() {
 #[test]
 fn snapshots_and_clones_show_the_same_afterwards() {
     Sim::new(4).run(|| async {
-        let (registry, _disk) = disk(Image::zeroed());
+        let (registry, _disk) = support::disk(192 * MIB, Image::zeroed());
         let pool = new_pool(&registry).await;
         let channel = open(&registry, "v", Access::ReadWrite);
         let values = fill(&channel, 8).await;
@@ -171,7 +160,7 @@ fn snapshots_and_clones_show_the_same_afterwards() {
 #[test]
 fn a_pass_that_loses_power_goes_on_where_it_was() {
     Sim::new(5).run(|| async {
-        let (registry, disk) = disk(Image::zeroed());
+        let (registry, disk) = support::disk(192 * MIB, Image::zeroed());
         let pool = new_pool(&registry).await;
         let channel = open(&registry, "v", Access::ReadWrite);
         let values = fill(&channel, 9).await;
@@ -190,7 +179,7 @@ fn a_pass_that_loses_power_goes_on_where_it_was() {
         disk.cut_power();
         let image = disk.crash(Survivors::Random, Tear::Sectors, &mut Rng::new(5));
         drop((channel, pool));
-        let (registry, _disk) = self::disk(image);
+        let (registry, _disk) = support::disk(192 * MIB, image);
         let pool = reopen(&registry).await;
         let channel = open(&registry, "v", Access::ReadWrite);
         verify(&channel, &values).await;
@@ -206,7 +195,7 @@ fn a_pass_that_loses_power_goes_on_where_it_was() {
 fn hosts_that_overwrite_meanwhile_have_what_they_wrote() {
     for seed in 0..4 {
         Sim::new(seed).run(move || async move {
-            let (registry, _disk) = disk(Image::zeroed());
+            let (registry, _disk) = support::disk(192 * MIB, Image::zeroed());
             let pool = new_pool(&registry).await;
             let channel = open(&registry, "v", Access::ReadWrite);
             let mut now = fill(&channel, seed).await;

@@ -9,6 +9,7 @@ use cryptfold_bdev::{Access, BdevEvent, Registry};
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{IdlePolicy, Runtime, RuntimeConfig};
 use cryptfold_reduce::{Compression, CreateOptions, KeySource, PoolError, PoolManager, VolumeOptions};
+use support::key;
 
 const MIB: u64 = 1 << 20;
 
@@ -20,10 +21,6 @@ fn runtime(cores: usize) -> Runtime {
         ..RuntimeConfig::default()
     };
     Runtime::start(config).unwrap()
-}
-
-fn key() -> KeySource {
-    KeySource::Bytes((0..32).collect())
 }
 
 fn options() -> CreateOptions {

@@ -1,31 +1,21 @@
 //! A pool's promises one by one, in the simulator: reduction and its accounting, thin volumes, both block sizes, damage,
 //! space running out and coming back, ownership, refusals.
 
+mod support;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use cryptfold_bdev::{Access, Channel, Io, Op, Registry, Status};
-use cryptfold_bdev_sim::{DiskOptions, Image, Rng, SimDisk, Survivors, Tear};
+use cryptfold_bdev_sim::{Image, Rng, Survivors, Tear};
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{self as reactor, Sim};
 use cryptfold_reduce::{Compression, CreateOptions, KeySource, LocalPool, PoolError, VolumeOptions};
+use support::{disk, key};
 
 const MIB: u64 = 1 << 20;
 const MEMORY: u64 = 16 * MIB;
 const CHUNK: usize = 4096;
-
-fn key() -> KeySource {
-    KeySource::Bytes((0..32).collect())
-}
-
-/// A registry with a fast disk of `bytes` bytes named "disk".
-fn disk(bytes: u64, image: Image) -> (Arc<Registry>, Arc<SimDisk>) {
-    let filter = tracing_subscriber::EnvFilter::from_default_env();
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
-    let registry = Registry::new();
-    let (disk, _) = SimDisk::create(&registry, fast("disk", bytes), image, 1).unwrap();
-    (registry, disk)
-}
 
 fn options() -> CreateOptions {
     let mut options = CreateOptions::new(key());
@@ -85,11 +75,6 @@ fn run<F: Future<Output = ()> + 'static>(f: impl FnOnce() -> F + 'static) {
 }
 
 /// Fast, so that virtual time stays short.
-fn fast(name: &str, bytes: u64) -> DiskOptions {
-    let mut options = DiskOptions::new(name, bytes);
-    options.latency = Duration::from_micros(1)..Duration::from_micros(4);
-    options
-}
 
 #[test]
 fn reduces_and_accounts() {

@@ -1,31 +1,19 @@
 //! The audit finds what is wrong, the repair mends what can be mended, and what could be read can be read after it.
 
+mod support;
+
 use std::sync::Arc;
-use std::time::Duration;
 
 use cryptfold_bdev::{Access, Channel, Registry};
-use cryptfold_bdev_sim::{DiskOptions, Image, Rng, SimDisk};
+use cryptfold_bdev_sim::{Image, Rng, SimDisk};
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{self as reactor, Sim};
-use cryptfold_reduce::{CheckReport, CreateOptions, Falsify, KeySource, LocalPool, Part, VolumeOptions};
+use cryptfold_reduce::{CheckReport, CreateOptions, Falsify, LocalPool, Part, VolumeOptions};
+use support::key;
 
 const MIB: u64 = 1 << 20;
 const DISK: u64 = 64 * MIB;
 const BLOCKS: u64 = 4096;
-
-fn key() -> KeySource {
-    KeySource::Bytes((0..32).collect())
-}
-
-fn disk(image: Image) -> (Arc<Registry>, Arc<SimDisk>) {
-    let filter = tracing_subscriber::EnvFilter::from_default_env();
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
-    let registry = Registry::new();
-    let mut options = DiskOptions::new("disk", DISK);
-    options.latency = Duration::from_micros(1)..Duration::from_micros(4);
-    let (disk, _) = SimDisk::create(&registry, options, image, 1).unwrap();
-    (registry, disk)
-}
 
 async fn reopen(registry: &Arc<Registry>) -> LocalPool {
     LocalPool::open(registry, "disk", &key(), Some(16 * MIB)).await.unwrap().expect("a pool")
@@ -94,7 +82,7 @@ fn on<F: Future<Output = LocalPool> + 'static>(
 ) -> Image {
     let (send, receive) = std::sync::mpsc::channel();
     Sim::new(5).run(move || async move {
-        let (registry, disk) = disk(image);
+        let (registry, disk) = support::disk(DISK, image);
         let pool = f(registry, disk.clone()).await;
         pool.close().await.unwrap();
         send.send(disk.content()).unwrap();
@@ -232,7 +220,7 @@ fn whatever_is_damaged_the_repair_loses_nothing_that_can_be_read() {
         }
         let (send, receive) = std::sync::mpsc::channel();
         Sim::new(seed).run(move || async move {
-            let (registry, _disk) = disk(image);
+            let (registry, _disk) = support::disk(DISK, image);
             let Ok(Some(pool)) = LocalPool::open(&registry, "disk", &key(), Some(16 * MIB)).await else {
                 return;
             };
@@ -259,7 +247,7 @@ fn an_audit_offline_writes_nothing_and_replays_the_journal() {
     let crashed = {
         let (send, receive) = std::sync::mpsc::channel();
         Sim::new(9).run(move || async move {
-            let (registry, disk) = disk(Image::zeroed());
+            let (registry, disk) = support::disk(DISK, Image::zeroed());
             let _pool = filled(&registry).await;
             let channel = open(&registry);
             for lba in 100..140 {
@@ -271,7 +259,7 @@ fn an_audit_offline_writes_nothing_and_replays_the_journal() {
         receive.recv().unwrap()
     };
     Sim::new(10).run(move || async move {
-        let (registry, disk) = disk(crashed.clone());
+        let (registry, disk) = support::disk(DISK, crashed.clone());
         let (info, report) = LocalPool::audit(&registry, "disk", &key(), true).await.unwrap().unwrap();
         clean(&report);
         assert_eq!((info.name.as_str(), report.blocks), ("p", 2048));
@@ -286,7 +274,7 @@ fn an_audit_offline_writes_nothing_and_replays_the_journal() {
         let pool = reopen(&registry).await;
         let channel = open(&registry);
         assert_eq!(channel.read(100, 1).await.unwrap().to_contiguous().as_slice(), block(1100));
-        let (other, _second) = self::disk(disk.content());
+        let (other, _second) = support::disk(DISK, disk.content());
         drop(channel);
         let beating = reactor::spawn_local(async move {
             LocalPool::audit(&other, "disk", &key(), false).await.map(|found| found.is_some())

@@ -1,33 +1,22 @@
 //! The scrub finds what the device has spoilt, errors hit exactly the blocks concerned, and a later write of the same data
 //! heals all that refer to it. And the pool grows with its device.
 
+mod support;
+
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
 use cryptfold_bdev::{Access, Channel, Op, Registry, Status};
-use cryptfold_bdev_sim::{DiskOptions, Effect, Fault, Image, Rng, SimDisk, When};
+use cryptfold_bdev_sim::{Effect, Fault, Image, Rng, When};
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{self as reactor, Sim};
-use cryptfold_reduce::{CreateOptions, KeySource, LocalPool, Part, ScrubInfo, ScrubState, VolumeOptions};
+use cryptfold_reduce::{CreateOptions, LocalPool, Part, ScrubInfo, ScrubState, VolumeOptions};
+use support::{disk, key};
 
 const MIB: u64 = 1 << 20;
 const BLOCKS: u64 = 8192;
 const FAST: u64 = 10_000_000_000;
-
-fn key() -> KeySource {
-    KeySource::Bytes((0..32).collect())
-}
-
-fn disk(bytes: u64, image: Image) -> (Arc<Registry>, Arc<SimDisk>) {
-    let filter = tracing_subscriber::EnvFilter::from_default_env();
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
-    let registry = Registry::new();
-    let mut options = DiskOptions::new("disk", bytes);
-    options.latency = Duration::from_micros(1)..Duration::from_micros(4);
-    let (disk, _) = SimDisk::create(&registry, options, image, 1).unwrap();
-    (registry, disk)
-}
 
 async fn create(registry: &Arc<Registry>) -> LocalPool {
     let mut options = CreateOptions::new(key());

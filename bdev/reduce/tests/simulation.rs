@@ -3,6 +3,8 @@
 //!
 //! `CRYPTFOLD_SEEDS` sets the number of seeds, `CRYPTFOLD_SEED` runs one.
 
+mod support;
+
 use std::cell::RefCell;
 use std::rc::Rc;
 
@@ -10,14 +12,11 @@ use cryptfold_bdev::Status;
 use cryptfold_bdev_sim::harness::{
     Deed, LocalFuture, Machine, Manage, Options, Stack, Summary, every_point, life, seeds,
 };
-use cryptfold_reduce::{CreateOptions, KeySource, LocalPool, PoolError, VolumeOptions};
+use cryptfold_reduce::{CreateOptions, LocalPool, PoolError, VolumeOptions};
+use support::key;
 
 const MIB: u64 = 1 << 20;
 const MEMORY: u64 = 24 * MIB;
-
-fn key() -> KeySource {
-    KeySource::Bytes((0..32).collect())
-}
 
 /// A pool with volumes of both block sizes, two of them in one domain, one in another.
 #[derive(Default)]

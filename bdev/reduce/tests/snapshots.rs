@@ -1,6 +1,8 @@
 //! Snapshots, clones and what becomes of them, against a model that copies everything; in the simulator, without power cuts
 //! (those are in `simulation.rs`).
 
+mod support;
+
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::rc::Rc;
@@ -8,33 +10,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cryptfold_bdev::{Access, Channel, Class, Registry, Status};
-use cryptfold_bdev_sim::{DiskOptions, Image, Rng, SimDisk};
+use cryptfold_bdev_sim::{Image, Rng};
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{self as reactor, Sim};
-use cryptfold_reduce::{CreateOptions, KeySource, LocalPool, PoolError, VolumeInfo, VolumeOptions};
+use cryptfold_reduce::{CreateOptions, LocalPool, PoolError, VolumeInfo, VolumeOptions};
+use support::{disk, key};
 
 const MIB: u64 = 1 << 20;
 const CHUNK: usize = 4096;
-
-fn key() -> KeySource {
-    KeySource::Bytes((0..32).collect())
-}
 
 async fn new_pool(registry: &Arc<Registry>) -> LocalPool {
     let mut options = CreateOptions::new(key());
     options.memory_budget = Some(16 * MIB);
     options.segment_bytes = Some(MIB as u32);
     LocalPool::create(registry, "disk", "p", &options).await.unwrap()
-}
-
-fn registry(bytes: u64) -> (Arc<Registry>, Arc<SimDisk>) {
-    let filter = tracing_subscriber::EnvFilter::from_default_env();
-    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
-    let registry = Registry::new();
-    let mut options = DiskOptions::new("disk", bytes);
-    options.latency = Duration::from_micros(1)..Duration::from_micros(4);
-    let (disk, _) = SimDisk::create(&registry, options, Image::zeroed(), 1).unwrap();
-    (registry, disk)
 }
 
 async fn reopen(pool: LocalPool, registry: &Arc<Registry>) -> LocalPool {
@@ -265,7 +254,7 @@ impl World {
 }
 
 async fn life(seed: u64) {
-    let (registry, _disk) = registry(96 * MIB);
+    let (registry, _disk) = disk(96 * MIB, Image::zeroed());
     let pool = Some(new_pool(&registry).await);
     let models = BTreeMap::new();
     let mut world = World { registry, pool, rng: Rng::new(seed), models, made: 0, next_value: 0 };
@@ -309,7 +298,7 @@ fn random_lives_agree_with_a_model() {
 #[test]
 fn a_snapshot_stays_and_a_clone_goes_its_own_way() {
     run(1, || async {
-        let (registry, _disk) = registry(64 * MIB);
+        let (registry, _disk) = disk(64 * MIB, Image::zeroed());
         let pool = new_pool(&registry).await;
         pool.create_volume(&options("v", 2000)).await.unwrap();
         write(&registry, "v", 10, &[1, 3, 5]).await;
@@ -351,7 +340,7 @@ fn a_snapshot_stays_and_a_clone_goes_its_own_way() {
 #[test]
 fn the_space_of_each_is_known() {
     run(1, || async {
-        let (registry, _disk) = registry(64 * MIB);
+        let (registry, _disk) = disk(64 * MIB, Image::zeroed());
         let pool = new_pool(&registry).await;
         pool.create_volume(&options("v", 2000)).await.unwrap();
         let exclusive = |name: &str| info(&pool, name).exclusive_bytes / 4096;
@@ -389,7 +378,7 @@ fn a_thousand_snapshots_cost_writes_nothing() {
         let result = Rc::new(Cell::new((0, 0)));
         let answer = result.clone();
         run(3, move || async move {
-            let (registry, _disk) = registry(256 * MIB);
+            let (registry, _disk) = disk(256 * MIB, Image::zeroed());
             let pool = new_pool(&registry).await;
             pool.create_volume(&options("v", 16384)).await.unwrap();
             let all: Vec<u64> = (0..16384).map(|n| 2 * n + 1).collect();

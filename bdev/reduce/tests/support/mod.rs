@@ -1,13 +1,37 @@
-//! A RAM disk as simple as it gets, for tests and measurements on real reactors.
+//! What several tests need: a key, a fast simulated disk, and a RAM disk as simple as it gets for real reactors.
 
 #![allow(dead_code)]
 
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use cryptfold_bdev::{BdevError, Device, DeviceInfo, Io, Op, OpSet, Queue, Registry, Status};
+use cryptfold_bdev_sim::{DiskOptions, Image, SimDisk};
 use cryptfold_reactor::memory::{Buf, SgList};
+use cryptfold_reduce::KeySource;
+
+/// The key of a test's pool.
+pub fn key() -> KeySource {
+    KeySource::Bytes((0..32).collect())
+}
+
+/// A simulated disk that answers within 4 us.
+pub fn fast(name: &str, bytes: u64) -> DiskOptions {
+    let mut options = DiskOptions::new(name, bytes);
+    options.latency = Duration::from_micros(1)..Duration::from_micros(4);
+    options
+}
+
+/// A registry with a fast disk of `bytes` bytes named "disk"; what is traced goes to stderr.
+pub fn disk(bytes: u64, image: Image) -> (Arc<Registry>, Arc<SimDisk>) {
+    let filter = tracing_subscriber::EnvFilter::from_default_env();
+    let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    let registry = Registry::new();
+    let (disk, _) = SimDisk::create(&registry, fast("disk", bytes), image, 1).unwrap();
+    (registry, disk)
+}
 
 type Fuse = (u64, Box<dyn FnOnce() + Send>);
 
