@@ -83,6 +83,19 @@ struct Row {
 }
 
 impl Row {
+    /// Nobody has it, and it may be opened at once if it is free.
+    fn new(entry: SegmentEntry) -> Row {
+        Row {
+            entry,
+            handle: None,
+            free_since: Sequence(0),
+            open: false,
+            queued: false,
+            spoilt: false,
+            damaged: false,
+        }
+    }
+
     /// Whether somebody else has its handle.
     fn is_pinned(&self) -> bool {
         let pinned = self.handle.as_ref().is_some_and(|h| Arc::strong_count(h) > 1);
@@ -142,19 +155,7 @@ impl Segments {
     pub fn from_entries(geometry: Geometry, entries: Vec<SegmentEntry>, epoch: OwnerEpoch) -> Segments {
         let known = entries.len() as u32;
         let more = (known..geometry.segments).map(|number| fresh(&geometry, number));
-        let rows: Vec<Row> = entries
-            .into_iter()
-            .chain(more)
-            .map(|entry| Row {
-                entry,
-                handle: None,
-                free_since: Sequence(0),
-                open: false,
-                queued: false,
-                spoilt: false,
-                damaged: false,
-            })
-            .collect();
+        let rows: Vec<Row> = entries.into_iter().chain(more).map(Row::new).collect();
         let pages = rows.len().div_ceil(SEGMENTS_PER_LEAF);
         let mut table = Segments {
             geometry,
@@ -267,15 +268,7 @@ impl Segments {
     pub fn grow(&mut self, geometry: Geometry) {
         let first = self.rows.len() as u32;
         for number in first..geometry.segments {
-            self.rows.push(Row {
-                entry: fresh(&geometry, number),
-                handle: None,
-                free_since: Sequence(0),
-                open: false,
-                queued: false,
-                spoilt: false,
-                damaged: false,
-            });
+            self.rows.push(Row::new(fresh(&geometry, number)));
             if self.rows[number as usize].entry.state == SegmentState::Free {
                 self.usable += 1;
             }
