@@ -139,8 +139,7 @@ impl Pool {
                 blocks: v.record.blocks,
                 flags: v.record.flags,
                 durable: shard.pool.flags & pool_flags::DURABLE != 0,
-                hasher: domain.hasher.clone(),
-                generation: domain.generation,
+                hasher: domain.shared.clone(),
             },
         ))
     }
@@ -323,6 +322,7 @@ impl Pool {
             healed: self.healed.get(),
             scrub: self.scrub.borrow().clone(),
             late: self.late.borrow().clone(),
+            renewal: self.renewal.borrow().clone(),
             failed: self.failure.get().map(|status| status.to_string()),
             created_ms: superblock.created_ms,
         }
@@ -404,6 +404,10 @@ fn domain_info(shard: &Shard, d: &Domain) -> DomainInfo {
         uuid: d.record.uuid,
         name: d.record.name.clone(),
         volumes: volumes.iter().filter(|v| !v.is_deleting()).count() as u64,
+        generation: d.generation.0,
+        encrypted: !d.is_plain(),
+        changing: d.is_changing(),
+        old_bytes: shard.segments.old_bytes(d.record.id, d.generation),
         space: Space {
             logical_bytes: volumes.iter().map(|v| (v.chunks + v.special) * 4096).sum(),
             zero_bytes: volumes.iter().map(|v| v.special * 4096).sum(),

@@ -299,9 +299,7 @@ impl Pool {
     fn seal_pending(&self) -> Result<Vec<Sealed>, Status> {
         let shard = self.shard.borrow();
         let key = |scope| match scope {
-            Scope::Domain { domain, generation } => {
-                shard.domains.get(&domain.0).filter(|d| d.generation == generation)?.journal.as_ref()
-            }
+            Scope::Domain { domain, generation } => shard.domains.get(&domain.0)?.journals.get(&generation),
             _ => None,
         };
         self.journal.borrow_mut().cut(key).map_err(|error| {

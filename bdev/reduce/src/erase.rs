@@ -46,7 +46,7 @@ use crate::pool::{Life, Pool};
 use crate::shard::Shard;
 
 impl Pool {
-    fn key_error(&self, reason: KeyError) -> PoolError {
+    pub(crate) fn key_error(&self, reason: KeyError) -> PoolError {
         PoolError::Key { device: self.handle.base_name.clone(), reason }
     }
 
@@ -130,7 +130,8 @@ impl Pool {
     }
 
     /// Adds a new erasure secret beside the one in use. There is one: see [`Pool::retire_secret`].
-    async fn renew_secret(&self) -> Result<(), PoolError> {
+    pub(crate) async fn renew_secret(&self) -> Result<(), PoolError> {
+        let _one = self.changing_keys.lock().await;
         let before = self.key_block.borrow().clone();
         debug_assert!(before.erasure[1].is_none(), "a third secret beside two");
         let new = keys::wrap(self.keys.wrap_key(), &random_secret()).map_err(|e| self.key_error(e))?;
@@ -152,7 +153,11 @@ impl Pool {
         self.rewrap(&mut self.shard.borrow_mut()).map_err(|e| self.key_error(e))?;
         self.checkpoint().await.map_err(stopped)?;
         // The two older copies lead to the checkpoint before, whose keys will not open.
-        self.write_superblock(None, None).await.map_err(stopped)?;
+        {
+            let _no_checkpoint = self.meta.lock().await;
+            self.write_superblock(None, None).await.map_err(stopped)?;
+        }
+        let _one = self.changing_keys.lock().await;
         let before = self.key_block.borrow().clone();
         let erasure = [before.erasure[0], None];
         let wraps = DomainWraps::open(&self.keys, &erasure).map_err(|e| self.key_error(e))?;

@@ -269,7 +269,7 @@ impl Pool {
         }
     }
 
-    async fn collect_data(
+    pub(crate) async fn collect_data(
         self: &Rc<Self>,
         segment: &Arc<Segment>,
         entry: &SegmentEntry,
@@ -338,7 +338,7 @@ impl Pool {
         Some((fragment, runs))
     }
 
-    async fn move_fragment(
+    pub(crate) async fn move_fragment(
         self: &Rc<Self>,
         domain: DomainId,
         segment: &Arc<Segment>,
@@ -427,7 +427,7 @@ impl Pool {
         Ok(())
     }
 
-    async fn collect_metadata(
+    pub(crate) async fn collect_metadata(
         self: &Rc<Self>,
         segment: &Arc<Segment>,
         entry: &SegmentEntry,

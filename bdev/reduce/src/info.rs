@@ -228,6 +228,8 @@ pub struct PoolInfo {
     pub scrub: ScrubInfo,
     /// Late deduplication.
     pub late: LateInfo,
+    /// The rewriting of data under new keys.
+    pub renewal: RenewalInfo,
     /// Why the pool stopped, if it did.
     pub failed: Option<String>,
     /// When it was made, ms since 1970.
@@ -290,6 +292,14 @@ pub struct DomainInfo {
     pub volumes: u64,
     /// Data of its volumes.
     pub space: Space,
+    /// Generation of its keys, from 1.
+    pub generation: u32,
+    /// Whether what is written now is encrypted.
+    pub encrypted: bool,
+    /// Whether something may lie under older keys; they are destroyed when nothing does.
+    pub changing: bool,
+    /// Stored bytes, of data and metadata, that lie under older keys.
+    pub old_bytes: u64,
 }
 
 /// How a scrub or a pass of late deduplication stands.
@@ -337,6 +347,32 @@ pub struct LateInfo {
     pub found: u64,
     /// Blocks of volumes that refer to the earlier chunk now.
     pub blocks: u64,
+}
+
+/// What is done to a domain's keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeyChange {
+    /// New ones.
+    Rotate,
+    /// New ones, and what is stored is encrypted from now on.
+    Enable,
+    /// New ones, with which what is stored is authenticated only.
+    Disable,
+}
+
+/// The rewriting of data under new keys, in this opening of the pool.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct RenewalInfo {
+    /// How it stands.
+    pub state: ScrubState,
+    /// Stored bytes read so far, to be fingerprinted or sealed anew.
+    pub bytes: u64,
+    /// Fragments that could not be read.
+    pub damaged: u64,
+    /// Bytes per second at most.
+    pub bytes_per_s: u64,
+    /// Why it was stopped, if a person has to do something.
+    pub reason: Option<String>,
 }
 
 /// What an audit found.

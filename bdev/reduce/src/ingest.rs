@@ -30,7 +30,7 @@ use std::sync::Arc;
 
 use crate::lend::{LentLane, LoanId};
 use crate::log::{Appended, DataLog, NotAppended, bound};
-use crate::pool::Pool;
+use crate::pool::{Parked, Pool};
 use crate::segments::{Filler, Purpose, Segment};
 use crate::shard::{ApplyError, FIRST_CONTAINER, Needs, Shard};
 
@@ -66,6 +66,11 @@ impl Lane {
     /// The slots of the open container below `next` are given out.
     pub fn filled(&self, container: ContainerId, next: u16) {
         self.container.set(Some((container, next)));
+    }
+
+    /// Ends the open container: which it was.
+    pub fn end_container(&self) -> Option<ContainerId> {
+        self.container.take().map(|open| open.0)
     }
 }
 
@@ -114,10 +119,22 @@ enum Attempt {
     Done,
     /// That the core that it came to seals its new chunks.
     Seal,
+    /// Fingerprints of the domain's generation of now.
+    Rehash,
     /// These are missing; `true`: only for finding duplicates.
     Load(Needs, bool),
     /// So many bytes of room in the log.
     Room(usize),
+}
+
+/// What became of a piece.
+enum Written {
+    /// It is stored.
+    Whole,
+    /// The core that it came to has to seal it first.
+    Unsealed,
+    /// The domain has got other keys while it waited.
+    Outdated,
 }
 
 /// What a write needs to know of its volume, read at its start.
@@ -175,25 +192,40 @@ impl Pool {
             let count = PIECE.min(data.len_bytes() / CHUNK_BYTES);
             let piece = whole_chunks(data.split_to(count * CHUNK_BYTES));
             let mut scratch = self.scratch.borrow_mut().pop().unwrap_or_default();
-            {
-                let mut chunks = SmallVec::new();
-                classify(&piece, host_key, &mut scratch, &mut chunks);
-                scratch.fingerprints.clear();
-                scratch.fingerprints.resize(chunks.len(), Fingerprint::NONE);
-                for (chunks, prints) in chunks.chunks(LANES).zip(scratch.fingerprints.chunks_mut(LANES)) {
-                    target.hasher.hash_chunks(chunks, prints);
-                    if self.expects_new.get() {
-                        // No cache holds the table; the next ones are hashed meanwhile.
-                        self.shard.borrow().hint(target.domain, prints);
-                    }
+            let mut newer;
+            let mut target = target;
+            let result = loop {
+                self.hash_piece(target, &piece, host_key, &mut scratch);
+                match self.write_piece(target, at, &piece, &mut scratch).await {
+                    Ok(Written::Outdated) => match self.target(target.volume) {
+                        Ok(now) => {
+                            newer = now;
+                            target = &newer;
+                        }
+                        Err(status) => break Err(status),
+                    },
+                    other => break other,
                 }
-            }
-            let result = self.write_piece(target, at, &piece, &mut scratch).await;
+            };
             self.scratch.borrow_mut().push(scratch);
             let _done = result?;
             at += count as u64;
         }
         Ok(())
+    }
+
+    fn hash_piece(&self, target: &Target4k, piece: &SgList, host_key: HostKeyId, scratch: &mut Scratch) {
+        let mut chunks = SmallVec::new();
+        classify(piece, host_key, scratch, &mut chunks);
+        scratch.fingerprints.clear();
+        scratch.fingerprints.resize(chunks.len(), Fingerprint::NONE);
+        for (chunks, prints) in chunks.chunks(LANES).zip(scratch.fingerprints.chunks_mut(LANES)) {
+            target.hasher.hash_chunks(chunks, prints);
+            if self.expects_new.get() {
+                // No cache holds the table; the next ones are hashed meanwhile.
+                self.shard.borrow().hint(target.domain, prints);
+            }
+        }
     }
 
     /// Writes a piece that another core has prepared. Comes back unwritten if it has new chunks that could be sealed there.
@@ -205,16 +237,23 @@ impl Pool {
         mut prepared: Prepared,
     ) -> Result<Option<ToSeal>, Status> {
         self.throttle().await?;
-        let target = self.target(volume)?;
-        if target.generation != generation {
-            // Its fingerprints mean nothing now.
-            self.write_blocks(&target, lba, prepared.piece, prepared.host_key).await?;
-            return Ok(None);
-        }
-        let done = self.write_piece(&target, lba, &prepared.piece, &mut prepared.scratch).await?;
+        let mut target = self.target(volume)?;
+        let written = match target.generation == generation {
+            true => self.write_piece(&target, lba, &prepared.piece, &mut prepared.scratch).await?,
+            false => Written::Outdated,
+        };
         let Target4k { domain, compression, .. } = target;
         let segment_bytes = self.segment_bytes;
-        Ok((!done).then_some(ToSeal { prepared, domain, compression, segment_bytes }))
+        match written {
+            Written::Whole => Ok(None),
+            Written::Unsealed => Ok(Some(ToSeal { prepared, domain, compression, segment_bytes })),
+            Written::Outdated => {
+                // Its fingerprints mean nothing now, and what has been sealed is under old keys.
+                target = self.target(volume)?;
+                self.write_blocks(&target, lba, prepared.piece, prepared.host_key).await?;
+                Ok(None)
+            }
+        }
     }
 
     /// Writes several small pieces at once, each if nothing has to be waited for; `answer` gets each one's number and result
@@ -277,20 +316,21 @@ impl Pool {
         }
     }
 
-    /// Stores a piece. False: the core that it came to has to seal it first.
+    /// Stores a piece.
     async fn write_piece(
         self: &Rc<Self>,
         target: &Target4k,
         lba: u64,
         piece: &SgList,
         scratch: &mut Scratch,
-    ) -> Result<bool, Status> {
+    ) -> Result<Written, Status> {
         let lane = self.lane(target.domain, Purpose::Host);
         let mut pins = self.pins();
         loop {
             match self.attempt(target, &lane, lba, piece, scratch)? {
-                Attempt::Done => return Ok(true),
-                Attempt::Seal => return Ok(false),
+                Attempt::Done => return Ok(Written::Whole),
+                Attempt::Seal => return Ok(Written::Unsealed),
+                Attempt::Rehash => return Ok(Written::Outdated),
                 Attempt::Load(needs, only_duplicates) => {
                     // Boxed: rare, and it would make every write's future large.
                     let loaded = Box::pin(self.load_all(needs, &mut pins)).await;
@@ -320,6 +360,9 @@ impl Pool {
         {
             let shard = self.shard.borrow();
             let gone = |_| Status::INVALID_NAMESPACE;
+            if shard.domain(target.domain).map_err(gone)?.generation != target.generation {
+                return Ok(Attempt::Rehash);
+            }
             let volume = shard.volume(target.volume).map_err(gone)?;
             volume.check_change(lba + scratch.entries.len() as u64)?;
             shard
@@ -500,7 +543,12 @@ impl Pool {
                     }
                 }
                 Err(_) => {
-                    let _one = lane.opening.lock().await;
+                    let _one = {
+                        // Who has it may wait for an audit's end.
+                        let _parked = Parked::new(self);
+                        lane.opening.lock().await
+                    };
+                    self.wait_for_audit().await;
                     if matches!(lane.log.room_for(bytes), Err(NotAppended::NoSegment)) {
                         self.open_data_segment(lane).await?;
                     }
@@ -609,7 +657,6 @@ impl Pool {
         if lba + count > target.blocks {
             return Err(Status::LBA_OUT_OF_RANGE);
         }
-        let scope = Scope::Domain { domain: target.domain, generation: target.generation };
         let mut at = lba;
         let end = lba + count;
         while at < end {
@@ -634,12 +681,13 @@ impl Pool {
                 self.load_all(needs, &mut pins).await?;
             }
             self.check_alive()?;
-            let entry = {
+            let (entry, scope) = {
                 let shard = self.shard.borrow();
                 let v = shard.volume(target.volume).map_err(|_| Status::INVALID_NAMESPACE)?;
+                let domain = shard.domain(target.domain).map_err(|_| Status::INVALID_NAMESPACE)?;
                 // Giving up is always possible, also what is being cut off.
                 v.check_change(if kind == Target::Unmapped { 0 } else { at + step })?;
-                MapEntry { target: kind, birth: shard.epoch(), host_key }
+                (MapEntry { target: kind, birth: shard.epoch(), host_key }, domain.scope())
             };
             self.push(scope, &Record::MapFill { volume: target.volume, lba: Lba(at), count: step, entry });
             let now = self.now();

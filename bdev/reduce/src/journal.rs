@@ -163,6 +163,7 @@ fn record_bytes(record: &Record<'_>) -> usize {
     match record {
         Record::FragmentAdd { fingerprints, .. } => 32 + 16 * fingerprints.len(),
         Record::MapSet { runs, .. } => 16 + 18 * runs.len(),
+        Record::Fingerprints { fingerprints, .. } => 16 + 16 * fingerprints.len(),
         _ => 48,
     }
 }

@@ -136,6 +136,7 @@ impl Pool {
         &self,
         slots: [Option<KeySlot>; MAX_KEY_SLOTS],
     ) -> Result<(), PoolError> {
+        let _one = self.changing_keys.lock().await;
         let before = self.key_block.borrow().clone();
         self.write_keys(KeyBlock { generation: before.generation + 1, slots, ..before }).await
     }

@@ -23,7 +23,7 @@ use cryptfold_bdev::Status;
 use cryptfold_reactor as reactor;
 use cryptfold_reduce_format::entry::{Record, Retarget};
 use cryptfold_reduce_format::fingerprint::Fingerprint;
-use cryptfold_reduce_format::ids::{ChunkAddr, ContainerId, DomainId, SLOTS, VolumeId};
+use cryptfold_reduce_format::ids::{ChunkAddr, ContainerId, DomainId, Generation, SLOTS, VolumeId};
 use cryptfold_reduce_format::map::MapLeaf;
 use cryptfold_reduce_format::node;
 
@@ -239,6 +239,7 @@ impl Pool {
         self.late.borrow_mut().total_containers = ranges.iter().map(|range| range.end - range.start).sum();
         for (domain, range) in domains.into_iter().zip(ranges) {
             let mut from = range.start;
+            let keys = self.settled_keys(domain);
             while from < range.end {
                 let to = range.end.min(from + batch);
                 let _taken = Taken::new(self, (to - from) as usize * SLOTS * CHUNK_BYTES);
@@ -251,7 +252,11 @@ impl Pool {
                 if !self.late_goes_on() {
                     return Ok(ScrubState::Stopped);
                 }
-                if let Some(d) = self.shard.borrow_mut().domains.get_mut(&domain.0) {
+                // Lists of other generations are passed over: then all has to be compared again.
+                if keys.is_some()
+                    && self.settled_keys(domain) == keys
+                    && let Some(d) = self.shard.borrow_mut().domains.get_mut(&domain.0)
+                {
                     d.record.compared = d.record.compared.max(to.min(filling));
                 }
                 self.late.borrow_mut().containers += to - from;
@@ -259,6 +264,12 @@ impl Pool {
             }
         }
         Ok(ScrubState::Done)
+    }
+
+    /// Generation of a domain's keys, unless they are being changed.
+    fn settled_keys(&self, domain: DomainId) -> Option<Generation> {
+        let shard = self.shard.borrow();
+        shard.domains.get(&domain.0).filter(|d| !d.is_changing()).map(|d| d.generation)
     }
 
     /// Gives all containers of a range to `f`, in no order, several being read at once. Ends early when `goes_on` says so.

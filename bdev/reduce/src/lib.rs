@@ -9,7 +9,7 @@
 //!   load     brings nodes to RAM     commit  group commit     checkpoint, meta  state to disk
 //!   lend     what other cores than the home fill     core  what each core has
 //!   open, anchors, owner, replay     making, opening, recovery
-//!   keyslots, erase: the key block's slots and erasure secrets             estimate: what a pool would make of data
+//!   keyslots, erase: the key block's slots and erasure secrets             generation, renew, wipe: new keys for domains; estimate: what a pool would make of data
 //!   gc, check, repair, scrub, heal, late, grow, admin, snapshots                        what goes on behind, and what is asked for
 //! ```
 //!
@@ -33,6 +33,7 @@ mod error;
 pub mod estimate;
 mod family;
 mod gc;
+mod generation;
 mod grow;
 mod hash;
 mod heal;
@@ -53,6 +54,7 @@ mod owner;
 mod pool;
 mod read;
 mod recent;
+mod renew;
 mod repair;
 mod replay;
 mod scrub;
@@ -61,6 +63,7 @@ mod shard;
 mod snapshots;
 mod tree;
 mod volume;
+mod wipe;
 
 #[doc(hidden)]
 pub use aged::{Backlog, HeldCheckpoints};
@@ -71,10 +74,11 @@ pub use cryptfold_reduce_format::{block, keys, slots};
 pub use damage::{Falsify, Part};
 pub use error::PoolError;
 pub use info::{
-    CheckReport, CreateOptions, DomainInfo, ErasedDomain, ErasedPool, KeySource, LateInfo, PoolInfo,
-    ScrubInfo, ScrubState, SealedPool, SlotKey, Space, VolumeInfo, VolumeOptions,
+    CheckReport, CreateOptions, DomainInfo, ErasedDomain, ErasedPool, KeyChange, KeySource, LateInfo,
+    PoolInfo, RenewalInfo, ScrubInfo, ScrubState, SealedPool, SlotKey, Space, VolumeInfo, VolumeOptions,
 };
 pub use local::LocalPool;
 pub use manager::PoolManager;
 pub use open::{DEFAULT_DOMAIN, MIN_MEMORY_BYTES, MIN_POOL_BYTES};
+pub use renew::DEFAULT_RENEWAL_BYTES_PER_S;
 pub use scrub::DEFAULT_SCRUB_BYTES_PER_S;

@@ -17,8 +17,8 @@ use crate::base::Base;
 use crate::damage::{Falsify, Part};
 use crate::error::PoolError;
 use crate::info::{
-    CheckReport, CreateOptions, DomainInfo, ErasedDomain, ErasedPool, KeySource, LateInfo, PoolInfo,
-    ScrubInfo, SealedPool, VolumeInfo, VolumeOptions,
+    CheckReport, CreateOptions, DomainInfo, ErasedDomain, ErasedPool, KeyChange, KeySource, LateInfo,
+    PoolInfo, RenewalInfo, ScrubInfo, SealedPool, VolumeInfo, VolumeOptions,
 };
 use crate::keyslots;
 use crate::manager::slot_key;
@@ -256,6 +256,30 @@ impl LocalPool {
         pool.erase_pool().await
     }
 
+    /// Gives a domain new keys; see [`crate::PoolManager::change_domain_keys`].
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn change_domain_keys(
+        &self,
+        domain: &str,
+        change: KeyChange,
+        bytes_per_s: u64,
+    ) -> Result<(), PoolError> {
+        let id = self.pool.find_domain(domain)?;
+        self.pool.change_keys(id, change).await?;
+        let started = self.pool.start_renewal(bytes_per_s);
+        started.map(drop).map_err(|status| self.pool.stopped(status))
+    }
+
+    /// Goes on with rewriting data under new keys, or changes its rate.
+    ///
+    /// # Errors
+    /// The pool takes no changes.
+    pub fn start_renewal(&self, bytes_per_s: u64) -> Result<RenewalInfo, Status> {
+        self.pool.start_renewal(bytes_per_s)
+    }
+
     /// Makes a deduplication domain.
     ///
     /// # Errors
@@ -404,6 +428,14 @@ impl LocalPool {
         let shard = self.pool.shard.borrow();
         let found = shard.domains.values().filter(|d| d.record.name == domain);
         found.flat_map(|d| d.record.keys.iter().flat_map(|k| [k.data, k.fingerprint])).collect()
+    }
+
+    /// For tests: byte offset of each segment in which something lives.
+    #[doc(hidden)]
+    pub fn live_segments(&self) -> Vec<u64> {
+        let shard = self.pool.shard.borrow();
+        let live = (0..).zip(shard.segments.entries()).filter(|(_, entry)| entry.live_bytes > 0);
+        live.map(|(number, _)| shard.segments.start_bytes(number)).collect()
     }
 
     /// For tests: byte offset and length of what a block depends on.

@@ -19,8 +19,8 @@ use uuid::Uuid;
 
 use crate::error::PoolError;
 use crate::info::{
-    CheckReport, CreateOptions, DomainInfo, ErasedDomain, ErasedPool, KeySource, LateInfo, PoolInfo,
-    ScrubInfo, SealedPool, SlotKey, VolumeInfo, VolumeOptions,
+    CheckReport, CreateOptions, DomainInfo, ErasedDomain, ErasedPool, KeyChange, KeySource, LateInfo,
+    PoolInfo, RenewalInfo, ScrubInfo, SealedPool, SlotKey, VolumeInfo, VolumeOptions,
 };
 use crate::local::LocalPool;
 use crate::open::{self, Claim, Making, Opening};
@@ -686,6 +686,40 @@ impl PoolManager {
         self.on_home(&self.find(pool)?, move |pool| async move {
             let id = pool.find_volume(&volume)?;
             pool.volume_info(id).ok_or_else(|| PoolError::NoVolume { pool: pool.name(), volume })
+        })
+    }
+
+    /// Changes the keys of a domain, or of all domains of a pool that this can be done to: what is written from now on is written
+    /// with the new ones, what is there is rewritten in the background, at most `bytes_per_s` stored bytes a second, also after
+    /// another opening; when nothing is left under the old ones they are destroyed. The domains. [`PoolInfo::renewal`] and
+    /// [`DomainInfo::changing`] show how it stands.
+    ///
+    /// # Errors
+    /// There is no such pool or domain; it (or each domain) is being changed already, or is what is asked for; the pool's first
+    /// format has no erasure secret; the device fails. Domains before the one that failed have new keys.
+    pub fn change_domain_keys(
+        &self,
+        pool: &str,
+        domain: Option<&str>,
+        change: KeyChange,
+        bytes_per_s: u64,
+    ) -> Result<Vec<DomainInfo>, PoolError> {
+        let domain = domain.map(str::to_owned);
+        self.on_home(&self.find(pool)?, move |pool| async move {
+            let changed = pool.change_all_keys(domain.as_deref(), change).await;
+            // Also when a later domain was refused.
+            pool.start_renewal(bytes_per_s).map_err(|status| pool.stopped(status))?;
+            changed
+        })
+    }
+
+    /// Goes on with rewriting data under new keys where that was stopped, or changes its rate.
+    ///
+    /// # Errors
+    /// There is no such pool, or it takes no changes.
+    pub fn start_renewal(&self, pool: &str, bytes_per_s: u64) -> Result<RenewalInfo, PoolError> {
+        self.on_home(&self.find(pool)?, move |pool| async move {
+            pool.start_renewal(bytes_per_s).map_err(|status| PoolError::Stopped { pool: pool.name(), status })
         })
     }
 

@@ -19,6 +19,7 @@ use reactor::memory::Buf;
 
 use crate::pool::Pool;
 use crate::segments::{Purpose, Segment};
+use crate::shard::Domain;
 use crate::tree::{Page, Tree};
 
 /// Sealed bytes that are written at once.
@@ -242,6 +243,11 @@ impl Meta {
         self.open.remove(&domain.0);
     }
 
+    /// Ends the open segment of a domain, which is written: its number.
+    pub fn end(&mut self, domain: DomainId) -> Option<u32> {
+        self.open.remove(&domain.0).map(|open| open.segment.number())
+    }
+
     /// Gives up the open segments after a failed checkpoint: their numbers.
     pub fn abandon(&mut self) -> Vec<u32> {
         let open = std::mem::take(&mut self.open);
@@ -283,6 +289,7 @@ impl Pool {
     ) -> SegmentHeader {
         let mut salt = [0; 32];
         reactor::fill_random(&mut salt);
+        let plain = self.shard.borrow().domains.get(&domain.0).is_some_and(Domain::is_plain);
         SegmentHeader {
             pool: self.uuid,
             addr,
@@ -292,7 +299,7 @@ impl Pool {
             class,
             domain,
             generation,
-            cipher: Cipher::Gcm,
+            cipher: if plain { Cipher::Gmac } else { Cipher::Gcm },
             hash: HashId::Blake3,
             codec: Codec::Zstd,
             shard: ShardIx(0),

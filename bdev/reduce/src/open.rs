@@ -362,7 +362,6 @@ fn assemble(
             default_domain: DomainId(1),
             ..PoolRecord::default()
         },
-        pool_id: superblock.pool,
         domains: BTreeMap::new(),
         volumes: BTreeMap::new(),
         gone: BTreeMap::new(),
@@ -417,6 +416,8 @@ fn assemble(
         healed: Cell::new(0),
         scrub: RefCell::default(),
         late: RefCell::default(),
+        renewal: RefCell::default(),
+        changing_keys: Mutex::new(()),
         collect: Notify::new(),
         host_bytes: Cell::new(0),
         moved_bytes: Cell::new(0),
@@ -471,7 +472,7 @@ impl Pool {
             for (_, record) in decode_page(&page).map_err(bad)? {
                 let record = DomainRecord::decode(record).map_err(bad)?;
                 let id = record.id.0;
-                let domain = Domain::open(record, &self.wraps.borrow(), self.uuid, &shard.meter);
+                let domain = Domain::open(record, &self.wraps.borrow(), &shard.meter);
                 shard.domains.insert(id, domain.map_err(|e| self.damage(e))?);
             }
         }
@@ -603,6 +604,7 @@ impl Pool {
             self.want_checkpoint();
         }
         self.background(self.clone().rebuild_index());
+        self.resume_renewal();
         self.background(self.clone().finish_deletions());
         Ok(())
     }

@@ -24,7 +24,7 @@ use crate::chunklock::ChunkLocks;
 use crate::commit::Commits;
 use crate::core::Core;
 use crate::hash::FastMap;
-use crate::info::{LateInfo, ScrubInfo};
+use crate::info::{LateInfo, RenewalInfo, ScrubInfo};
 use crate::ingest::{Lane, Scratch};
 use crate::journal::Journal;
 use crate::lend::Loan;
@@ -162,6 +162,10 @@ pub(crate) struct Pool {
     pub healed: Cell<u64>,
     pub scrub: RefCell<ScrubInfo>,
     pub late: RefCell<LateInfo>,
+    /// The rewriting of data under new keys.
+    pub renewal: RefCell<RenewalInfo>,
+    /// One change of the key block at a time.
+    pub changing_keys: AsyncMutex<()>,
     /// Wakes the collector.
     pub collect: Notify,
     pub collections: Cell<u64>,
@@ -302,11 +306,11 @@ impl Pool {
     }
 }
 
-/// A change that waits for an audit's end.
-struct Parked<'a>(&'a Pool);
+/// A change that waits for an audit's end, or for a change that may.
+pub(crate) struct Parked<'a>(&'a Pool);
 
 impl<'a> Parked<'a> {
-    fn new(pool: &'a Pool) -> Self {
+    pub fn new(pool: &'a Pool) -> Self {
         pool.parked.set(pool.parked.get() + 1);
         pool.idle.notify_waiters();
         Parked(pool)

@@ -55,6 +55,9 @@ impl Ahead {
             Record::FragmentMove { first, .. } => {
                 self.leaves.push_back((at, container(first.container().get())));
             }
+            Record::Fingerprints { container: id, .. } => {
+                self.leaves.push_back((at, (node::Tree::Fingerprints, domain, id.get())));
+            }
             Record::MapSet { volume, lba, runs } => {
                 for addr in runs.iter().filter_map(|run| run.first().chunk()) {
                     self.leaves.push_back((at, container(addr.container().get())));
@@ -382,6 +385,11 @@ impl Pool {
             Record::FragmentMove { first, .. } => {
                 if let Some(d) = domain.and_then(|id| shard.domains.get(&id.0)) {
                     need(&d.containers, d.record.id.0, first.container().get(), needs);
+                }
+            }
+            Record::Fingerprints { container, .. } => {
+                if let Some(d) = domain.and_then(|id| shard.domains.get(&id.0)) {
+                    need(&d.fingerprints, d.record.id.0, container.get(), needs);
                 }
             }
             Record::MapSet { volume, lba, runs } => {

@@ -193,7 +193,7 @@ impl Pool {
 }
 
 /// How many of these (ascending by place) are read at once: at least one.
-fn together(fragments: &[FragmentEntry]) -> usize {
+pub(crate) fn together(fragments: &[FragmentEntry]) -> usize {
     let Some(head) = fragments.first() else { return 0 };
     let mut end = head.place.offset + head.unit_bytes;
     let mut count = 1;

@@ -545,6 +545,82 @@ impl Segments {
             .min_by_key(|&n| self.rows[n as usize].entry.live_bytes)
     }
 
+    // ---- for changes of keys
+
+    fn old(&self, domain: DomainId, generation: Generation) -> impl Iterator<Item = (u32, &Row)> {
+        let rows = (0..).zip(&self.rows);
+        rows.filter(move |(_, row)| {
+            row.entry.class.is_some() && row.entry.domain == domain && row.entry.generation != generation
+        })
+    }
+
+    /// Whether a segment was opened with other keys than those of this generation.
+    pub fn is_old(&self, number: u32, generation: Generation) -> bool {
+        self.rows.get(number as usize).is_some_and(|row| row.entry.generation != generation)
+    }
+
+    /// Bytes of a domain that live under keys of other generations than this.
+    pub fn old_bytes(&self, domain: DomainId, generation: Generation) -> u64 {
+        self.old(domain, generation).map(|(_, row)| u64::from(row.entry.live_bytes)).sum()
+    }
+
+    /// Whether a segment is being filled under keys of another generation than this.
+    pub fn is_old_open(&self, domain: DomainId, generation: Generation) -> bool {
+        self.old(domain, generation).any(|(_, row)| row.open)
+    }
+
+    /// Metadata segments of other generations than this in which something lives.
+    pub fn old_metadata(&self, domain: DomainId, generation: Generation) -> Vec<u32> {
+        let live = self
+            .old(domain, generation)
+            .filter(|(_, row)| row.entry.class == Some(Class::Metadata) && row.entry.live_bytes > 0);
+        live.map(|(number, _)| number).collect()
+    }
+
+    /// The closed data segment of another generation than this of which the least lives.
+    pub fn emptiest_old(&self, domain: DomainId, generation: Generation) -> Option<u32> {
+        let live = self.old(domain, generation).filter(|(_, row)| {
+            row.entry.class == Some(Class::Data) && !row.open && !row.spoilt && row.entry.live_bytes > 0
+        });
+        live.min_by_key(|(_, row)| row.entry.live_bytes).map(|(number, _)| number)
+    }
+
+    /// Takes a free segment that is `wanted`, whatever is left for others: it is given back soon ([`Segments::put_back`]).
+    pub fn take_if(&mut self, durable: Sequence, wanted: impl Fn(u32) -> bool) -> Option<u32> {
+        let at = self.free.iter().position(|&number| {
+            let row = &self.rows[number as usize];
+            wanted(number) && Segments::is_free(row) && row.free_since <= durable && !row.is_pinned()
+        })?;
+        let number = self.free.remove(at)?;
+        let row = &mut self.rows[number as usize];
+        row.queued = false;
+        row.handle = None;
+        row.open = true;
+        self.free_count -= 1;
+        Some(number)
+    }
+
+    /// Whether a segment is being filled, and its entry.
+    pub fn filling(&self, number: u32) -> Option<(bool, &SegmentEntry)> {
+        self.rows.get(number as usize).map(|row| (row.open, &row.entry))
+    }
+
+    /// Whether a segment may ever hold something.
+    pub fn is_usable(&self, number: u32) -> bool {
+        let row = self.rows.get(number as usize);
+        row.is_some_and(|row| !matches!(row.entry.state, SegmentState::Reserved | SegmentState::Bad))
+    }
+
+    /// Lets go of the derived keys of segments of other generations than this, in which nothing lives.
+    pub fn forget_old(&mut self, domain: DomainId, generation: Generation) {
+        for row in &mut self.rows {
+            let old = row.entry.domain == domain && row.entry.generation != generation;
+            if old && row.entry.live_bytes == 0 && !row.open && !row.is_pinned() {
+                row.handle = None;
+            }
+        }
+    }
+
     /// Does not offer the segment to the collector again.
     pub fn spoil(&mut self, number: u32) {
         self.rows[number as usize].spoilt = true;

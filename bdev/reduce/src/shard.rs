@@ -17,16 +17,16 @@ use std::sync::Arc;
 use cryptfold_reduce_format::container;
 use cryptfold_reduce_format::container::{ContainerError, FragmentEntry};
 use cryptfold_reduce_format::entry::{FragmentRaw, MapRun, Record, Retarget};
-use cryptfold_reduce_format::fingerprint::{Fingerprint, HashId, Hasher};
+use cryptfold_reduce_format::fingerprint::{Fingerprint, Hasher};
 use cryptfold_reduce_format::ids::{
     ChunkAddr, ContainerId, DomainId, Epoch, Generation, Lba, SLOTS, SegmentAddr, Sequence, ShardIx, VolumeId,
 };
 use cryptfold_reduce_format::journal::{JournalEpoch, JournalKey, Scope};
-use cryptfold_reduce_format::keys::{DataKey, DomainWraps, FingerprintSecret};
+use cryptfold_reduce_format::keys::{DataKey, DomainWraps};
 use cryptfold_reduce_format::map::{MAP_ENTRIES, MapEntry, MapLeaf, Target};
 use cryptfold_reduce_format::node;
 use cryptfold_reduce_format::record::{
-    DomainRecord, DomainShard, GenerationState, PoolRecord, TreeRoot, VolumeRecord, volume_flags,
+    DomainRecord, DomainShard, PoolRecord, TreeRoot, VolumeRecord, volume_flags,
 };
 use cryptfold_reduce_format::segment::Class;
 use smallvec::SmallVec;
@@ -34,6 +34,7 @@ use thiserror::Error;
 use uuid::Uuid;
 
 use crate::family::{Births, Families, Group, Kept, Views};
+use crate::generation::{Keys, SharedHasher};
 use crate::index::{Index, Key};
 use crate::recent::Recent;
 use crate::segments::Segments;
@@ -96,7 +97,10 @@ pub(crate) struct Domain {
     /// Generation that new data is sealed with.
     pub generation: Generation,
     pub hasher: Arc<Hasher>,
-    pub journal: Option<JournalKey>,
+    /// The same for other cores.
+    pub shared: Arc<SharedHasher>,
+    /// By generation, as `data`.
+    pub journals: BTreeMap<Generation, JournalKey>,
     pub containers: Tree<container::Container>,
     pub fingerprints: Tree<container::Fingerprints>,
     /// Next container that no record has named.
@@ -134,7 +138,6 @@ pub(crate) struct Volume {
 /// See the module's head.
 pub(crate) struct Shard {
     pub pool: PoolRecord,
-    pub pool_id: Uuid,
     pub domains: BTreeMap<u32, Domain>,
     pub volumes: BTreeMap<u32, Volume>,
     /// Volumes that are gone, until a checkpoint has given back the nodes of their (empty) maps.
@@ -155,30 +158,8 @@ pub(crate) struct Shard {
 
 impl Domain {
     /// Opens a domain's keys and makes its (empty) caches.
-    pub fn open(
-        record: DomainRecord,
-        wraps: &DomainWraps,
-        pool: Uuid,
-        meter: &Meter,
-    ) -> Result<Domain, String> {
-        let mut data = BTreeMap::new();
-        let mut current = None;
-        for entry in &record.keys {
-            if entry.state == GenerationState::Erased {
-                continue;
-            }
-            let (key, _) = wraps.unwrap(&entry.data).map_err(|e| format!("domain {}: {e}", record.name))?;
-            data.insert(entry.generation, DataKey(key));
-            if entry.state == GenerationState::Current {
-                let (secret, _) =
-                    wraps.unwrap(&entry.fingerprint).map_err(|e| format!("domain {}: {e}", record.name))?;
-                current = Some((entry.generation, FingerprintSecret(secret)));
-            }
-        }
-        let Some((generation, secret)) = current else {
-            return Err(format!("domain {} has no current key", record.name));
-        };
-        let _ = pool;
+    pub fn open(record: DomainRecord, wraps: &DomainWraps, meter: &Meter) -> Result<Domain, String> {
+        let Keys { data, generation, hasher } = Keys::open(&record, wraps)?;
         // One shard: a container's number is its leaf.
         let tables = match record.shards[..] {
             [] => EMPTY_TABLES,
@@ -188,8 +169,9 @@ impl Domain {
         Ok(Domain {
             data,
             generation,
-            hasher: Arc::new(Hasher::new(HashId::Blake3, &secret)),
-            journal: None,
+            shared: SharedHasher::new(generation, hasher.clone()),
+            hasher,
+            journals: BTreeMap::new(),
             containers: Tree::new(tables.containers, meter.clone()),
             fingerprints: Tree::new(tables.fingerprints, meter.clone()),
             next_container: tables.next_container.get(),
@@ -207,14 +189,10 @@ impl Domain {
         Scope::Domain { domain: self.record.id, generation: self.generation }
     }
 
-    /// The current data key.
-    pub fn data_key(&self) -> Option<&DataKey> {
-        self.data.get(&self.generation)
-    }
-
-    /// Derives the key of this domain's journal groups in `epoch`.
+    /// Derives the keys of this domain's journal groups in `epoch`.
     pub fn derive_journal(&mut self, pool: Uuid, epoch: JournalEpoch) {
-        self.journal = self.data_key().map(|key| JournalKey::derive(&key.journal_root(pool), epoch));
+        let derive = |key: &DataKey| JournalKey::derive(&key.journal_root(pool), epoch);
+        self.journals = self.data.iter().map(|(generation, key)| (*generation, derive(key))).collect();
     }
 
     /// The record as a checkpoint writes it; roots are set by the checkpoint.
@@ -577,6 +555,10 @@ impl Shard {
                 let (domain, _) = need_domain()?;
                 self.fragment_move(domain, first, fragments, now)
             }
+            Record::Fingerprints { container, fingerprints } => {
+                let (domain, generation) = need_domain()?;
+                self.renew_fingerprints(domain, generation, container, fingerprints)
+            }
             Record::ContainerDrop { container } => {
                 let (domain, _) = need_domain()?;
                 self.container_drop(domain, container)
@@ -637,10 +619,12 @@ impl Shard {
             Record::DomainCreate { record } => {
                 let record = DomainRecord::decode(record).map_err(bad)?;
                 self.pool.next_domain = DomainId(self.pool.next_domain.0.max(record.id.0 + 1));
-                let domain =
-                    Domain::open(record, wraps, self.pool_id, &self.meter).map_err(ApplyError::Record)?;
+                let domain = Domain::open(record, wraps, &self.meter).map_err(ApplyError::Record)?;
                 self.domains.insert(domain.record.id.0, domain);
                 self.segments.set_domains(self.domains.len());
+            }
+            Record::DomainUpdate { record } => {
+                self.update_domain(DomainRecord::decode(record).map_err(bad)?, wraps)?;
             }
             Record::DomainErase { domain } => self.erase_domain(domain, now)?,
             Record::PoolUpdate { record } => {

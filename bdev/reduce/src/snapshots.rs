@@ -89,10 +89,11 @@ impl Pool {
     /// Takes a snapshot; its device is for the caller to register. It has everything that was written before, and of what is
     /// being written, block by block, the old or the new.
     pub(crate) async fn snapshot_volume(
-        &self,
+        self: &Rc<Self>,
         id: VolumeId,
         name: &str,
     ) -> Result<(VolumeInfo, Arc<VolumeDevice>), PoolError> {
+        let _busy = self.enter();
         self.throttle().await.map_err(|status| self.stopped(status))?;
         self.check_not_working(id)?;
         let (mut record, epoch) = self.successor(id, name)?;
@@ -121,10 +122,11 @@ impl Pool {
 
     /// Makes a volume that begins with what a snapshot (or read-only volume) has.
     pub(crate) async fn clone_volume(
-        &self,
+        self: &Rc<Self>,
         id: VolumeId,
         name: &str,
     ) -> Result<(VolumeInfo, Arc<VolumeDevice>), PoolError> {
+        let _busy = self.enter();
         self.throttle().await.map_err(|status| self.stopped(status))?;
         let (mut record, _) = self.successor(id, name)?;
         if !self.shard.borrow().volume(id).is_ok_and(|v| v.is_read_only()) {
@@ -294,8 +296,8 @@ impl Pool {
     async fn each_leaf(self: &Rc<Self>, id: VolumeId, step: Step) -> Result<(), Status> {
         let mut at = 0;
         while let Some(leaf) = self.next_leaf(id, at, step).await? {
-            self.throttle().await?;
             let _busy = self.enter();
+            self.throttle().await?;
             let mut pins = self.pins();
             loop {
                 let mut needs = Needs::new();

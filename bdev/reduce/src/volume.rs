@@ -15,17 +15,17 @@ use cryptfold_bdev::{
     BdevError, BlockRange, Device, DeviceInfo, Io, Op, OpSet, Queue, Space, Status, UnmappedRanges,
 };
 use cryptfold_reactor as reactor;
-use cryptfold_reduce_format::fingerprint::Hasher;
 use cryptfold_reduce_format::fragment::CHUNK_BYTES;
-use cryptfold_reduce_format::ids::{Generation, HostKeyId, VolumeId};
+use cryptfold_reduce_format::ids::{HostKeyId, VolumeId};
 use cryptfold_reduce_format::map::Target;
 use cryptfold_reduce_format::record::volume_flags;
 use reactor::memory::{Buf, SgList};
 
 use crate::core::Core;
+use crate::generation::SharedHasher;
 use crate::info::VolumeInfo;
 use crate::ingest::{HASHED, PIECE, Prepared, Small, ToSeal, whole_chunks};
-use crate::pool::{Pool, PoolRef};
+use crate::pool::{Parked, Pool, PoolRef};
 use crate::read::steps;
 
 /// Largest write that is gathered with others, in 4 KiB blocks: larger ones fill the hash's lanes by themselves.
@@ -37,8 +37,7 @@ pub(crate) struct VolumeDevice {
     id: VolumeId,
     info: DeviceInfo,
     domain: String,
-    hasher: Arc<Hasher>,
-    generation: Generation,
+    hasher: Arc<SharedHasher>,
 }
 
 /// What a volume's device says of itself.
@@ -53,8 +52,7 @@ pub(crate) struct VolumeFacts<'a> {
     pub flags: u32,
     /// Every completion is durable.
     pub durable: bool,
-    pub hasher: Arc<Hasher>,
-    pub generation: Generation,
+    pub hasher: Arc<SharedHasher>,
 }
 
 impl VolumeDevice {
@@ -86,7 +84,6 @@ impl VolumeDevice {
             info,
             domain: facts.domain.to_owned(),
             hasher: facts.hasher.clone(),
-            generation: facts.generation,
         })
     }
 }
@@ -319,12 +316,14 @@ impl VolumeDevice {
 
     async fn write_away(&self, core: &Rc<Core>, request: Request) -> Result<(), Status> {
         let Request { fua, host_key, mut lba, mut data, .. } = request;
-        let (id, generation, key) = (self.id, self.generation, HostKeyId(host_key));
+        let (id, key) = (self.id, HostKeyId(host_key));
         while !data.is_empty() {
             let count = PIECE.min(data.len_bytes() / CHUNK_BYTES);
             let piece = whole_chunks(data.split_to(count * CHUNK_BYTES));
             let force = fua && data.is_empty();
-            let mut next = Some(Prepared::new(piece, key, &self.hasher));
+            let (generation, hasher) = self.hasher.now();
+            let mut next = Some(Prepared::new(piece, key, &hasher));
+            drop(hasher);
             while let Some(prepared) = next {
                 let back = self.on_home(move |pool| async move {
                     let _busy = pool.enter();
@@ -506,7 +505,11 @@ async fn change(pool: &Rc<Pool>, id: VolumeId, per_chunk: u64, request: Request)
         };
     }
     let (first, end) = (lba / per_chunk, (lba + blocks).div_ceil(per_chunk));
-    let _guard = pool.locks.lock(id, first, end).await;
+    let _guard = {
+        // Who has them may wait for an audit's end. Nothing is changed before `throttle`, which then waits as well.
+        let _parked = Parked::new(pool);
+        pool.locks.lock(id, first, end).await
+    };
     let block_bytes = CHUNK_BYTES as u64 / per_chunk;
     match op {
         Op::Write => {

@@ -7,12 +7,17 @@ mod support;
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::time::Duration;
 
-use cryptfold_bdev::Status;
+use cryptfold_bdev::{Access, Status};
 use cryptfold_bdev_sim::harness::{
     Deed, LocalFuture, Machine, Manage, Options, Stack, Summary, every_point, life, seeds,
 };
-use cryptfold_reduce::{CreateOptions, LocalPool, PoolError, VolumeOptions};
+use cryptfold_reactor as reactor;
+use cryptfold_reduce::block::Block;
+use cryptfold_reduce::keys::PoolKeys;
+use cryptfold_reduce::{CreateOptions, KeyChange, LocalPool, PoolError, ScrubState, VolumeOptions};
+use cryptfold_reduce_format::segment::{Cipher, SegmentHeader};
 use support::key;
 
 const MIB: u64 = 1 << 20;
@@ -24,6 +29,57 @@ struct PoolStack {
     pool: Rc<RefCell<Option<LocalPool>>>,
     /// The index keeps one fingerprint in 256; the rest is found late.
     sampled: bool,
+    /// The keys of both domains are changed, again and again: new ones, encryption off, encryption on.
+    rotating: bool,
+}
+
+/// Stored bytes a second that are rewritten under new keys: about as fast as hosts write here.
+const RENEWAL: u64 = 100_000_000;
+
+/// Changes the keys of all domains that are not being changed.
+async fn rotate(pool: &LocalPool) -> Result<(), String> {
+    for domain in pool.domains() {
+        let change = match (domain.encrypted, domain.generation % 3) {
+            (false, _) => KeyChange::Enable,
+            (true, 0) => KeyChange::Disable,
+            (true, _) => KeyChange::Rotate,
+        };
+        match pool.change_domain_keys(&domain.name, change, RENEWAL).await {
+            Ok(()) | Err(PoolError::Busy(_)) => {}
+            Err(error) => return Err(text(error)),
+        }
+    }
+    Ok(())
+}
+
+/// Waits until all keys are changed, and looks at the device: everything that lives is in a segment whose header names its domain's
+/// present generation.
+async fn all_renewed(pool: &LocalPool, machine: &Machine) -> Result<(), String> {
+    pool.start_renewal(1 << 40).map_err(|status| status.to_string())?;
+    while pool.info().renewal.state == ScrubState::Running {
+        reactor::sleep(Duration::from_millis(1)).await;
+    }
+    let renewal = pool.info().renewal;
+    let changing = pool.domains().into_iter().find(|domain| domain.changing || domain.old_bytes > 0);
+    if renewal.state != ScrubState::Done || changing.is_some() {
+        return Err(format!("{renewal:?} leaves {changing:?}"));
+    }
+    let keys = PoolKeys::derive(&pool.pool_key(), pool.info().uuid);
+    let disk = machine.registry.open(&machine.disk, Access::ReadOnly, |_| ()).map_err(|e| e.to_string())?;
+    let (channel, size) = (disk.channel().map_err(|e| e.to_string())?, disk.bdev().block_size_bytes());
+    let blocks = u64::from(4096 / size);
+    for at in pool.live_segments() {
+        let read = channel.read(at / 4096 * blocks, blocks).await.map_err(|status| status.to_string())?;
+        let block: Block = read.to_contiguous().as_slice().try_into().map_err(|_| "a short block")?;
+        let header = SegmentHeader::parse(&block, at).and_then(|header| header.verify(keys.block()));
+        let header = header.map_err(|error| format!("segment at {at}: {error}"))?;
+        let domain = pool.domains().into_iter().find(|domain| domain.id == header.domain);
+        let Some(domain) = domain else { continue };
+        if header.generation.0 != domain.generation || (header.cipher == Cipher::Gcm) != domain.encrypted {
+            return Err(format!("{domain:?} lives in {header:?}"));
+        }
+    }
+    Ok(())
 }
 
 /// Late deduplication from the opening on, a container at a time.
@@ -52,7 +108,7 @@ impl PoolStack {
 
 impl Stack for PoolStack {
     fn create(&self, machine: Machine) -> LocalFuture<Result<(), String>> {
-        let (slot, sampled) = (self.pool.clone(), self.sampled);
+        let (slot, sampled, rotating) = (self.pool.clone(), self.sampled, self.rotating);
         Box::pin(async move {
             let mut options = CreateOptions::new(key());
             options.force = true;
@@ -75,17 +131,20 @@ impl Stack for PoolStack {
             if sampled {
                 sample(&pool)?;
             }
-            Ok(())
+            if rotating { rotate(&pool).await } else { Ok(()) }
         })
     }
 
     fn open(&self, machine: Machine) -> LocalFuture<Result<(), String>> {
-        let (slot, sampled) = (self.pool.clone(), self.sampled);
+        let (slot, sampled, rotating) = (self.pool.clone(), self.sampled, self.rotating);
         Box::pin(async move {
             let pool = LocalPool::open(&machine.registry, &machine.disk, &key(), Some(MEMORY)).await;
             let pool = pool.map_err(text)?.ok_or("no pool on the disk")?;
             *slot.borrow_mut() = Some(pool.clone());
-            if sampled { sample(&pool) } else { Ok(()) }
+            if sampled {
+                sample(&pool)?;
+            }
+            if rotating { rotate(&pool).await } else { Ok(()) }
         })
     }
 
@@ -94,7 +153,7 @@ impl Stack for PoolStack {
     }
 
     fn manage(&self, _: Machine, deed: Deed) -> Manage {
-        let pool = self.current();
+        let (pool, rotating) = (self.current(), self.rotating);
         Box::pin(async move {
             let pool = pool?;
             // Devices are POOL/NAME.
@@ -104,6 +163,7 @@ impl Stack for PoolStack {
                 Deed::Clone { of, name } => pool.clone_volume(&own(of), name).await.map(drop),
                 Deed::Delete { name } => pool.delete_volume(&own(name)).await,
                 Deed::Resize { name, bytes } => pool.resize_volume(&own(name), *bytes).await.map(drop),
+                Deed::Maintain { .. } if rotating => return rotate(&pool).await.map(|()| true),
                 Deed::Maintain { how, .. } if how % 4 == 3 => pool
                     .start_late(Some(1 + how / 4 % 3))
                     .map(drop)
@@ -119,10 +179,13 @@ impl Stack for PoolStack {
         })
     }
 
-    fn check(&self, _: Machine) -> LocalFuture<Result<(), String>> {
-        let pool = self.current();
+    fn check(&self, machine: Machine) -> LocalFuture<Result<(), String>> {
+        let (pool, rotating) = (self.current(), self.rotating);
         Box::pin(async move {
             let pool = pool?;
+            if rotating {
+                all_renewed(&pool, &machine).await?;
+            }
             let report = pool.check(true).await.map_err(|status| status.to_string())?;
             let info = pool.info();
             if !report.is_clean() {
@@ -210,6 +273,29 @@ fn power_cuts_at_every_event_of_a_recorded_run() {
     let points = every_point(&pool, &options, 77, stride, 3).unwrap();
     println!("{points:?}");
     assert!(points.events > 40 && points.surfaces >= points.events / stride);
+}
+
+fn rotating(seed: u64) -> Rc<dyn Stack> {
+    Rc::new(PoolStack { rotating: true, sampled: seed % 3 == 1, ..PoolStack::default() })
+}
+
+/// Hosts read and write, snapshots and clones come and go, and the power fails, while keys change; after each recovery the changes
+/// go on to their end.
+#[test]
+fn power_cuts_while_keys_change() {
+    let again = "cargo test --release -p cryptfold-reduce --test simulation power_cuts_while";
+    let life_of = |seed| life(&|| rotating(seed), &options(seed), seed);
+    seeds(again, if cfg!(debug_assertions) { 16 } else { 500 }, life_of);
+}
+
+#[test]
+fn power_cuts_at_every_event_of_a_change_of_keys() {
+    let mut options = options(3);
+    options.ops = 4;
+    let stride = if cfg!(debug_assertions) { 11 } else { 1 };
+    let points = every_point(&|| rotating(0), &options, 78, stride, 3).unwrap();
+    println!("{points:?}");
+    assert!(points.events > 100 && points.surfaces >= points.events / stride);
 }
 
 #[test]

@@ -296,6 +296,13 @@ pub enum Record<'a> {
         /// What holds its chunks now.
         fragments: &'a [FragmentRaw],
     },
+    /// The fingerprints of a container's slots, from the first on, made anew with the secret of the group's generation.
+    Fingerprints {
+        /// Container.
+        container: ContainerId,
+        /// One for each slot that has been given out; [`Fingerprint::NONE`] where a slot has none.
+        fingerprints: &'a [Fingerprint],
+    },
     /// References of a container's slots change.
     Refs {
         /// Container.
@@ -553,6 +560,11 @@ impl<'a> Record<'a> {
                 put(changes.as_bytes());
                 15
             }
+            Self::Fingerprints { container, fingerprints } => {
+                put(&container.get().to_le_bytes());
+                put(fingerprints.as_bytes());
+                16
+            }
             Self::MapSet { volume, lba, runs } => {
                 put(SetRaw { volume: volume.0.into(), lba: lba.0.into() }.as_bytes());
                 put(runs.as_bytes());
@@ -655,7 +667,7 @@ impl<'a> Record<'a> {
             10 => Self::ContainerOpen { container: container(&mut reader)? },
             11 => Self::ContainerClose { container: container(&mut reader)? },
             12 => Self::ContainerDrop { container: container(&mut reader)? },
-            13..=15 => decode_container(kind, &mut reader)?,
+            13..=16 => decode_container(kind, &mut reader)?,
             20 | 21 => decode_map(kind, &mut reader)?,
             22 | 23 => {
                 let (volume, leaf, count) = (volume(&mut reader)?, reader.u64()?, reader.u32()?);
@@ -810,6 +822,14 @@ fn decode_container<'a>(kind: u8, reader: &mut Reader<'a>) -> Result<Record<'a>,
             let fragments = array::<FragmentRaw>(reader)?;
             fragments.iter().try_for_each(|fragment| fragment.entry().map(|_| ()))?;
             Ok(Record::FragmentMove { first, fragments })
+        }
+        16 => {
+            let container = container(reader)?;
+            let fingerprints = array::<Fingerprint>(reader)?;
+            if fingerprints.len() > crate::ids::SLOTS {
+                return Err(range("fingerprints", fingerprints.len() as u64));
+            }
+            Ok(Record::Fingerprints { container, fingerprints })
         }
         _ => {
             let container = container(reader)?;

@@ -312,10 +312,12 @@ pub struct KeyGeneration {
 
 /// Flags of a domain.
 pub mod domain_flags {
-    /// Its segments are sealed with [`crate::segment::Cipher::Gmac`].
+    /// Segments of its current generation are sealed with [`crate::segment::Cipher::Gmac`]: encryption is off.
     pub const PLAIN: u32 = 1;
     /// Erased; its segments are being freed.
     pub const ERASED: u32 = 2;
+    /// It was plain: what may have its data in clear is overwritten before the retiring generations go.
+    pub const WIPE: u32 = 4;
 }
 
 /// One shard's containers of a domain. Container `c` belongs to shard `c % shards` and is leaf `c / shards` of its trees
@@ -355,6 +357,8 @@ pub struct DomainRecord {
     pub counters: [u64; 3],
     /// All containers below this one have been compared with each other (0: none).
     pub compared: u64,
+    /// While a generation is retiring: all containers below this one are of the current one (0: none).
+    pub renewed: u64,
     /// Fields of later versions.
     pub unknown: Vec<UnknownField>,
 }
@@ -373,6 +377,7 @@ impl DomainRecord {
             index: TreeRoot::default(),
             counters: [0; 3],
             compared: 0,
+            renewed: 0,
             unknown: Vec::new(),
         }
     }
@@ -406,6 +411,9 @@ impl DomainRecord {
         if self.compared > 0 {
             out.field(10, &self.compared.to_le_bytes())?;
         }
+        if self.renewed > 0 {
+            out.field(11, &self.renewed.to_le_bytes())?;
+        }
         out.end(&self.unknown)
     }
 
@@ -435,6 +443,10 @@ impl DomainRecord {
                 }
                 10 => {
                     record.compared = value.1.u64()?;
+                    value.1.end()?;
+                }
+                11 => {
+                    record.renewed = value.1.u64()?;
                     value.1.end()?;
                 }
                 _ => return Ok(false),

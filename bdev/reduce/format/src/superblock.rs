@@ -140,8 +140,11 @@ pub struct Features {
 
 /// Incompatible feature: domains' keys are wrapped through the key block's erasure secret.
 pub const FEATURE_ERASURE: u64 = 1;
+/// Incompatible feature: domains' keys have been changed. There are [`Record::Fingerprints`](crate::entry::Record::Fingerprints)
+/// and [`Record::DomainUpdate`](crate::entry::Record::DomainUpdate), and domains that are [`PLAIN`](crate::record::domain_flags::PLAIN).
+pub const FEATURE_ROTATION: u64 = 2;
 /// Incompatible feature flags that this program knows.
-pub const KNOWN_INCOMPATIBLE: u64 = FEATURE_ERASURE;
+pub const KNOWN_INCOMPATIBLE: u64 = FEATURE_ERASURE | FEATURE_ROTATION;
 /// Read-only-compatible feature flags that this program knows.
 pub const KNOWN_READ_ONLY: u64 = 0;
 

@@ -76,6 +76,7 @@ fn images() -> Vec<(&'static str, Vec<u8>)> {
         ("snapshot_record", snapshot_record().encode().unwrap()),
         ("snapshot_records", encoded_snapshot_records()),
         ("retarget_record", encoded_retarget()),
+        ("fingerprints_record", encoded_fingerprints()),
         ("journal_batch", batch()),
     ];
     images.sort();
@@ -240,6 +241,30 @@ fn retargets_are_read_and_checked() {
     let mut out = Vec::new();
     let beyond = [Retarget::new(512, chunk(77, 5))];
     assert!(Record::MapRetarget { volume: VolumeId(5), leaf: 9, changes: &beyond }.encode(&mut out).is_err());
+}
+
+/// What changing a domain's keys added.
+#[test]
+fn fingerprints_made_anew_are_read_and_checked() {
+    let container = ContainerId::new(77).unwrap();
+    let bytes = image("fingerprints_record");
+    let read: Vec<_> = RecordReader::new(&bytes).collect::<Result<_, _>>().unwrap();
+    let fingerprints = [Fingerprint([1; 16]), Fingerprint::NONE, Fingerprint([3; 16])];
+    assert_eq!(read, [Record::Fingerprints { container, fingerprints: &fingerprints }]);
+    let mut out = Vec::new();
+    let beyond = [Fingerprint([1; 16]); 513];
+    assert!(Record::Fingerprints { container, fingerprints: &beyond }.encode(&mut out).is_err());
+    // A mark of how far a change of keys has come is kept; a program without it keeps it as an unknown field.
+    let record = DomainRecord { renewed: 9, ..domain_record() };
+    assert_eq!(DomainRecord::decode(&record.encode().unwrap()).unwrap(), record);
+}
+
+fn encoded_fingerprints() -> Vec<u8> {
+    let mut out = Vec::new();
+    let fingerprints = [Fingerprint([1; 16]), Fingerprint::NONE, Fingerprint([3; 16])];
+    let container = ContainerId::new(77).unwrap();
+    Record::Fingerprints { container, fingerprints: &fingerprints }.encode(&mut out).unwrap();
+    out
 }
 
 fn encoded_snapshot_records() -> Vec<u8> {
