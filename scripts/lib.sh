@@ -59,14 +59,16 @@ target_binary() {
 }
 
 # start_target LOG SOCKET ARG...: runs `cryptfold target -r SOCKET ARG...` in the background, sets TARGET_PID, and returns
-# when it says that it is ready (configuration applied); shows the log if it does not within 20 s.
+# when it says that it is ready (configuration applied); shows the log if it does not within 120 s.
 start_target() {
     local log=$1 socket=$2 binary
     shift 2
     binary=$(target_binary) || exit 1
+    # Here, not in the child: until that has run, an older log would say "ready".
+    : >"$log" || return 1
     "$binary" target -r "$socket" "$@" >"$log" 2>&1 &
     TARGET_PID=$!
-    local deadline=$((SECONDS + 20))
+    local deadline=$((SECONDS + 120))
     until grep -q "^cryptfold: ready" "$log"; do
         if process_is_gone "$TARGET_PID" || [ "$SECONDS" -ge "$deadline" ]; then
             note "the target did not get ready; its log:"
@@ -77,10 +79,10 @@ start_target() {
     done
 }
 
-# stop_target LOG: SIGTERM must end the target with status 0 within 30 s; shows the log if not.
+# stop_target LOG: SIGTERM must end the target with status 0 within 120 s; shows the log if not.
 stop_target() {
     local status=0
-    stop_process "$TARGET_PID" 30 || status=$?
+    stop_process "$TARGET_PID" 120 || status=$?
     TARGET_PID=''
     [ "$status" = 0 ] && return 0
     note "the target ended with status $status on SIGTERM; end of its log:"

@@ -16,6 +16,7 @@ base=nqn.2026-01.io.cryptfold
 declare -A pids
 # start NAME: the target with the configuration NAME.json.
 start() {
+    : >"$work/$1.log" # or an older log says "ready" until the child has emptied it
     "$binary" target -r "$work/$1.sock" -c "$work/$1.json" --cores 0 >"$work/$1.log" 2>&1 &
     pids[$1]=$!
     within 60 grep -q '^cryptfold: ready' "$work/$1.log"

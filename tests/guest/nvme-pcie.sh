@@ -39,6 +39,7 @@ block() {
 }
 call() { "$binary" rpc -r "$work/rpc.sock" "$@"; }
 start() {
+    : >"$work/target.log" # or an older log says "ready" until the child has emptied it
     "$binary" target -r "$work/rpc.sock" "$@" >"$work/target.log" 2>&1 &
     target=$!
     within 60 grep -q '^cryptfold: ready' "$work/target.log"
