@@ -57,8 +57,8 @@ pub(crate) struct Request {
     pub sqe: Sqe,
     /// What the controller moves.
     pub data: SgList,
-    /// Where data of a read goes in the end, if not where the controller puts it.
-    pub destination: SgList,
+    /// Where data of a read goes in the end, if not where the controller puts it. Boxed: it is rare, and requests are moved.
+    pub destination: Option<Box<SgList>>,
     /// The range of a Dataset Management command: first block, count.
     pub range: Option<(u64, u32)>,
     pub owner: Owner,
@@ -74,12 +74,12 @@ pub(crate) struct Split {
     /// All of a read's data, as the parts see it.
     whole: RefCell<SgList>,
     /// Where it goes in the end, if elsewhere.
-    destination: RefCell<SgList>,
+    destination: RefCell<Option<SgList>>,
 }
 
 impl Request {
     pub fn new(sqe: Sqe, data: SgList, owner: Owner) -> Request {
-        Request { sqe, data, destination: SgList::new(), range: None, owner, attempts: 0 }
+        Request { sqe, data, destination: None, range: None, owner, attempts: 0 }
     }
 
     /// Ends it for whoever waits. The controller must be done with the data.
@@ -88,7 +88,7 @@ impl Request {
         match self.owner {
             Owner::Io(mut io) => {
                 let status = if io.op == Op::Read {
-                    give(&mut io, self.data, self.destination, status)
+                    give(&mut io, self.data, self.destination.map(|d| *d), status)
                 } else {
                     status
                 };
@@ -96,7 +96,7 @@ impl Request {
             }
             Owner::Part(split) => {
                 // Parts are cut from memory that the drive reaches. One that was read elsewhere all the same has not filled its place.
-                let is_elsewhere = status.is_ok() && !self.destination.is_empty();
+                let is_elsewhere = status.is_ok() && self.destination.is_some();
                 drop(self.data);
                 split.part_ended(if is_elsewhere { Status::DATA_TRANSFER_ERROR } else { status });
             }
@@ -121,7 +121,7 @@ impl Request {
         let len = self.data.len_bytes();
         let mut buf = Buf::alloc(len);
         if read {
-            self.destination = std::mem::take(&mut self.data);
+            self.destination = Some(Box::new(std::mem::take(&mut self.data)));
         } else if let Some(bytes) = buf.get_mut() {
             self.data.copy_to_slice(bytes);
         }
@@ -130,11 +130,12 @@ impl Request {
 }
 
 /// Hands a read its data.
-fn give(io: &mut Io, data: SgList, mut destination: SgList, status: Status) -> Status {
-    if destination.is_empty() {
+#[inline]
+fn give(io: &mut Io, data: SgList, destination: Option<SgList>, status: Status) -> Status {
+    let Some(mut destination) = destination else {
         io.data = data;
         return status;
-    }
+    };
     let copied = !status.is_ok() || destination.copy_from(&data);
     io.data = destination;
     if copied { status } else { Status::DATA_TRANSFER_ERROR }
@@ -202,7 +203,7 @@ fn split(
     mut each: impl FnMut(Request),
 ) {
     let (lba, blocks) = (io.lba, io.blocks);
-    let (mut whole, mut destination) = (std::mem::take(&mut io.data), SgList::new());
+    let (mut whole, mut destination) = (std::mem::take(&mut io.data), None);
     if io.op == Op::Read {
         let described = !whole.is_empty() && {
             let mut rest = whole.clone();
@@ -219,7 +220,9 @@ fn split(
             }
         };
         if !described {
-            destination = std::mem::take(&mut whole);
+            let wanted = std::mem::take(&mut whole);
+            // Without buffers: what was read is handed up.
+            destination = (!wanted.is_empty()).then_some(wanted);
             let mut left = blocks;
             while left > 0 {
                 let n = left.min(limit);
