@@ -366,11 +366,15 @@ impl RemoteQueue {
         if frame.word & BARE_READ != 0 {
             io.data = SgList::new();
         }
-        if lost {
+        // A connection that ended is bounded by the time-outs of the attachment.
+        if lost && status.sct() != SCT_PATH {
             return self.send(io, frame.word);
         }
         if frame.word / RETRY >= u64::from(self.local.remote.retries) {
             return io.pass(status);
+        }
+        if lost {
+            return self.send(io, frame.word + RETRY);
         }
         let local = self.local.clone();
         local.wait(self, io, frame.word + RETRY, AGAIN, status);

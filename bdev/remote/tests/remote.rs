@@ -1,11 +1,14 @@
 //! Remote namespaces against a target of the same process: what they are, what changes reach them, paths that go and come
 //! back under I/O that is verified.
 
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use cryptfold_bdev::{Access, Descriptor, Registry, Status};
+use cryptfold_bdev::{
+    Access, BdevError, Descriptor, Device, DeviceInfo, Io, Op, OpSet, Queue, Registry, Status,
+};
 use cryptfold_bdev_malloc::MallocOptions;
 use cryptfold_bdev_remote::{AttachOptions, Multipath, PathFilter, Recovery, RemoteError, Remotes};
 use cryptfold_nvmf_auth::{DhGroup, HashId, Offer, Psk, Secret, Version};
@@ -366,6 +369,53 @@ fn io_fails_in_time_and_controllers_are_given_up() {
     assert!(load.end().is_err_and(|e| e.contains(&Status::TRANSIENT_TRANSPORT_ERROR.to_string())));
     assert!(near.registry.get("Farn1").is_ok());
     wait("given up", || near.remotes.is_empty() && near.registry.get("Farn1").is_err());
+}
+
+/// A device that says of each write that its path has failed.
+struct Pathless {
+    info: DeviceInfo,
+    writes: AtomicU64,
+}
+
+struct PathlessQueue(Arc<Pathless>);
+
+impl Device for Pathless {
+    fn info(&self) -> &DeviceInfo {
+        &self.info
+    }
+    fn open_queue(self: Arc<Self>) -> Result<Rc<dyn Queue>, BdevError> {
+        Ok(Rc::new(PathlessQueue(self)))
+    }
+}
+
+impl Queue for PathlessQueue {
+    fn submit(self: Rc<Self>, io: Box<Io>) {
+        self.0.writes.fetch_add(u64::from(io.op == Op::Write), Ordering::Relaxed);
+        // Path related, Internal Path Error (NVMe Base 2.0 section 3.3.3.2.4).
+        io.finish(Status::new(3, 0));
+    }
+}
+
+/// A path error beside a path that is said to be good was sent again for ever.
+#[test]
+fn path_errors_are_retried_so_often_and_no_more() {
+    let (far, near) = (Far::new(), Near::new());
+    let mut info = DeviceInfo::new("pathless", "test", BLOCK as u32, BLOCKS);
+    info.ops = OpSet::of(&[Op::Read, Op::Write, Op::Flush]);
+    let device = Arc::new(Pathless { info, writes: AtomicU64::new(0) });
+    far.registry.register(device.clone()).expect("a new name");
+    let ns = NsOptions { bdev_name: "pathless".into(), nsid: Some(2), ..Default::default() };
+    assert_eq!(far.target.add_ns(NQN, &ns), Ok(2));
+    let at = far.listen();
+    near.attach(options(&at)).expect("attached");
+    let descriptor = near.registry.open("Farn2", Access::ReadWrite, |_| {}).expect("it is there");
+    let write = move || async move {
+        let channel = descriptor.channel().expect("a channel");
+        channel.write(0, Buf::from_slice(&[1; BLOCK]), false).await
+    };
+    let status = near.handles()[0].block_on(write).expect("it runs").expect_err("there is no path");
+    assert_eq!(status.sct(), 3, "{status}");
+    assert_eq!(device.writes.load(Ordering::Relaxed), 1 + 3);
 }
 
 /// A process ends while a path is lost that would be waited for for ever.
