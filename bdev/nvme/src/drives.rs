@@ -1,7 +1,8 @@
 //! All PCIe drives of the process by name, for control calls: from ordinary threads, which wait.
 //!
-//! Hot-plug: a thread looks now and then for NVMe functions that are bound to vfio-pci and that a filter allows, and attaches
-//! them as `HotInNvmeN`. That a drive is gone is found by its controller.
+//! Hot-plug: a thread looks now and then for NVMe functions that are bound to vfio-pci and that a filter allows, attaches them as
+//! `HotInNvmeN`, and says so. One that was detached by a call, or that did not work, has to be away first. That a drive is gone is
+//! found by its controller.
 
 use std::path::PathBuf;
 use std::sync::{Arc, Condvar, Mutex};
@@ -93,16 +94,21 @@ struct Inner {
     changing: Mutex<()>,
     hotplug: Mutex<(Hotplug, bool)>,
     changed: Condvar,
+    /// Names of those that came by themselves.
+    hot: Mutex<Vec<String>>,
+    /// Addresses that hot-plug leaves alone until they have been away.
+    refused: Mutex<Vec<String>>,
+    came: Box<dyn Fn() + Send + Sync>,
 }
 
 impl Drives {
-    /// None yet; devices go to `registry`.
-    pub fn new(registry: Arc<Registry>) -> Drives {
-        Drives::under(registry, pci::sys())
+    /// None yet; devices go to `registry`. `came` is called, on a thread that may block, when hot-plug has attached a drive.
+    pub fn new(registry: Arc<Registry>, came: impl Fn() + Send + Sync + 'static) -> Drives {
+        Drives::under(registry, pci::sys(), came)
     }
 
     /// With another directory for the kernel's PCI functions.
-    pub fn under(registry: Arc<Registry>, sys: PathBuf) -> Drives {
+    pub fn under(registry: Arc<Registry>, sys: PathBuf, came: impl Fn() + Send + Sync + 'static) -> Drives {
         let inner = Inner {
             registry,
             sys,
@@ -110,6 +116,9 @@ impl Drives {
             changing: Mutex::default(),
             hotplug: Mutex::default(),
             changed: Condvar::new(),
+            hot: Mutex::default(),
+            refused: Mutex::default(),
+            came: Box::new(came),
         };
         Drives { inner: Arc::new(inner), watcher: Mutex::default() }
     }
@@ -125,7 +134,9 @@ impl Drives {
         traddr: &str,
         options: Options,
     ) -> Result<Vec<String>, DriveError> {
-        self.inner.attach(cores, name, traddr, options)
+        let attached = self.inner.attach(cores, name, traddr, options)?;
+        lock(&self.inner.hot).retain(|hot| hot != name);
+        Ok(attached)
     }
 
     fn find(&self, name: &str) -> Result<Arc<Controller>, DriveError> {
@@ -145,6 +156,7 @@ impl Drives {
     pub fn detach(&self, name: &str) -> Result<(), DriveError> {
         let _changing = lock(&self.inner.changing);
         let controller = self.find(name)?;
+        lock(&self.inner.refused).push(controller.address().traddr);
         let home = controller.home.clone();
         let fail = |reason| DriveError::Drive { what: format!("controller \"{name}\""), reason };
         let done = home.block_on(move || async move { crate::detach(&controller, DETACH_LIMIT).await });
@@ -185,11 +197,17 @@ impl Drives {
         self.inner.alive().is_empty()
     }
 
-    /// The calls that attach all controllers again.
+    /// The calls that attach the controllers again: not those that go, nor those that came by themselves and that nobody uses
+    /// (they come by themselves again).
     pub fn saved(&self) -> Vec<Value> {
+        let hot = lock(&self.inner.hot).clone();
+        let stays = |c: &Arc<Controller>| {
+            matches!(c.state(), State::Ready | State::Resetting | State::Failed)
+                && (!hot.contains(&c.name) || self.inner.is_claimed(c))
+        };
         let call =
-            |c: &Arc<Controller>| json!({"name": c.name, "trtype": "PCIe", "traddr": c.address().traddr});
-        self.inner.alive().iter().map(call).collect()
+            |c: Arc<Controller>| json!({"name": c.name, "trtype": "PCIe", "traddr": c.address().traddr});
+        self.inner.alive().into_iter().filter(stays).map(call).collect()
     }
 
     /// Starts or stops looking for new drives.
@@ -243,14 +261,19 @@ impl Drives {
         pci::list(&self.inner.sys).into_iter().filter(shown).map(object).collect()
     }
 
-    /// Shuts all drives down; what still uses them has had its time. Before the reactors stop.
-    pub fn stop(&self) {
+    /// Ends hot-plug for good.
+    pub fn stop_hotplug(&self) {
         lock(&self.inner.hotplug).1 = true;
         self.inner.changed.notify_all();
         if let Some(watcher) = lock(&self.watcher).take() {
             // A watcher that panicked has said so.
             let _ = watcher.join();
         }
+    }
+
+    /// Shuts all drives down; what still uses them has had its time. Before the reactors stop.
+    pub fn stop(&self) {
+        self.stop_hotplug();
         for controller in self.inner.alive() {
             if let Err(e) = self.detach(&controller.name) {
                 tracing::warn!("{e}");
@@ -265,6 +288,11 @@ impl Inner {
         let mut all = lock(&self.all);
         all.retain(|c| c.state() != State::Gone);
         all.clone()
+    }
+
+    fn is_claimed(&self, controller: &Controller) -> bool {
+        let claimed = |name: &String| self.registry.get(name).is_ok_and(|bdev| bdev.claimed_by().is_some());
+        controller.devices().values().any(claimed)
     }
 
     fn attach(
@@ -301,8 +329,6 @@ impl Inner {
     }
 
     fn watch(&self, cores: &[Handle]) {
-        // Those that did not work are not tried again until they have been away.
-        let mut refused: Vec<String> = Vec::new();
         loop {
             let hotplug = {
                 let state = lock(&self.hotplug);
@@ -320,15 +346,19 @@ impl Inner {
                 state.0.clone()
             };
             if hotplug.enable {
-                self.look(cores, &hotplug, &mut refused);
+                self.look(cores, &hotplug);
             }
         }
     }
 
-    fn look(&self, cores: &[Handle], hotplug: &Hotplug, refused: &mut Vec<String>) {
+    fn look(&self, cores: &[Handle], hotplug: &Hotplug) {
         let ready = |f: &Function| f.class == pci::NVME_CLASS && f.driver.as_deref() == Some("vfio-pci");
         let found: Vec<String> = pci::list(&self.sys).into_iter().filter(ready).map(|f| f.address).collect();
-        refused.retain(|address| found.contains(address));
+        let refused = {
+            let mut refused = lock(&self.refused);
+            refused.retain(|address| found.contains(address));
+            refused.clone()
+        };
         let attached: Vec<String> = self.alive().iter().map(|c| c.address().traddr).collect();
         for address in found {
             let wanted = hotplug.allowed.is_empty() || hotplug.allowed.contains(&address);
@@ -339,10 +369,14 @@ impl Inner {
             let free = |n: &String| alive.iter().all(|c| c.name != *n);
             let Some(name) = (0..).map(|n| format!("HotInNvme{n}")).find(free) else { return };
             match self.attach(cores, &name, &address, Options::default()) {
-                Ok(devices) => tracing::info!("{address} has come: {}", devices.join(", ")),
+                Ok(devices) => {
+                    tracing::info!("{address} has come: {}", devices.join(", "));
+                    lock(&self.hot).push(name);
+                    (self.came)();
+                }
                 Err(e) => {
                     tracing::warn!("{address} has come and can not be attached: {e}");
-                    refused.push(address);
+                    lock(&self.refused).push(address);
                 }
             }
         }

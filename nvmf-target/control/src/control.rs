@@ -141,10 +141,13 @@ impl Control {
     /// Before initialisation: no reactor runs yet.
     pub fn new(config: ControlConfig) -> Arc<Control> {
         let registry = Registry::new();
-        Arc::new_cyclic(|me| Control {
+        Arc::new_cyclic(|me: &Weak<Control>| Control {
             remotes: Remotes::new(registry.clone()),
             host_uuid: OnceLock::new(),
-            drives: Drives::new(registry.clone()),
+            drives: {
+                let me = me.clone();
+                Drives::new(registry.clone(), move || me.upgrade().into_iter().for_each(|c| c.look_for_new()))
+            },
             registry,
             keys: KeyStore::default(),
             ring: Keyring::default(),
@@ -329,8 +332,8 @@ impl Control {
         }
     }
 
-    /// After each call: what is new is noted and examined.
-    fn after_call(&self) {
+    /// After each call, and when a drive has come by itself: what is new is noted and examined.
+    fn look_for_new(&self) {
         let new = self.watch.look(&self.registry);
         let auto = lock(&self.options).auto_examine.unwrap_or(true);
         for name in &new {
@@ -366,6 +369,7 @@ impl Control {
         self.kms.end();
         let Some(running) = self.running.get() else { return Ok(()) };
         let Some(runtime) = lock(&running.runtime).take() else { return Ok(()) };
+        self.drives.stop_hotplug();
         // A pool on a lost namespace must not keep the end waiting.
         self.remotes.hurry();
         let drained = running.target.stop().map_err(RpcError::from);
@@ -390,7 +394,7 @@ impl Handler for Control {
     fn call(&self, method: &str, params: Option<&Value>) -> RpcResult {
         let started = Instant::now();
         let result = self.table.call(self, method, params);
-        self.after_call();
+        self.look_for_new();
         let ms = started.elapsed().as_millis() as u64;
         match &result {
             Ok(_) => tracing::debug!(method, ms, "rpc"),
