@@ -75,6 +75,8 @@ pub(crate) struct AdminQueue {
     doze: Doze,
     /// Completions that nobody waits for.
     pub bogus: Cell<u64>,
+    /// A command that was not answered in time: it keeps its slot and its memory until the controller is reset.
+    pub stuck: Cell<Option<&'static str>>,
 }
 
 impl AdminQueue {
@@ -83,7 +85,8 @@ impl AdminQueue {
         let slots = (0..DEPTH - 1).map(empty).collect();
         let doze = Doze::new(bus.clone(), 0, interrupts);
         let inner = RefCell::new(Inner { ring: None, slots });
-        let queue = Rc::new(AdminQueue { bus, inner, freed: Notify::new(), doze, bogus: Cell::new(0) });
+        let (freed, bogus, stuck) = (Notify::new(), Cell::new(0), Cell::new(None));
+        let queue = Rc::new(AdminQueue { bus, inner, freed, doze, bogus, stuck });
         queue.doze.register();
         queue
     }
@@ -101,6 +104,7 @@ impl AdminQueue {
             (slot.busy, slot.waiter, slot.data) = (false, None, None);
         }
         drop(inner);
+        self.stuck.set(None);
         self.freed.notify_waiters();
     }
 
@@ -113,6 +117,22 @@ impl AdminQueue {
     /// A buffer for a command's data.
     pub fn buffer(&self, bytes: usize) -> Result<DmaBuf, AdminError> {
         Ok(DmaBuf::zeroed(&*self.bus, bytes)?)
+    }
+
+    /// What did not end in time.
+    fn timeout(&self, what: &'static str, limit: Duration) -> AdminError {
+        self.stuck.set(Some(what));
+        AdminError::Timeout { what, seconds: limit.as_secs_f32() }
+    }
+
+    /// Waits for a slot.
+    async fn slot(&self, what: &'static str) -> Result<usize, AdminError> {
+        loop {
+            if let Some(index) = self.free_slot(what)? {
+                return Ok(index);
+            }
+            self.freed.notified().await;
+        }
     }
 
     /// A slot, if one is free.
@@ -137,12 +157,12 @@ impl AdminQueue {
             sqe.sgl = Sgl::from_prps(data.iova(), 0);
         }
         let (sender, receiver) = oneshot::channel();
-        let index = loop {
-            if let Some(index) = self.free_slot(what)? {
-                break index;
+        let index = match limit {
+            Some(limit) => {
+                reactor::timeout(limit, self.slot(what)).await.map_err(|_| self.timeout(what, limit))?
             }
-            self.freed.notified().await;
-        };
+            None => self.slot(what).await,
+        }?;
         {
             let mut inner = self.inner.borrow_mut();
             let slot = &mut inner.slots[index];
@@ -156,7 +176,7 @@ impl AdminQueue {
         let answer = match limit {
             Some(limit) => match reactor::timeout(limit, receiver).await {
                 Ok(answer) => answer,
-                Err(_) => return Err(AdminError::Timeout { what, seconds: limit.as_secs_f32() }),
+                Err(_) => return Err(self.timeout(what, limit)),
             },
             None => receiver.await,
         };
@@ -191,7 +211,9 @@ impl Poller for AdminQueue {
         let inner = &mut *inner;
         let Some(ring) = &mut inner.ring else { return false };
         let mut worked = false;
-        while let Some(cqe) = ring.pop() {
+        // No more in a turn than there can be, whatever the controller does.
+        for _ in 0..DEPTH {
+            let Some(cqe) = ring.pop() else { break };
             worked = true;
             let index = usize::from(cqe.cid().0 & ((1 << SLOT_BITS) - 1));
             match inner.slots.get_mut(index) {

@@ -5,8 +5,11 @@
 //! driver's DMA is in the reactor's arena, which a controller sees as one window: slab `n` at `window + n * 2 MiB`.
 
 use std::os::fd::RawFd;
+use std::sync::Arc;
 
 use cryptfold_reactor::memory::{Place, SLAB_BYTES};
+
+use crate::elsewhere::Waiting;
 
 /// Offsets of registers, bytes (NVMe Base 2.0 section 3.1.3).
 pub mod reg {
@@ -118,7 +121,7 @@ pub trait Bus: Send + Sync + 'static {
     ///
     /// # Errors
     /// It can not be reset.
-    fn reset(&self) -> Result<(), BusError>;
+    fn reset(self: Arc<Self>) -> Waiting<Result<(), BusError>>;
 
     /// Keeps the controller from reading or writing memory, whatever state it is in, until [`Bus::allow_dma`].
     fn stop_dma(&self);
@@ -129,8 +132,9 @@ pub trait Bus: Send + Sync + 'static {
     /// Whether the system has asked to let go of the controller, because it is being removed.
     fn wants_removal(&self) -> bool;
 
-    /// Gives the controller back to the system for good. Registers then read as [`ALL_ONES`]. A second call does nothing.
-    fn release(&self);
+    /// Gives the controller back to the system for good. Registers read as [`ALL_ONES`] from the call on; the system has it when
+    /// that was waited for. A second call does nothing.
+    fn release(self: Arc<Self>) -> Waiting<()>;
 
     /// Who it is.
     fn address(&self) -> Address;

@@ -73,6 +73,9 @@ pub enum NvmeError {
         /// The limit, from CAP.TO or CRTO.
         seconds: f32,
     },
+    /// It is up, and does not answer all of what it was asked meanwhile.
+    #[error("no answer to {0}")]
+    Silent(&'static str),
     /// CSTS.CFS.
     #[error("the controller reports a fatal status (CSTS.CFS)")]
     Fatal,

@@ -42,6 +42,8 @@ pub(crate) struct Home {
     /// Says that a reset is over.
     settled: Notify,
     closed: Flag,
+    /// Removals of devices that were asked for.
+    leaving: RefCell<Vec<Removal>>,
     /// Abort commands that may be outstanding (ACL + 1), and how many are.
     aborts: Cell<(u8, u8)>,
     shadow: RefCell<Option<Shadow>>,
@@ -58,6 +60,7 @@ impl Home {
             cap: Cell::default(),
             settled: Notify::new(),
             closed: Flag::new(),
+            leaving: RefCell::default(),
             aborts: Cell::new((1, 0)),
             shadow: RefCell::default(),
             interrupts: Cell::new(false),
@@ -139,7 +142,7 @@ impl Home {
         let mut result = self.wait_ready(false).await;
         if result.is_err() {
             // The function's reset is the last means.
-            if self.bus.reset().is_ok() {
+            if self.bus.clone().reset().await.is_ok() {
                 result = self.wait_ready(false).await;
             }
         }
@@ -185,7 +188,11 @@ impl Home {
         let pairs = self.queues(cap).await?;
         self.interrupts.set(self.controller.options.interrupts && self.enable_interrupts());
         self.events(pairs, cap).await;
-        self.make_pairs(pairs, cap).await
+        self.make_pairs(pairs, cap).await?;
+        match self.admin.stuck.take() {
+            Some(what) => Err(NvmeError::Silent(what)),
+            None => Ok(()),
+        }
     }
 
     /// Before queues are made: one that names a vector other than 0 wants MSI-X to be on (NVMe Base 2.0 section 5.4).
@@ -376,6 +383,9 @@ impl Home {
                             "completion of an admin command that nobody sent".into(),
                         ));
                     }
+                    if let Some(what) = self.admin.stuck.take() {
+                        self.notice(Notice::ResetNeeded(format!("no answer to the admin command {what}")));
+                    }
                     self.controller.look_at_status(self.bus.read32(reg::CSTS));
                 } else if self.bus.read32(reg::CSTS) == ALL_ONES {
                     self.notice(Notice::Vanished);
@@ -445,9 +455,7 @@ impl Home {
     /// waited for instead.
     pub async fn reset(self: &Rc<Self>, why: String) -> Result<(), NvmeError> {
         if !self.controller.on(Event::ResetNeeded) {
-            while self.controller.state() == State::Resetting {
-                self.settled.notified().await;
-            }
+            self.settle().await;
             return match self.controller.state() {
                 State::Ready => Ok(()),
                 other => Err(NvmeError::State(other.name())),
@@ -502,36 +510,51 @@ impl Home {
         self.each_pair(|pair| pair.kill(Status::INVALID_NAMESPACE.do_not_retry())).await;
         self.settled.notify_waiters();
         // The kernel waits for this before it takes a drive away that is asked back.
-        self.bus.release();
-        let removals = self.controller.remove_devices();
-        self.wait_removals(&removals, None).await;
+        self.bus.clone().release().await;
+        self.remove_devices();
+        self.wait_removed(None).await;
         self.controller.on(Event::Detach);
         self.leave().await;
     }
 
-    async fn wait_removals(&self, removals: &[Removal], limit: Option<Duration>) -> bool {
+    /// Asks for the removal of all devices; [`Home::wait_removed`] waits for it.
+    pub fn remove_devices(&self) {
+        self.leaving.borrow_mut().extend(self.controller.remove_devices());
+    }
+
+    /// False: somebody still has one of them open after the limit.
+    async fn wait_removed(&self, limit: Option<Duration>) -> bool {
         let begin = reactor::now();
-        while !removals.iter().all(Removal::is_done) {
+        loop {
+            self.leaving.borrow_mut().retain(|removal| !removal.is_done());
+            if self.leaving.borrow().is_empty() {
+                return true;
+            }
             if limit.is_some_and(|limit| reactor::now() - begin > limit) {
                 return false;
             }
             reactor::sleep(Duration::from_millis(10)).await;
         }
-        true
+    }
+
+    /// Waits for the end of a reset that is under way.
+    async fn settle(&self) {
+        while self.controller.state() == State::Resetting {
+            self.settled.notified().await;
+        }
     }
 
     /// Removes the devices and shuts the controller down (NVMe Base 2.0 section 3.6.1).
     pub async fn detach(self: Rc<Self>, limit: Duration) -> Result<(), NvmeError> {
-        while self.controller.state() == State::Resetting {
-            self.settled.notified().await;
-        }
+        self.settle().await;
         if !matches!(self.controller.state(), State::Ready | State::Failed) {
             return Err(NvmeError::State(self.controller.state().name()));
         }
-        let removals = self.controller.remove_devices();
-        if !self.wait_removals(&removals, Some(limit)).await {
+        self.remove_devices();
+        if !self.wait_removed(Some(limit)).await {
             return Err(NvmeError::Busy(limit.as_secs()));
         }
+        self.settle().await;
         let healthy = self.controller.state() == State::Ready;
         if !self.controller.on(Event::Detach) {
             // It vanished while its devices were closed.
@@ -572,7 +595,7 @@ impl Home {
         self.bus.stop_dma();
         self.admin.close();
         self.each_pair(|pair| pair.kill(Status::INVALID_NAMESPACE.do_not_retry())).await;
-        self.bus.release();
+        self.bus.clone().release().await;
         self.leave().await;
     }
 

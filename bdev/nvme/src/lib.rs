@@ -32,6 +32,7 @@ pub mod bus;
 mod controller;
 mod dma;
 mod drives;
+mod elsewhere;
 mod health;
 mod home;
 mod lifecycle;
@@ -54,6 +55,7 @@ use cryptfold_reactor::{Handle, ReactorGone};
 pub use admin::AdminError;
 pub use controller::{Controller, Counters, NvmeError, Options};
 pub use drives::{DriveError, Drives, Hotplug};
+pub use elsewhere::Waiting;
 pub use lifecycle::{Event, State};
 pub use namespace::verify;
 
@@ -85,7 +87,7 @@ pub async fn attach(
             Ok(controller)
         }
         Err(e) => {
-            drop(controller.remove_devices());
+            home.remove_devices();
             controller.on(if matches!(e, NvmeError::Vanished) {
                 Event::Vanished
             } else {

@@ -155,7 +155,12 @@ impl Controller {
     /// Asks for the removal of all devices.
     pub(crate) fn remove_devices(&self) -> Vec<Removal> {
         let names = std::mem::take(&mut *lock(&self.namespaces));
-        names.values().filter_map(|name| self.registry.unregister(name).ok()).collect()
+        let removal = |name: &String| match self.registry.unregister(name) {
+            Ok(removal) => Some(removal),
+            // Somebody else has asked for it.
+            Err(_) => self.registry.get(name).ok().and_then(|bdev| bdev.removal()),
+        };
+        names.values().filter_map(removal).collect()
     }
 }
 

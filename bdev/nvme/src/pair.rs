@@ -364,7 +364,10 @@ impl Pair {
     pub fn pause(&self) {
         if self.mode.get() == Mode::Running {
             if self.bus.read32(reg::CSTS) != ALL_ONES {
-                while self.reap(REAP) > 0 {}
+                // No more than there can be, whatever the controller does.
+                for _ in 0..=self.slots() / REAP {
+                    self.reap(REAP);
+                }
             }
             self.mode.set(Mode::Paused);
         }

@@ -10,18 +10,19 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, IntoRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 use std::ptr::null_mut;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, Once, Weak};
+use std::sync::atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
 use cryptfold_reactor::memory::{MAX_INDEXED_SLABS, SLAB_BYTES, slab_at, slab_count};
 
 use crate::bus::{ALL_ONES, Address, Bus, BusError, Interrupt, reg};
 use crate::controller::lock;
+use crate::elsewhere::{Waiting, elsewhere};
 use crate::pci::{self, Function};
 
 /// Numbers and structures of linux/vfio.h.
@@ -136,9 +137,35 @@ fn ioctl_number(fd: RawFd, request: libc::c_ulong, number: libc::c_ulong) -> io:
 /// The IOMMU context of the process.
 struct Container {
     file: File,
-    /// Set with the first group: window start and how many slabs fit in it.
-    window: Mutex<Option<(u64, usize)>>,
-    mapped: Mutex<usize>,
+    iommu: Mutex<Iommu>,
+}
+
+/// What the kernel keeps in a container while there is a group in it.
+#[derive(Default)]
+struct Iommu {
+    groups: usize,
+    /// Window start and how many slabs fit in it.
+    window: Option<(u64, usize)>,
+    /// Slabs that are mapped.
+    mapped: usize,
+}
+
+/// A group in the container.
+struct Member {
+    group: Option<File>,
+    container: Arc<Container>,
+    window: u64,
+}
+
+impl Drop for Member {
+    fn drop(&mut self) {
+        let mut iommu = lock(&self.container.iommu);
+        drop(self.group.take());
+        iommu.groups -= 1;
+        if iommu.groups == 0 {
+            *iommu = Iommu::default();
+        }
+    }
 }
 
 static CONTAINER: Mutex<Weak<Container>> = Mutex::new(Weak::new());
@@ -162,25 +189,29 @@ impl Container {
         if !matches!((version, extension), (Ok(abi::API_VERSION), Ok(1))) {
             return Err(refused("VFIO", "this kernel has no IOMMU of type 1 version 2", libc::ENOTSUP));
         }
-        let container = Arc::new(Container { file, window: Mutex::default(), mapped: Mutex::default() });
+        let container = Arc::new(Container { file, iommu: Mutex::default() });
         *slot = Arc::downgrade(&container);
         Ok(container)
     }
 
     /// Adds a group and, if it is the first, chooses the IOMMU and the window.
-    fn add(&self, group: &File) -> Result<(u64, usize), BusError> {
-        let mut window = lock(&self.window);
+    fn add(self: &Arc<Self>, group: File) -> Result<Member, BusError> {
+        let mut iommu = lock(&self.iommu);
         let mut fd = self.file.as_raw_fd();
         // SAFETY: the argument is a descriptor number.
         unsafe { ioctl(group.as_raw_fd(), abi::GROUP_SET_CONTAINER, &raw mut fd) }
             .map_err(|e| failed("cannot add the IOMMU group to the container", &e, ""))?;
-        if let Some(window) = *window {
-            return Ok(window);
-        }
-        ioctl_number(self.file.as_raw_fd(), abi::SET_IOMMU, abi::TYPE1V2_IOMMU).map_err(|e| {
-            failed("cannot use the IOMMU", &e, "is it on? intel_iommu=on or the firmware's setting")
-        })?;
-        Ok(*window.insert(choose_window(&self.ranges()?)))
+        let (window, _) = match iommu.window {
+            Some(window) => window,
+            None => {
+                ioctl_number(self.file.as_raw_fd(), abi::SET_IOMMU, abi::TYPE1V2_IOMMU).map_err(|e| {
+                    failed("cannot use the IOMMU", &e, "is it on? intel_iommu=on or the firmware's setting")
+                })?;
+                *iommu.window.insert(choose_window(&self.ranges()?))
+            }
+        };
+        iommu.groups += 1;
+        Ok(Member { group: Some(group), container: self.clone(), window })
     }
 
     /// Ranges of bus addresses that the IOMMU translates, both ends included.
@@ -197,12 +228,12 @@ impl Container {
     }
 
     fn map(&self, slabs: usize) -> Result<(), BusError> {
-        let mut mapped = lock(&self.mapped);
-        let Some((window, room)) = *lock(&self.window) else {
+        let mut iommu = lock(&self.iommu);
+        let Some((window, room)) = iommu.window else {
             return Err(refused("I/O memory", "no drive is open", libc::ENODEV));
         };
-        while *mapped < slabs {
-            let first = *mapped;
+        while iommu.mapped < slabs {
+            let first = iommu.mapped;
             if first >= room || first >= slab_count() {
                 return Err(refused(
                     "I/O memory",
@@ -233,7 +264,7 @@ impl Container {
                 };
                 failed(format!("cannot map {} MiB for drives", count * 2), &e, hint)
             })?;
-            *mapped += count;
+            iommu.mapped += count;
         }
         Ok(())
     }
@@ -283,19 +314,18 @@ fn choose_window(ranges: &[(u64, u64)]) -> (u64, usize) {
         .unwrap_or((WINDOW_FROM, 0))
 }
 
-/// What is given back in [`Bus::release`], the device before the group before the container.
+/// What is given back in [`Bus::release`], the device before the group.
 struct Parts {
     device: File,
-    _group: File,
-    container: Arc<Container>,
+    /// Where the configuration space is in the device's file.
+    config_at: u64,
+    member: Member,
 }
 
 /// A drive behind VFIO.
 pub struct VfioBus {
     function: Function,
-    parts: Mutex<Option<Parts>>,
-    /// Where the configuration space is in the device's file.
-    config_at: u64,
+    parts: Mutex<Option<Arc<Parts>>>,
     bar: Bar,
     window: u64,
     vectors: Vec<OwnedFd>,
@@ -304,7 +334,8 @@ pub struct VfioBus {
 }
 
 impl VfioBus {
-    /// Takes a function over. It must be bound to vfio-pci, its IOMMU group must be ours to open. May block.
+    /// Takes a function over and shows it the arena as it is now. It must be bound to vfio-pci, its IOMMU group must be ours to
+    /// open. May block.
     ///
     /// # Errors
     /// No such function, bound to another driver, no IOMMU, no permission, in use.
@@ -339,18 +370,15 @@ impl VfioBus {
             let reason = format!("other functions of IOMMU group {number} are bound to kernel drivers");
             return Err(refused(what(), reason, libc::EBUSY));
         }
-        let (window, _) = container.add(&group)?;
-        let device = open_device(&group, &canonical)?;
-        Self::set_up(function, device, group, container, window)
+        let member = container.add(group)?;
+        let group = member.group.as_ref().ok_or_else(|| refused(what(), "no group", libc::ENODEV))?;
+        let device = open_device(group, &canonical)?;
+        let bus = Self::set_up(function, device, member)?;
+        bus.map(slab_count())?;
+        Ok(bus)
     }
 
-    fn set_up(
-        function: Function,
-        device: File,
-        group: File,
-        container: Arc<Container>,
-        window: u64,
-    ) -> Result<VfioBus, BusError> {
+    fn set_up(function: Function, device: File, member: Member) -> Result<VfioBus, BusError> {
         let config = region(&device, abi::REGION_CONFIG)?;
         command(&device, config.offset, |c| c | MEMORY_SPACE)?;
         let bar = region(&device, abi::REGION_BAR0)?;
@@ -370,19 +398,23 @@ impl VfioBus {
         });
         Ok(VfioBus {
             function,
-            config_at: config.offset,
-            parts: Mutex::new(Some(Parts { device, _group: group, container })),
+            window: member.window,
+            parts: Mutex::new(Some(Arc::new(Parts { device, config_at: config.offset, member }))),
             bar,
-            window,
             vectors,
             request,
             enabled: AtomicBool::new(false),
         })
     }
 
+    /// What it is open by; not after it was given back.
+    fn parts(&self) -> Option<Arc<Parts>> {
+        lock(&self.parts).clone()
+    }
+
     fn command(&self, change: impl Fn(u16) -> u16) {
-        if let Some(parts) = &*lock(&self.parts)
-            && let Err(e) = command(&parts.device, self.config_at, change)
+        if let Some(parts) = self.parts()
+            && let Err(e) = command(&parts.device, parts.config_at, change)
         {
             tracing::warn!("{}: {e}", self.function.address);
         }
@@ -489,8 +521,8 @@ impl Bus for VfioBus {
     }
 
     fn map(&self, slabs: usize) -> Result<(), BusError> {
-        match &*lock(&self.parts) {
-            Some(parts) => parts.container.map(slabs),
+        match self.parts() {
+            Some(parts) => parts.member.container.map(slabs),
             None => Err(refused("I/O memory", "the drive was given back", libc::ENODEV)),
         }
     }
@@ -500,8 +532,7 @@ impl Bus for VfioBus {
     }
 
     fn enable_interrupts(&self) -> Result<(), BusError> {
-        let parts = lock(&self.parts);
-        let Some(parts) = &*parts else { return Ok(()) };
+        let Some(parts) = self.parts() else { return Ok(()) };
         if !self.enabled.load(Ordering::Acquire) {
             set_irqs(&parts.device, abi::IRQ_MSIX, &self.vectors)
                 .map_err(|e| failed("cannot switch MSI-X on", &e, ""))?;
@@ -514,15 +545,17 @@ impl Bus for VfioBus {
         self.vectors.get(usize::from(vector)).map_or(Interrupt::None, |fd| Interrupt::Eventfd(fd.as_raw_fd()))
     }
 
-    fn reset(&self) -> Result<(), BusError> {
-        let parts = lock(&self.parts);
-        let Some(parts) = &*parts else {
-            return Err(refused("reset", "the drive was given back", libc::ENODEV));
+    fn reset(self: Arc<Self>) -> Waiting<Result<(), BusError>> {
+        let Some(parts) = self.parts() else {
+            let gone = refused("reset", "the drive was given back", libc::ENODEV);
+            return Box::pin(std::future::ready(Err(gone)));
         };
-        // SAFETY: no argument.
-        unsafe { ioctl(parts.device.as_raw_fd(), abi::DEVICE_RESET, null_mut::<u8>()) }
-            .map_err(|e| failed("the function can not be reset", &e, ""))?;
-        command(&parts.device, self.config_at, |c| c | MEMORY_SPACE)
+        elsewhere(move || {
+            // SAFETY: no argument.
+            unsafe { ioctl(parts.device.as_raw_fd(), abi::DEVICE_RESET, null_mut::<u8>()) }
+                .map_err(|e| failed("the function can not be reset", &e, ""))?;
+            command(&parts.device, parts.config_at, |c| c | MEMORY_SPACE)
+        })
     }
 
     fn stop_dma(&self) {
@@ -540,13 +573,11 @@ impl Bus for VfioBus {
         unsafe { libc::read(fd.as_raw_fd(), count.as_mut_ptr().cast(), count.len()) == 8 }
     }
 
-    fn release(&self) {
-        let parts = lock(&self.parts).take();
-        if parts.is_some() {
-            self.bar.retire();
-        }
+    fn release(self: Arc<Self>) -> Waiting<()> {
+        let Some(parts) = lock(&self.parts).take() else { return Box::pin(std::future::ready(())) };
+        self.bar.retire();
         // The kernel disables and resets the function when the device is closed.
-        drop(parts);
+        elsewhere(move || drop(parts))
     }
 
     fn address(&self) -> Address {
@@ -573,7 +604,7 @@ static BARS: [(AtomicUsize, AtomicUsize); MAX_BARS] =
 
 impl Bar {
     fn map(device: &File, offset: u64, bytes: usize) -> Result<Bar, BusError> {
-        guard_against_sigbus();
+        guard_against_sigbus().map_err(|e| failed("cannot guard the registers", &e, ""))?;
         // SAFETY: a new mapping at an address of the kernel's choice.
         let base = unsafe {
             let protection = libc::PROT_READ | libc::PROT_WRITE;
@@ -629,38 +660,50 @@ impl Drop for Bar {
     }
 }
 
-/// Replaces a range by memory of all ones. Async-signal-safe.
+/// A file of [`BAR_BYTES`] ones, from the first mapping on.
+static ONES: AtomicI32 = AtomicI32::new(-1);
+
+/// Replaces a range by memory of all ones, in one step: nobody reads anything else. A single system call.
 ///
 /// # Safety
-/// The range is a mapping of registers that nobody refers to.
+/// The range is a mapping of registers that nobody refers to, of [`BAR_BYTES`] at most.
 unsafe fn replace(address: usize, bytes: usize) -> bool {
-    // SAFETY: by this function's contract; then all of it is ours to write.
-    unsafe {
-        let at: *mut libc::c_void = std::ptr::without_provenance_mut(address);
-        let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED;
-        let new = libc::mmap(at, bytes, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);
-        if new == libc::MAP_FAILED {
-            return false;
-        }
-        libc::memset(new, 0xff, bytes);
-        true
-    }
+    let at: *mut libc::c_void = std::ptr::without_provenance_mut(address);
+    let (protection, flags) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_FIXED);
+    // SAFETY: by this function's contract.
+    unsafe { libc::mmap(at, bytes, protection, flags, ONES.load(Ordering::Acquire), 0) != libc::MAP_FAILED }
 }
 
 /// The kernel takes a register mapping away when the function is reset or removed behind our back; the next access is then a
 /// SIGBUS, which has to look like a function that is gone instead of ending the process.
-fn guard_against_sigbus() {
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| {
-        // SAFETY: installs a handler that calls async-signal-safe functions only.
-        unsafe {
-            let mut action: libc::sigaction = std::mem::zeroed();
-            let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) = on_sigbus;
-            action.sa_sigaction = handler as usize;
-            action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
-            libc::sigaction(libc::SIGBUS, &raw const action, null_mut());
-        }
-    });
+fn guard_against_sigbus() -> io::Result<()> {
+    static GUARDED: Mutex<bool> = Mutex::new(false);
+    let mut guarded = lock(&GUARDED);
+    if *guarded {
+        return Ok(());
+    }
+    // SAFETY: makes a descriptor; the name is a string that ends in NUL.
+    let fd = unsafe { libc::memfd_create(c"ones".as_ptr(), libc::MFD_CLOEXEC) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a new descriptor that nobody else owns.
+    let ones = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    ones.write_all_at(&[0xff; BAR_BYTES], 0)?;
+    ONES.store(ones.into_raw_fd(), Ordering::Release);
+    // SAFETY: installs a handler that makes system calls only.
+    let installed = unsafe {
+        let mut action: libc::sigaction = std::mem::zeroed();
+        let handler: extern "C" fn(i32, *mut libc::siginfo_t, *mut libc::c_void) = on_sigbus;
+        action.sa_sigaction = handler as usize;
+        action.sa_flags = libc::SA_SIGINFO | libc::SA_ONSTACK;
+        libc::sigaction(libc::SIGBUS, &raw const action, null_mut())
+    };
+    if installed < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    *guarded = true;
+    Ok(())
 }
 
 extern "C" fn on_sigbus(_: i32, info: *mut libc::siginfo_t, _: *mut libc::c_void) {

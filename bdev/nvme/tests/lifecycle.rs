@@ -323,6 +323,56 @@ fn hot_remove() {
     }
 }
 
+/// Commands that were never answered kept their slots for ever: after 31 of them nothing could be asked any more, and whoever
+/// asked waited without limit.
+#[test]
+fn admin_commands_without_answer() {
+    machine(3, 2, |m| async move {
+        let (drive, controller) = m.usual().await;
+        drive.inject(Fault::Stuck, 1);
+        let begin = now();
+        let asked: Vec<_> = (0..40)
+            .map(|_| {
+                let controller = controller.clone();
+                cryptfold_reactor::spawn_local(async move { controller.health().await.is_err() })
+            })
+            .collect();
+        for one in asked {
+            assert!(one.await);
+        }
+        assert!(now() - begin < quick().admin_timeout * 2, "{:?}", now() - begin);
+        until("reset", || controller.counters.resets.load(Relaxed) == 1).await;
+        until("ready", || controller.state() == State::Ready).await;
+        assert!(controller.events().iter().any(|e| e.contains("no answer to the admin command")));
+        controller.health().await.unwrap();
+        put_away(&controller, &drive).await;
+    });
+}
+
+/// A second detach tore the controller down under whoever still had its devices open.
+#[test]
+fn devices_that_stay_open_hold_a_detach_up_each_time() {
+    machine(4, 2, |m| async move {
+        let (drive, controller) = m.usual().await;
+        let c = m.open("Nn1");
+        for _ in 0..2 {
+            let refused = detach(&controller, Duration::from_millis(50)).await;
+            assert!(matches!(refused, Err(NvmeError::Busy(_))), "{refused:?}");
+            assert_eq!(controller.state(), State::Ready);
+        }
+        let last = cryptfold_reactor::spawn_local({
+            let controller = controller.clone();
+            async move { detach(&controller, Duration::from_secs(5)).await }
+        });
+        // A reset meanwhile is waited for.
+        controller.reset().await.unwrap();
+        drop(c);
+        last.await.unwrap();
+        assert_eq!(controller.state(), State::Gone);
+        assert!(!drive.is_live() && drive.offences().is_empty());
+    });
+}
+
 /// Resets at random times, by several, under I/O, with and without shadow doorbells and shared pairs.
 #[test]
 fn resets_under_load() {

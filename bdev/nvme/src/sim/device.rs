@@ -19,6 +19,7 @@ use super::fault::Fault;
 use super::queue::{CompletionQueue, SubmissionQueue};
 use crate::bus::{ALL_ONES, Address, Bus, BusError, Interrupt, reg};
 use crate::dma::Seen;
+use crate::elsewhere::Waiting;
 
 /// Where the controller sees slab 0.
 const WINDOW: u64 = 4 << 30;
@@ -713,12 +714,12 @@ impl Bus for SimController {
         Interrupt::Simulated
     }
 
-    fn reset(&self) -> Result<(), BusError> {
+    fn reset(self: Arc<Self>) -> Waiting<Result<(), BusError>> {
         let mut s = self.state();
         (s.cc, s.cc_read) = (Cc::default(), 0);
         s.written.clear();
         s.reset();
-        Ok(())
+        Box::pin(std::future::ready(Ok(())))
     }
 
     fn stop_dma(&self) {
@@ -733,11 +734,12 @@ impl Bus for SimController {
         false
     }
 
-    fn release(&self) {
+    fn release(self: Arc<Self>) -> Waiting<()> {
         let mut s = self.state();
         s.removed = true;
         s.epoch += 1;
         s.wake();
+        Box::pin(std::future::ready(()))
     }
 
     fn address(&self) -> Address {
