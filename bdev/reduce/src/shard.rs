@@ -366,7 +366,7 @@ impl Shard {
         for &(domain, addr) in &old {
             let container =
                 self.domains.get(&domain.0).and_then(|d| d.containers.peek(addr.container().get()));
-            std::hint::black_box(container.map(|c| (c.refs(addr.slot()), c.fragment_of(addr.slot()))));
+            std::hint::black_box(container.map(|c| c.touch(addr.slot())));
         }
         for (domain, addr) in old {
             let leaf = self.domains.get(&domain.0).and_then(|d| d.fingerprints.peek(addr.container().get()));
@@ -1002,16 +1002,13 @@ pub(crate) fn drop_reference(
     let number = addr.container().get();
     let c = d.containers.get_mut(number);
     let wrap = |error| ApplyError::Container { domain: id, container: addr.container(), error };
-    if c.change_refs(addr.slot(), -1).map_err(wrap)? > 0 {
+    let (left, fragment) = c.drop_ref(addr.slot()).map_err(wrap)?;
+    if left > 0 {
         return Ok(());
     }
     d.unique = d.unique.saturating_sub(1);
-    if let Some(fragment) = c.fragment_of(addr.slot()) {
-        let live = c.live_in(&fragment);
+    if let Some((fragment, live)) = fragment {
         let less = share(&fragment, live + 1) - share(&fragment, live);
-        if live == 0 {
-            c.replace(fragment.first_slot, &[]).map_err(wrap)?;
-        }
         d.stored_bytes = d.stored_bytes.saturating_sub(less.into());
         if !segments.apply_live(fragment.place.segment.segment.0, less, false, now) {
             return Err(ApplyError::Segment(fragment.place.segment));

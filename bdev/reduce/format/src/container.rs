@@ -275,19 +275,56 @@ impl Container {
         self.fragments.iter().map(Packed::entry)
     }
 
+    /// Where among the fragments the one of `slot` is, if those that are gone were spread evenly.
+    fn guess(&self, slot: u16) -> usize {
+        usize::from(slot) * self.fragments.len() / usize::from(self.used).max(1)
+    }
+
+    /// Fragments that begin at `slot` or before it. The search begins where the last of them should be and widens: it stays
+    /// within few lines of memory.
+    fn begun(&self, slot: u16) -> usize {
+        let all = &self.fragments;
+        let begins = |at: usize| all[at].first_slot() <= slot;
+        let guess = self.guess(slot).min(all.len());
+        let (mut low, mut high, mut step) = (0, all.len(), 4);
+        if guess < all.len() && begins(guess) {
+            if all[guess].first_slot() == slot {
+                return guess + 1;
+            }
+            low = guess + 1;
+            while low + step < all.len() {
+                if !begins(low + step) {
+                    high = low + step;
+                    break;
+                }
+                low += step + 1;
+                step *= 2;
+            }
+        } else {
+            high = guess;
+            while high > step {
+                if begins(high - step) {
+                    low = high - step + 1;
+                    break;
+                }
+                high -= step;
+                step *= 2;
+            }
+        }
+        low + all[low..high].partition_point(|packed| packed.first_slot() <= slot)
+    }
+
     /// The fragment that holds `slot`.
     pub fn fragment_of(&self, slot: u16) -> Option<FragmentEntry> {
-        // The one that begins at `slot` is not behind this; with fragments of one chunk it mostly is this one.
-        let last = usize::from(slot).min(self.fragments.len().checked_sub(1)?);
-        let guess = &self.fragments[last];
-        let packed = if guess.first_slot() == slot {
-            guess
-        } else {
-            let after = self.fragments[..=last].partition_point(|packed| packed.first_slot() <= slot);
-            self.fragments[..after].last()?
-        };
-        let entry = packed.entry();
+        let entry = self.fragments[..self.begun(slot)].last()?.entry();
         entry.holds(slot).then_some(entry)
+    }
+
+    /// Reads about what a change of `slot` will read, without a decision, so that several wait for memory together. Gives
+    /// something that depends on it.
+    pub fn touch(&self, slot: u16) -> u64 {
+        let near = self.fragments.get(self.guess(slot).min(self.fragments.len().saturating_sub(1)));
+        near.map_or(0, |packed| packed.rest) ^ u64::from(self.refs(slot))
     }
 
     /// Slots with references in the fragment at `first_slot`.
@@ -296,16 +333,16 @@ impl Container {
     }
 
     fn find(&self, first_slot: u16) -> Result<usize, ContainerError> {
-        self.fragments
-            .binary_search_by_key(&first_slot, Packed::first_slot)
-            .map_err(|_| ContainerError::NoFragment { first_slot })
+        let last = self.begun(first_slot).checked_sub(1);
+        last.filter(|&at| self.fragments[at].first_slot() == first_slot)
+            .ok_or(ContainerError::NoFragment { first_slot })
     }
 
     /// Adds a fragment at free slots: the next ones, further on, or late, where slots have been passed over. Its slots begin
     /// without references.
     pub fn add(&mut self, entry: &FragmentEntry) -> Result<(), ContainerError> {
         entry.check()?;
-        let at = self.fragments.partition_point(|packed| packed.first_slot() < entry.first_slot);
+        let at = self.begun(entry.first_slot);
         let before = at.checked_sub(1).map_or(0, |before| self.fragments[before].entry().end_slot());
         let after = self.fragments.get(at).map_or(SLOTS as u16, Packed::first_slot);
         if self.closed || entry.first_slot < before || after < entry.end_slot() {
@@ -363,6 +400,25 @@ impl Container {
             _ => {}
         }
         Ok(new)
+    }
+
+    /// Takes a reference away from `slot`: how many are left. When that was the last one also the fragment that holds the slot,
+    /// and how many of its slots live; one in which none does is gone.
+    pub fn drop_ref(&mut self, slot: u16) -> Result<(u32, Option<(FragmentEntry, usize)>), ContainerError> {
+        let left = self.change_refs(slot, -1)?;
+        if left > 0 {
+            return Ok((left, None));
+        }
+        let Some(at) = self.begun(slot).checked_sub(1) else { return Ok((0, None)) };
+        let entry = self.fragments[at].entry();
+        if !entry.holds(slot) {
+            return Ok((0, None));
+        }
+        let live = self.live_in(&entry);
+        if live == 0 {
+            self.fragments.remove(at);
+        }
+        Ok((0, Some((entry, live))))
     }
 
     /// Adds a reference to each of `count` slots from `first` on. `woken` gets each fragment in which slots came alive, with how

@@ -53,6 +53,10 @@ enum Change {
         slot: u16,
         count: u16,
     },
+    /// A reference less.
+    Drop {
+        slot: u16,
+    },
     Split {
         pick: usize,
     },
@@ -65,6 +69,7 @@ fn change() -> impl Strategy<Value = Change> {
             .prop_map(|(gap, back, chunks)| Change::Add { gap, back, chunks }),
         5 => (0..520u16, -3..400i32).prop_map(|(slot, delta)| Change::Refs { slot, delta }),
         3 => (0..512u16, 1..40u16).prop_map(|(slot, count)| Change::Run { slot, count }),
+        4 => (0..520u16).prop_map(|slot| Change::Drop { slot }),
         2 => any::<usize>().prop_map(|pick| Change::Split { pick }),
         1 => Just(Change::Close),
     ]
@@ -143,6 +148,22 @@ proptest! {
                     prop_assert_eq!(container.take_refs(slot, count, each), Ok(()));
                     prop_assert_eq!(usize::from(container.live() - before), woken);
                     (slot..slot + count).for_each(|slot| *refs.entry(slot).or_insert(0) += 1);
+                }
+                Change::Drop { slot } => {
+                    let dropped = container.drop_ref(slot);
+                    let Some(left) = refs.get(&slot).filter(|&&refs| refs > 0).map(|refs| refs - 1) else {
+                        prop_assert!(dropped.is_err());
+                        continue;
+                    };
+                    refs.insert(slot, left);
+                    let at = fragments.iter().position(|entry| entry.holds(slot)).unwrap();
+                    let lives = |slot: &u16| refs.get(slot).is_some_and(|&refs| refs > 0);
+                    let live = (fragments[at].first_slot..fragments[at].end_slot()).filter(lives).count();
+                    let last = (left == 0).then_some((fragments[at], live));
+                    prop_assert_eq!(dropped, Ok((left as u32, last)));
+                    if left == 0 && live == 0 {
+                        fragments.remove(at);
+                    }
                 }
                 Change::Split { pick } if !fragments.is_empty() => {
                     // As garbage collection does: one fragment per run of live slots.
