@@ -60,6 +60,7 @@ impl Pool {
         let shard = &mut *shard;
         let cursor = self.journal.borrow().cursor().clone();
         let as_of = Sequence(cursor.sequence.0 - 1);
+        shard.segments.set_aside(shard.meter.dirty_bytes.get());
         let volumes = shard.volumes.values_mut().map(|v| (v.to_record(), v.tree.freeze())).collect();
         let domains = shard
             .domains
@@ -93,11 +94,14 @@ impl Pool {
         let mut work = Work::new(frozen.as_of);
         let started = reactor::now();
         let mut done = Done::default();
-        match self.write_state(&mut meta, &mut work, &mut done, &frozen).await {
+        let written = self.write_state(&mut meta, &mut work, &mut done, &frozen).await;
+        self.shard.borrow_mut().segments.give_back();
+        match written {
             Ok(root) => {
                 self.install(&mut meta, &work, &frozen, done, root);
                 tracing::debug!(
                     pool = %self.name(), batch = frozen.as_of.0, nodes = work.nodes, bytes = work.bytes,
+                    free_segments = self.shard.borrow().segments.free_count(), dirty_bytes = self.dirty_bytes(),
                     ms = (reactor::now() - started).as_millis() as u64, "checkpoint"
                 );
                 Ok(())

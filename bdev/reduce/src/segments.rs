@@ -121,6 +121,8 @@ pub(crate) struct Segments {
     geometry: Geometry,
     rows: Vec<Row>,
     free: VecDeque<u32>,
+    /// Free ones that are kept for the checkpoint under way; `free_count` counts them.
+    set_aside: VecDeque<u32>,
     free_count: usize,
     usable: usize,
     next_incarnation: u64,
@@ -161,6 +163,7 @@ impl Segments {
             geometry,
             usable: 0,
             free: VecDeque::new(),
+            set_aside: VecDeque::new(),
             free_count: 0,
             // Unique over the pool's life: owner epochs are.
             next_incarnation: epoch.0 << 32 | 1,
@@ -314,8 +317,18 @@ impl Segments {
         if self.free_count <= floor {
             return None;
         }
-        for _ in 0..self.free.len() {
-            let number = self.free.pop_front()?;
+        if purpose == Purpose::Checkpoint
+            && let Some(number) = self.take_of(|table| &mut table.set_aside, durable)
+        {
+            return Some(number);
+        }
+        self.take_of(|table| &mut table.free, durable)
+    }
+
+    /// Takes the first of a queue that may be opened.
+    fn take_of(&mut self, queue: fn(&mut Self) -> &mut VecDeque<u32>, durable: Sequence) -> Option<u32> {
+        for _ in 0..queue(self).len() {
+            let number = queue(self).pop_front()?;
             let row = &mut self.rows[number as usize];
             if !Segments::is_free(row) {
                 // Something in it was referenced again by a writer that had it pinned.
@@ -324,7 +337,7 @@ impl Segments {
                 continue;
             }
             if row.free_since > durable || row.is_pinned() {
-                self.free.push_back(number);
+                queue(self).push_back(number);
                 continue;
             }
             row.queued = false;
@@ -336,6 +349,25 @@ impl Segments {
             return Some(number);
         }
         None
+    }
+
+    /// Keeps free segments, of those that only checkpoints may take, for a checkpoint of at most `bytes` of the present state, until
+    /// [`Segments::give_back`]: others would take the oldest first, and what becomes free while it is written is not free in it.
+    pub fn set_aside(&mut self, bytes: usize) {
+        let (_, reserve) = self.reserve();
+        let most = reserve.min(bytes / self.geometry.segment_bytes as usize + self.streams + 1);
+        while self.set_aside.len() < most
+            && let Some(number) = self.free.pop_front()
+        {
+            self.set_aside.push_back(number);
+        }
+    }
+
+    /// The checkpoint has ended.
+    pub fn give_back(&mut self) {
+        while let Some(number) = self.set_aside.pop_back() {
+            self.free.push_front(number);
+        }
     }
 
     /// Free segments that may be opened now.
