@@ -77,31 +77,42 @@ struct Scanner<'a> {
     pool: &'a Pool,
     segment: &'a Segment,
     end: u32,
-    start: u32,
+    /// What is left of the window: its buffers (a window may be lent page by page), from `at` on.
     window: SgList,
-    /// Bytes in the window.
+    at: u32,
     have: usize,
+    /// A unit of which the caller wants all bytes together.
+    unit: Vec<u8>,
 }
 
 impl<'a> Scanner<'a> {
     fn new(pool: &'a Pool, segment: &'a Segment, end: u32) -> Self {
-        Scanner { pool, segment, end, start: 0, window: SgList::new(), have: 0 }
+        Scanner { pool, segment, end, window: SgList::new(), at: 0, have: 0, unit: Vec::new() }
     }
 
-    /// Up to `len` bytes at `at`; fewer at the end.
-    async fn bytes(&mut self, at: u32, len: usize) -> Result<Buf, Status> {
-        let len = len.min((self.end.saturating_sub(at)) as usize);
-        let have = self.start as usize + self.have;
-        if at < self.start || at as usize + len > have {
+    /// Up to `len` bytes at `at`, which is not before an earlier one; fewer at the end. The caller may change them.
+    async fn bytes(&mut self, at: u32, len: usize) -> Result<&mut [u8], Status> {
+        let len = len.min(self.end.saturating_sub(at) as usize);
+        let skip = (at - self.at) as usize;
+        if skip + len > self.have {
             // Whole blocks, so that the window is a buffer of the pool's size.
             let start = at / BLOCK_BYTES as u32 * BLOCK_BYTES as u32;
             let take = WINDOW_BYTES.min((self.end - start) as usize);
             self.window = self.pool.base.read_list(self.segment.start_bytes + u64::from(start), take).await?;
-            (self.start, self.have) = (start, self.window.len_bytes());
+            (self.at, self.have) = (start, self.window.len_bytes());
         }
-        let from = (at - self.start) as usize;
-        // What is dead is passed over: it is not copied together.
-        Ok(self.window.slice(from..from + len).to_contiguous())
+        let skip = (at - self.at) as usize;
+        drop(self.window.split_to(skip));
+        (self.at, self.have) = (at, self.have - skip);
+        self.unit.clear();
+        for buf in self.window.iter() {
+            let more = (len - self.unit.len()).min(buf.len());
+            self.unit.extend_from_slice(&buf[..more]);
+            if self.unit.len() == len {
+                break;
+            }
+        }
+        Ok(&mut self.unit)
     }
 }
 
@@ -279,7 +290,7 @@ impl Pool {
         let mut pace = Pace::new(self, entry.live_bytes);
         while at + (FRAGMENT_HEADER_BYTES as u32) < scanner.end {
             let head = scanner.bytes(at, FRAGMENT_HEADER_BYTES).await?;
-            let Ok(header) = FragmentHeader::parse(&head) else {
+            let Ok(header) = FragmentHeader::parse(head) else {
                 at = next_block(at);
                 continue;
             };
@@ -292,8 +303,8 @@ impl Pool {
             let container = header.first.container().get();
             self.load_leaf(node::Tree::Containers, entry.domain.0, container, &mut pins).await?;
             if self.fragment_at(entry.domain, segment, at, header.first).is_some() {
-                let mut sealed = scanner.bytes(at, unit).await?;
-                self.move_fragment(entry.domain, segment, at, &header, sealed.make_mut()).await?;
+                let sealed = scanner.bytes(at, unit).await?;
+                self.move_fragment(entry.domain, segment, at, &header, sealed).await?;
                 pace.left -= unit as f64;
             } else {
                 pace.left -= unit.min(BLOCK_BYTES) as f64 / 8.0;
@@ -442,8 +453,7 @@ impl Pool {
         let mut at = BLOCK_BYTES as u32;
         while at + (NODE_HEADER_BYTES as u32) < scanner.end {
             let head = scanner.bytes(at, NODE_HEADER_BYTES).await?;
-            let parsed =
-                NodeHeader::parse(&head).ok().map(|header| (header.unit_bytes(&segment.key), header));
+            let parsed = NodeHeader::parse(head).ok().map(|header| (header.unit_bytes(&segment.key), header));
             let Some((unit, header)) = parsed.filter(|(unit, _)| *unit <= MAX_NODE_UNIT_BYTES) else {
                 at = next_block(at);
                 continue;
