@@ -1,17 +1,20 @@
 //! The pool on a simulated disk that loses power at random events, also while the pool is created, recovers, collects
 //! garbage or closes: every block is what the history allows, and the audit is clean.
 //!
-//! `CRYPTFOLD_SEEDS` sets the number of seeds, `CRYPTFOLD_SEED` runs one.
+//! `CRYPTFOLD_SEEDS` sets the number of seeds, `CRYPTFOLD_SEED` runs one; `CRYPTFOLD_SURFACES` sets how many surfaces are tried
+//! at each point of the recorded runs (0: all of them), every one of which is tried when it is set. `scripts/sim-seeds` does both.
 
 mod support;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use cryptfold_bdev::{Access, Status};
 use cryptfold_bdev_sim::harness::{
-    Deed, LocalFuture, Machine, Manage, Options, Stack, Summary, every_point, life, seeds,
+    Deed, LocalFuture, Machine, Manage, Options, Recording, Stack, Summary, every_point, life, seeds,
 };
 use cryptfold_reactor as reactor;
 use cryptfold_reduce::block::Block;
@@ -31,6 +34,9 @@ struct PoolStack {
     sampled: bool,
     /// The keys of both domains are changed, again and again: new ones, encryption off, encryption on.
     rotating: bool,
+    /// Snapshots that were deleted.
+    deleted: Rc<Cell<u64>>,
+    seen: Arc<Seen>,
 }
 
 /// Stored bytes a second that are rewritten under new keys: about as fast as hosts write here.
@@ -80,6 +86,15 @@ async fn all_renewed(pool: &LocalPool, machine: &Machine) -> Result<(), String> 
         }
     }
     Ok(())
+}
+
+/// What happened in the last run that was closed in order.
+#[derive(Default)]
+struct Seen {
+    /// Bytes that were moved to empty segments.
+    moved: AtomicU64,
+    /// Snapshots that were deleted.
+    deleted: AtomicU64,
 }
 
 /// Late deduplication from the opening on, a container at a time.
@@ -153,7 +168,7 @@ impl Stack for PoolStack {
     }
 
     fn manage(&self, _: Machine, deed: Deed) -> Manage {
-        let (pool, rotating) = (self.current(), self.rotating);
+        let (pool, rotating, deleted) = (self.current(), self.rotating, self.deleted.clone());
         Box::pin(async move {
             let pool = pool?;
             // Devices are POOL/NAME.
@@ -161,7 +176,12 @@ impl Stack for PoolStack {
             let done = match &deed {
                 Deed::Snapshot { of, name } => pool.snapshot_volume(&own(of), name).await.map(drop),
                 Deed::Clone { of, name } => pool.clone_volume(&own(of), name).await.map(drop),
-                Deed::Delete { name } => pool.delete_volume(&own(name)).await,
+                Deed::Delete { name } => {
+                    let done = pool.delete_volume(&own(name)).await;
+                    let counts = done.is_ok() && own(name).starts_with("snap");
+                    deleted.set(deleted.get() + u64::from(counts));
+                    done
+                }
                 Deed::Resize { name, bytes } => pool.resize_volume(&own(name), *bytes).await.map(drop),
                 Deed::Maintain { .. } if rotating => return rotate(&pool).await.map(|()| true),
                 Deed::Maintain { how, .. } if how % 4 == 3 => pool
@@ -199,9 +219,11 @@ impl Stack for PoolStack {
     }
 
     fn close(&self, _: Machine) -> LocalFuture<Result<(), String>> {
-        let pool = self.pool.borrow_mut().take();
+        let (pool, seen, deleted) = (self.pool.borrow_mut().take(), self.seen.clone(), self.deleted.clone());
         Box::pin(async move {
             let pool = pool.ok_or("no pool is open")?;
+            seen.moved.store(pool.info().moved_bytes, Ordering::Relaxed);
+            seen.deleted.store(deleted.get(), Ordering::Relaxed);
             pool.close().await.map_err(text)
         })
     }
@@ -265,14 +287,57 @@ fn power_cuts_of_seeds_that_failed_once() {
     }
 }
 
+/// Surfaces that are tried at each point, and which points: each one, if that was asked for, otherwise about `few`.
+fn effort(few: u64) -> (usize, impl Fn(u64) -> u64) {
+    let asked = std::env::var("CRYPTFOLD_SURFACES").ok();
+    let surfaces = asked.as_ref().map_or(3, |n| n.parse().expect("CRYPTFOLD_SURFACES is no number"));
+    let every = asked.is_some() || !cfg!(debug_assertions);
+    (if surfaces == 0 { usize::MAX } else { surfaces }, move |n| if every { 1 } else { n / few + 1 })
+}
+
+/// Cuts the power at the points of a run; gives what was seen in it.
+fn points_of(name: &str, options: &Options, recording: &Recording<'_>, about: u64) -> Arc<Seen> {
+    let seen = Arc::<Seen>::default();
+    let make = || -> Rc<dyn Stack> { Rc::new(PoolStack { seen: seen.clone(), ..PoolStack::default() }) };
+    let (surfaces, stride) = effort(40);
+    let stride = stride(about);
+    let points = every_point(&make, options, recording, stride, surfaces).unwrap();
+    println!(
+        "{name}: {} events, {} of them while it was opened; power cut after each{}, {} surfaces recovered and verified",
+        points.events,
+        points.opening,
+        if stride > 1 { format!(" {stride}th") } else { String::new() },
+        points.surfaces
+    );
+    assert!(points.surfaces >= points.events / stride, "{points:?}");
+    seen
+}
+
 #[test]
-fn power_cuts_at_every_event_of_a_recorded_run() {
-    let mut options = options(3);
-    options.ops = 6;
-    let stride = if cfg!(debug_assertions) { 7 } else { 1 };
-    let points = every_point(&pool, &options, 77, stride, 3).unwrap();
-    println!("{points:?}");
-    assert!(points.events > 40 && points.surfaces >= points.events / stride);
+fn power_cuts_at_every_event_of_a_use() {
+    let options = Options { ops: 6, ..options(3) };
+    points_of("use", &options, &Recording::new(77), 400);
+}
+
+/// What comes before is cut off while much of it is in the journal.
+#[test]
+fn power_cuts_at_every_event_of_a_recovery() {
+    let before = Options { rounds: 1, ..options(1) };
+    let options = Options { ops: 3, deeds: 4, ..options(3) };
+    let recording = Recording { before: Some(&before), recovery: true, ..Recording::new(78) };
+    points_of("recovery", &options, &recording, 400);
+}
+
+/// The disk is full of what has been overwritten, and of snapshots.
+#[test]
+fn power_cuts_at_every_event_of_collection_and_deletion() {
+    let before = Options { ops: 150, ..options(0) };
+    let options = Options { ops: 5, deeds: 12, ..options(0) };
+    let recording = Recording { before: Some(&before), ..Recording::new(79) };
+    let seen = points_of("collection and deletion", &options, &recording, 400);
+    let (moved, deleted) = (seen.moved.load(Ordering::Relaxed), seen.deleted.load(Ordering::Relaxed));
+    println!("{moved} bytes moved, {deleted} snapshots deleted");
+    assert!(moved > 0 && deleted > 0);
 }
 
 fn rotating(seed: u64) -> Rc<dyn Stack> {
@@ -293,7 +358,7 @@ fn power_cuts_at_every_event_of_a_change_of_keys() {
     let mut options = options(3);
     options.ops = 4;
     let stride = if cfg!(debug_assertions) { 11 } else { 1 };
-    let points = every_point(&|| rotating(0), &options, 78, stride, 3).unwrap();
+    let points = every_point(&|| rotating(0), &options, &Recording::new(78), stride, 3).unwrap();
     println!("{points:?}");
     assert!(points.events > 100 && points.surfaces >= points.events / stride);
 }

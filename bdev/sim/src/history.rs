@@ -125,6 +125,12 @@ impl History {
         self.stamp = self.stamp.max(device_events);
     }
 
+    /// The device's count begins anew: everything so far lies before its first event.
+    pub fn restart_stamps(&mut self) {
+        self.stamps.fill(0);
+        self.stamp = 0;
+    }
+
     fn tick(&mut self) -> u64 {
         self.now += 1;
         self.stamps.push(self.stamp);

@@ -4,7 +4,9 @@ use std::rc::Rc;
 
 use cryptfold_bdev::Status;
 use cryptfold_bdev_passthru::PassthruOptions;
-use cryptfold_bdev_sim::harness::{LocalFuture, Machine, Options, Stack, Summary, every_point, life, seeds};
+use cryptfold_bdev_sim::harness::{
+    LocalFuture, Machine, Options, Recording, Stack, Summary, every_point, life, seeds,
+};
 
 /// Two pass-through layers.
 struct Layers;
@@ -63,7 +65,7 @@ fn pass_through_survives() {
 fn pass_through_survives_at_every_point() {
     let mut options = options();
     options.ops = 8;
-    let points = every_point(&layers, &options, 1, 1, 12).unwrap();
+    let points = every_point(&layers, &options, &Recording::new(1), 1, 12).unwrap();
     assert!(points.events > 40 && points.surfaces > 200, "{points:?}");
 }
 

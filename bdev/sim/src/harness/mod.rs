@@ -2,8 +2,8 @@
 //!
 //! One seed is one life of a disk ([`life`]): the stack is created, used from several virtual cores, loses power after a
 //! random event (also while it is created, recovers or closes), recovers from a surface that kept a random part of the
-//! volatile writes, is verified block by block and checked, and so on for some rounds. [`every_point`] records one use and
-//! cuts the power after each of its events, with each way of losing one volatile write.
+//! volatile writes, is verified block by block and checked, and so on for some rounds. [`every_point`] records one use (that may
+//! begin with a recovery) and cuts the power after each of its events, with each way of losing one volatile write.
 
 mod operator;
 mod points;
@@ -20,7 +20,7 @@ use cryptfold_bdev::{Registry, Status};
 use cryptfold_reactor::Handle;
 
 pub use operator::{Deed, Manage};
-pub use points::{Points, every_point};
+pub use points::{Points, Recording, every_point};
 pub use runner::seeds;
 pub use workload::Mix;
 
@@ -144,18 +144,7 @@ struct Life<'a> {
 /// # Errors
 /// What the stack did wrong, in words.
 pub fn life(make: MakeStack<'_>, options: &Options, seed: u64) -> Result<Summary, String> {
-    let mut life = Life {
-        make,
-        options,
-        rng: Rng::new(seed),
-        history: History::new(),
-        volumes: Vec::new(),
-        made: 0,
-        image: Image::zeroed(),
-        created: false,
-        generation: 0,
-        summary: Summary::default(),
-    };
+    let mut life = Life::new(make, options, seed);
     for round in 0..options.rounds {
         life.round(true).map_err(|e| format!("round {round}: {e}"))?;
     }
@@ -163,7 +152,22 @@ pub fn life(make: MakeStack<'_>, options: &Options, seed: u64) -> Result<Summary
     Ok(life.summary)
 }
 
-impl Life<'_> {
+impl<'a> Life<'a> {
+    fn new(make: MakeStack<'a>, options: &'a Options, seed: u64) -> Life<'a> {
+        Life {
+            make,
+            options,
+            rng: Rng::new(seed),
+            history: History::new(),
+            volumes: Vec::new(),
+            made: 0,
+            image: Image::zeroed(),
+            created: false,
+            generation: 0,
+            summary: Summary::default(),
+        }
+    }
+
     /// Powers up (as often as it takes), works, and loses power or closes in order.
     fn round(&mut self, work: bool) -> Result<(), String> {
         let mut attempts = 0;

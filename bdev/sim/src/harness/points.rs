@@ -5,22 +5,51 @@ use std::sync::{Mutex, PoisonError};
 
 use super::operator::Entry;
 use super::runner::isolated;
-use super::{Life, MakeStack, Options, Session, Summary};
-use crate::{History, Image, Record, Rng, Survivors, Tear};
+use super::{Life, MakeStack, Options, Session};
+use crate::{History, Record, Rng, Survivors, Tear};
 
 /// What was tried.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Points {
     /// Events of the recorded run: crash points.
     pub events: u64,
+    /// Of them while the stack was opened and verified.
+    pub opening: u64,
     /// Surfaces that were recovered and verified.
     pub surfaces: u64,
 }
 
-struct Recorded {
-    record: Record,
+/// What is recorded.
+#[derive(Clone, Copy, Debug)]
+pub struct Recording<'a> {
+    /// Where everything drawn comes from.
+    pub seed: u64,
+    /// Work that is done before, and not recorded: [`Options::rounds`] of it.
+    pub before: Option<&'a Options>,
+    /// The power fails after that, so that what is recorded begins with a recovery.
+    pub recovery: bool,
+}
+
+impl Recording<'_> {
+    /// A use of a stack that was just created.
+    pub fn new(seed: u64) -> Recording<'static> {
+        Recording { seed, before: None, recovery: false }
+    }
+}
+
+/// What was written and what is where, as far as it can be known.
+#[derive(Clone)]
+struct Known {
     history: History,
     volumes: Vec<Entry>,
+}
+
+struct Recorded {
+    record: Record,
+    /// Before the recorded run, and after how many of its events it was opened and verified.
+    before: Known,
+    opened: u64,
+    after: Known,
 }
 
 /// Records one workload, then recovers from the surfaces of a power cut after each `stride`th of its events: nothing
@@ -32,11 +61,12 @@ struct Recorded {
 pub fn every_point(
     make: MakeStack<'_>,
     options: &Options,
-    seed: u64,
+    recording: &Recording<'_>,
     stride: u64,
     limit: usize,
 ) -> Result<Points, String> {
-    let recorded = isolated(&|seed| record(make, options, seed), seed)?;
+    let seed = recording.seed;
+    let recorded = isolated(&|_| record(make, options, recording), seed)?;
     let events = recorded.record.events();
     let next = AtomicU64::new(0);
     let surfaces = AtomicU64::new(0);
@@ -62,35 +92,40 @@ pub fn every_point(
     });
     let failures = failures.into_inner().unwrap_or_else(PoisonError::into_inner);
     if failures.is_empty() {
-        Ok(Points { events, surfaces: surfaces.into_inner() })
+        Ok(Points { events, opening: recorded.opened, surfaces: surfaces.into_inner() })
     } else {
         Err(failures.join("\n"))
     }
 }
 
-/// Creates the stack and puts it away, then opens it on a recording disk and works.
-fn record(make: MakeStack<'_>, options: &Options, seed: u64) -> Result<Recorded, String> {
-    let mut options = options.clone();
-    options.disk.record = true;
-    let mut life = Life {
-        make,
-        options: &options,
-        rng: Rng::new(seed),
-        history: History::new(),
-        volumes: Vec::new(),
-        made: 0,
-        image: Image::zeroed(),
-        created: false,
-        generation: 0,
-        summary: Summary::default(),
-    };
+/// Creates the stack, works unrecorded, puts it away or cuts its power; then opens it on a recording disk, works, and closes.
+fn record(make: MakeStack<'_>, options: &Options, recording: &Recording<'_>) -> Result<Recorded, String> {
+    let mut recorded = options.clone();
+    recorded.disk.record = true;
+    let mut life = Life::new(make, recording.before.unwrap_or(options), recording.seed);
     let powered = "the power stayed on";
-    let session = life.power_up(false)?.ok_or(powered)?;
-    life.put_away(session)?;
     let mut session = life.power_up(false)?.ok_or(powered)?;
+    for round in 0..recording.before.map_or(0, |before| before.rounds) {
+        if round > 0 {
+            life.put_away(session)?;
+            session = life.power_up(false)?.ok_or(powered)?;
+        }
+        life.work(&mut session)?;
+    }
+    if recording.recovery {
+        life.power_down(session)?
+    } else {
+        life.put_away(session)?
+    }
+    life.options = &recorded;
+    life.history.restart_stamps();
+    let before = Known { history: life.history.clone(), volumes: life.volumes.clone() };
+    let mut session = life.power_up(false)?.ok_or(powered)?;
+    let opened = session.disk.events();
     life.work(&mut session)?;
     session.step("close", |stack, machine| stack.close(machine))?;
-    Ok(Recorded { record: session.disk.record(), history: life.history, volumes: life.volumes })
+    let after = Known { history: life.history, volumes: life.volumes };
+    Ok(Recorded { record: session.disk.record(), before, opened, after })
 }
 
 fn point(
@@ -117,11 +152,15 @@ fn point(
     while ways.len() > limit.max(1) {
         ways.swap_remove(rng.below(ways.len() as u64) as usize);
     }
-    let history = recorded.history.at(k);
+    // What the opening has shown counts when it was over.
+    let known = match k <= recorded.opened {
+        true => recorded.before.clone(),
+        false => Known { history: recorded.after.history.at(k), volumes: recorded.after.volumes.clone() },
+    };
     for (survivors, tear) in &ways {
         let image = recorded.record.image(k, *survivors, *tear, &mut rng);
         let mut session = Session::new(make, options, image, &mut rng)?;
-        let (_, verdict) = session.recover(history.clone(), &mut recorded.volumes.clone());
+        let (_, verdict) = session.recover(known.history.clone(), &mut known.volumes.clone());
         verdict.map_err(|e| format!("{survivors:?} of {volatile} survive, {tear:?}: {e}"))?;
     }
     Ok(ways.len() as u64)
