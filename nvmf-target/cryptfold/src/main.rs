@@ -6,11 +6,14 @@
 mod cores;
 mod encryption;
 mod estimate;
+mod export;
 mod rpc;
+mod shell;
 mod signals;
 mod size;
 mod status;
 mod target;
+mod top;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -38,6 +41,10 @@ enum Command {
     Rpc(rpc::RpcArgs),
     /// Show pools, volumes, subsystems and reactors of a running target.
     Status(status::StatusArgs),
+    /// Show what a running target does, now, until q is pressed.
+    Top(top::TopArgs),
+    /// Print what hosts type to connect.
+    Connect(export::ConnectArgs),
     /// Pools of a running target.
     #[command(subcommand)]
     Pool(rpc::PoolCommand),
@@ -49,6 +56,10 @@ enum Command {
     /// What opens the pools of a running target. Passwords come from a file, the terminal or standard input.
     #[command(subcommand)]
     Encryption(encryption::EncryptionCommand),
+    /// Print a completion script for a shell.
+    Completion(shell::CompletionArgs),
+    /// Write manual pages.
+    Man(shell::ManArgs),
 }
 
 /// How a running target is reached.
@@ -80,6 +91,10 @@ fn main() -> ExitCode {
         Command::Target(a) => target::run(a),
         Command::Rpc(a) => rpc::run(a),
         Command::Status(a) => status::run(a),
+        Command::Top(a) => top::run(a),
+        Command::Connect(a) => export::connect(a),
+        Command::Completion(a) => shell::completion(a),
+        Command::Man(a) => shell::man(a),
         Command::Estimate(a) => estimate::run(a),
         Command::Pool(c) => rpc::pool(c),
         Command::Volume(c) => rpc::volume(c),

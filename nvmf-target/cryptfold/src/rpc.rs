@@ -11,6 +11,8 @@ use cryptfold_control::{Control, ControlConfig};
 use serde_json::{Map, Value, json};
 
 use crate::encryption::Passwords;
+use crate::export::{ExportArgs, export};
+use crate::shell::confirm;
 use crate::status;
 use crate::{Failure, SocketArgs, size};
 
@@ -119,6 +121,36 @@ pub enum PoolCommand {
         #[command(flatten)]
         socket: SocketArgs,
     },
+    /// Open the pool that a block device of the target carries; prints its UUID.
+    Open {
+        /// Name of the block device.
+        bdev: String,
+        /// Key file [default: all keys at hand are tried].
+        #[arg(long, value_name = "FILE")]
+        key_file: Option<String>,
+        /// File of the target's machine with a password that opens it.
+        #[arg(long, value_name = "FILE")]
+        password_file: Option<String>,
+        #[command(flatten)]
+        socket: SocketArgs,
+    },
+    /// Close a pool: everything is made durable, its device is let go.
+    Close {
+        /// Name of the pool.
+        name: String,
+        #[command(flatten)]
+        socket: SocketArgs,
+    },
+    /// Delete a pool with all its volumes. The device forgets it; its data is not overwritten (see encryption erase).
+    Delete {
+        /// Name of the pool.
+        name: String,
+        /// Do not ask.
+        #[arg(short = 'y', long)]
+        yes: bool,
+        #[command(flatten)]
+        socket: SocketArgs,
+    },
     /// Read and verify all data of a pool in the background; prints how that stands.
     Scrub {
         /// Name of the pool.
@@ -207,16 +239,21 @@ pub enum VolumeCommand {
         #[arg(long)]
         json: bool,
     },
-    /// Create a volume; prints its UUID.
+    /// Create a volume; prints its UUID, and with --export the line that connects a host to it.
     Create {
         /// POOL/VOLUME.
         volume: String,
         /// Size that hosts see, for example 10G.
-        #[arg(value_parser = size::parse)]
-        size: u64,
+        #[arg(value_parser = size::parse, required_unless_present = "size")]
+        bytes: Option<u64>,
+        /// The same.
+        #[arg(long, value_name = "SIZE", value_parser = size::parse, conflicts_with = "bytes")]
+        size: Option<u64>,
         /// Domain: volumes of a domain share data and keys [default: the pool's].
         #[arg(long)]
         domain: Option<String>,
+        #[command(flatten)]
+        export: ExportArgs,
         #[command(flatten)]
         socket: SocketArgs,
     },
@@ -259,6 +296,9 @@ pub enum VolumeCommand {
     Delete {
         /// POOL/VOLUME or UUID.
         volume: String,
+        /// Do not ask.
+        #[arg(short = 'y', long)]
+        yes: bool,
         #[command(flatten)]
         socket: SocketArgs,
     },
@@ -306,6 +346,21 @@ pub fn pool(command: PoolCommand) -> Result<(), Failure> {
                 "kms_server": kms_server, "kms_object": kms_object,
             }));
             print(&call(&mut connect(&socket)?, "bdev_lvol_create_lvstore", Some(params))?);
+        }
+        PoolCommand::Open { bdev, key_file, password_file, socket } => {
+            let params = given(json!({
+                "base_bdev_name": bdev, "key_file": key_file.map(absolute).transpose()?,
+                "password_file": password_file.map(absolute).transpose()?,
+            }));
+            print(&call(&mut connect(&socket)?, "cryptfold_pool_open", Some(params))?);
+        }
+        PoolCommand::Close { name, socket } => {
+            call(&mut connect(&socket)?, "cryptfold_pool_close", Some(json!({"lvs_name": name})))?;
+        }
+        PoolCommand::Delete { name, yes, socket } => {
+            let mut client = connect(&socket)?;
+            confirm(&format!("delete pool {name} with all its volumes"), yes)?;
+            call(&mut client, "bdev_lvol_delete_lvstore", Some(json!({"lvs_name": name})))?;
         }
         PoolCommand::Scrub { name, action, rate, socket } => {
             let params = given(json!({"lvs_name": name, "action": action.name(), "rate_mb_s": rate}));
@@ -358,12 +413,23 @@ pub fn volume(command: VolumeCommand) -> Result<(), Failure> {
                 status::volumes(&volumes).print();
             }
         }
-        VolumeCommand::Create { volume, size, domain, socket } => {
+        VolumeCommand::Create { volume, bytes, size, domain, export: how, socket } => {
             let (pool, name) = volume.split_once('/').ok_or_else(|| {
                 Failure::Usage(format!("\"{volume}\": POOL/VOLUME is needed, like pool0/vol0"))
             })?;
+            let size = bytes.or(size);
             let params = given(json!({"lvs_name": pool, "lvol_name": name, "size": size, "domain": domain}));
-            print(&call(&mut connect(&socket)?, "bdev_lvol_create", Some(params))?);
+            let mut client = connect(&socket)?;
+            let made = call(&mut client, "bdev_lvol_create", Some(params))?;
+            let uuid = made.as_str().unwrap_or_default();
+            let exported = export(&mut client, uuid, &how);
+            if exported.is_err() {
+                // It is new and empty: the command can be given again. What failed is what the user has to know.
+                let _ = call(&mut client, "bdev_lvol_delete", Some(json!({"name": uuid})));
+            }
+            let lines = exported?;
+            print(&made);
+            lines.iter().for_each(|line| println!("{line}"));
         }
         VolumeCommand::Snapshot { volume, name, socket } => {
             let params = json!({"lvol_name": volume, "snapshot_name": name});
@@ -380,8 +446,10 @@ pub fn volume(command: VolumeCommand) -> Result<(), Failure> {
         VolumeCommand::Inflate { volume, socket } => {
             call(&mut connect(&socket)?, "bdev_lvol_inflate", Some(json!({"name": volume})))?;
         }
-        VolumeCommand::Delete { volume, socket } => {
-            call(&mut connect(&socket)?, "bdev_lvol_delete", Some(json!({"name": volume})))?;
+        VolumeCommand::Delete { volume, yes, socket } => {
+            let mut client = connect(&socket)?;
+            confirm(&format!("delete {volume} with its data"), yes)?;
+            call(&mut client, "bdev_lvol_delete", Some(json!({"name": volume})))?;
         }
     }
     Ok(())

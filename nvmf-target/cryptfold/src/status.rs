@@ -28,15 +28,15 @@ pub struct Table {
 }
 
 impl Table {
-    fn new(heads: &[&str], right: &'static [bool]) -> Table {
+    pub fn new(heads: &[&str], right: &'static [bool]) -> Table {
         Table { rows: vec![heads.iter().map(|h| h.to_string()).collect()], right }
     }
 
-    fn row(&mut self, cells: Vec<String>) {
+    pub fn row(&mut self, cells: Vec<String>) {
         self.rows.push(cells);
     }
 
-    fn render(&self) -> String {
+    pub fn render(&self) -> String {
         let columns = self.rows[0].len();
         let width = |c: usize| self.rows.iter().map(|r| r[c].chars().count()).max().unwrap_or(0);
         let widths: Vec<usize> = (0..columns).map(width).collect();
@@ -53,9 +53,19 @@ impl Table {
         out
     }
 
+    /// Rows below the heads.
+    pub fn len(&self) -> usize {
+        self.rows.len() - 1
+    }
+
+    /// Nothing but heads.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
     /// Prints it; a table without rows says so.
     pub fn print(&self) {
-        if self.rows.len() == 1 {
+        if self.is_empty() {
             println!("none");
         } else {
             print!("{}", self.render());
@@ -63,7 +73,7 @@ impl Table {
     }
 }
 
-fn text(v: &Value) -> String {
+pub fn text(v: &Value) -> String {
     match v {
         Value::String(s) => s.clone(),
         Value::Null => "-".into(),
@@ -79,7 +89,7 @@ fn ratio(v: &Value) -> String {
     v.as_f64().map_or_else(|| "-".into(), |r| format!("{r:.2}:1"))
 }
 
-fn list(v: &Value) -> &[Value] {
+pub fn list(v: &Value) -> &[Value] {
     v.as_array().map_or(&[], Vec::as_slice)
 }
 
@@ -199,7 +209,7 @@ pub fn run(args: StatusArgs) -> Result<(), Failure> {
         reactors(&all["reactors"]),
     ];
     let mut first = true;
-    for t in sections.iter().filter(|t| t.rows.len() > 1) {
+    for t in sections.iter().filter(|t| !t.is_empty()) {
         if !std::mem::take(&mut first) {
             println!();
         }

@@ -30,6 +30,9 @@ fn refused(args: &[&str], code: i32, words: &[&str]) {
     assert!(out.stdout.is_empty(), "{args:?}");
 }
 
+/// Longest wait for what has to happen, on a machine that is busy.
+const PATIENCE: Duration = Duration::from_secs(120);
+
 struct Target {
     child: Child,
     ready: String,
@@ -55,7 +58,7 @@ impl Target {
     fn end(mut self, signal: &str) -> Option<i32> {
         let pid = self.child.id().to_string();
         assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
-        let limit = Instant::now() + Duration::from_secs(20);
+        let limit = Instant::now() + PATIENCE;
         while Instant::now() < limit {
             if let Some(status) = self.child.try_wait().unwrap() {
                 return status.code();
@@ -205,7 +208,7 @@ fn waiting_for_rpc() {
     let sock = sock.to_str().unwrap().to_string();
     std::thread::scope(|s| {
         let t = s.spawn(|| start(dir.path(), &["--wait-for-rpc"]));
-        let limit = Instant::now() + Duration::from_secs(20);
+        let limit = Instant::now() + PATIENCE;
         while !run(&["rpc", "spdk_get_version", "-r", &sock]).status.success() {
             assert!(Instant::now() < limit);
             std::thread::sleep(Duration::from_millis(20));
@@ -244,7 +247,7 @@ fn a_pool_is_checked_online_and_offline() {
     assert!(pool(&["dedupe", "p"]).contains("\"running\""));
     assert!(pool(&["scrub", "p", "status"]).contains("\"never\""));
     assert!(pool(&["scrub", "p", "--rate", "50"]).contains("\"bytes_per_s\": 50000000"));
-    let limit = Instant::now() + Duration::from_secs(20);
+    let limit = Instant::now() + PATIENCE;
     while !pool(&["scrub", "p", "status"]).contains("\"done\"") {
         assert!(Instant::now() < limit, "the scrub of an empty pool does not end");
     }
@@ -273,4 +276,81 @@ fn a_pool_is_checked_online_and_offline() {
     std::fs::File::create(path("empty.img")).unwrap().set_len(64 << 20).unwrap();
     refused(&["pool", "check", &path("empty.img"), "--keys", &keys], 1, &["empty.img carries no pool"]);
     refused(&["pool", "check", &path("none.img")], 1, &["none.img", "No such file"]);
+}
+
+/// From a pool to the line that a host types, and back.
+#[test]
+fn a_volume_is_exported_seen_and_deleted() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = |n: &str| dir.path().join(n).to_str().unwrap().to_string();
+    let (sock, conf) = (path("s.sock"), path("c.json"));
+    let text = r#"{"subsystems":[{"subsystem":"bdev","config":[
+        {"method":"bdev_malloc_create","params":{"name":"M0","num_blocks":16384,"block_size":4096}}]}]}"#;
+    std::fs::write(&conf, text).unwrap();
+    let t = start(dir.path(), &["-c", &conf]);
+    let ok = |args: &[&str]| {
+        let out = run(&[args, &["-r", &sock]].concat());
+        assert!(out.status.success(), "{args:?}: {}", String::from_utf8_lossy(&out.stderr));
+        String::from_utf8_lossy(&out.stdout).into_owned()
+    };
+    refused(&["connect", "-r", &sock], 1, &["volume create --export"]);
+    ok(&["pool", "create", "M0", "p", "--memory-budget", "16M"]);
+    let made = ok(&["volume", "create", "p/v", "--size", "8M", "--export", "--listen", "127.0.0.1:0"]);
+    let (uuid, line) = made.trim_end().split_once('\n').unwrap();
+    assert!(line.starts_with("nvme connect -t tcp -a 127.0.0.1 -s ") && !line.contains("-s 0 "), "{line}");
+    assert!(line.ends_with(&format!("-n nqn.2014-08.org.nvmexpress:uuid:{uuid}")), "{line}");
+    // A second one listens where the first does, and lets in one host only.
+    let host = "nqn.2026-01.io.cryptfold:h";
+    let second = ok(&[
+        "volume",
+        "create",
+        "p/w",
+        "8M",
+        "--export",
+        "--nqn",
+        "nqn.2026-01.io.cryptfold:w",
+        "--host",
+        host,
+    ]);
+    let port =
+        |line: &str| line.split("-s ").nth(1).and_then(|rest| rest.split(' ').next()).map(str::to_owned);
+    assert_eq!(port(second.trim_end()), port(line));
+    assert_eq!(
+        ok(&["connect", "nqn.2026-01.io.cryptfold:w"]).trim_end(),
+        second.trim_end().split_once('\n').unwrap().1
+    );
+    assert_eq!(ok(&["connect"]).lines().count(), 2);
+    let hosts = ok(&["rpc", "nvmf_get_subsystems", r#"{"nqn":"nqn.2026-01.io.cryptfold:w"}"#]);
+    assert!(hosts.contains(host) && hosts.contains("\"allow_any_host\": false"), "{hosts}");
+    // What fails leaves nothing behind, so that it can be given again.
+    let again = ["volume", "create", "p/x", "8M", "--export", "--listen", "203.0.113.1:4420", "-r", &sock];
+    refused(&again, 1, &["203.0.113.1"]);
+    refused(&again, 1, &["203.0.113.1"]);
+    assert_eq!(ok(&["connect"]).lines().count(), 2);
+    let screen = ok(&["top", "--once"]);
+    assert!(screen.contains("p/v") && screen.contains("% busy") && screen.contains("I/O queues"), "{screen}");
+    refused(&["top", "-r", &sock], 2, &["no terminal", "--once"]);
+    refused(&["volume", "delete", "p/w", "-r", &sock], 2, &["delete p/w", "--yes"]);
+    refused(&["pool", "delete", "p", "-r", &sock], 2, &["delete pool p", "--yes"]);
+    refused(&["volume", "delete", "p/w", "--yes", "-r", &sock], 1, &["p/w is claimed by NVMe-oF Target"]);
+    ok(&["rpc", "nvmf_delete_subsystem", r#"{"nqn":"nqn.2026-01.io.cryptfold:w"}"#]);
+    ok(&["volume", "delete", "p/w", "--yes"]);
+    ok(&["pool", "close", "p"]);
+    ok(&["pool", "open", "M0"]);
+    assert!(ok(&["volume", "list"]).contains("p/v"));
+    ok(&["pool", "delete", "p", "-y"]);
+    assert_eq!(ok(&["pool", "list"]), "none\n");
+    assert_eq!(t.end("-TERM"), Some(0));
+}
+
+#[test]
+fn completion_and_manual_pages() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = run(&["completion", "bash"]);
+    assert!(out.status.success() && String::from_utf8_lossy(&out.stdout).contains("complete -F"));
+    let pages = dir.path().join("man");
+    assert!(run(&["man", pages.to_str().unwrap()]).status.success());
+    for page in ["cryptfold.1", "cryptfold-volume-create.1", "cryptfold-top.1"] {
+        assert!(std::fs::read_to_string(pages.join(page)).unwrap().contains(".TH"), "{page}");
+    }
 }
