@@ -225,6 +225,11 @@ impl Pools {
         lock(&self.keys).get(&uuid).cloned()
     }
 
+    /// Remembers what opens an open pool from now on.
+    pub fn set_key(&self, uuid: Uuid, key: PoolKey) {
+        lock(&self.keys).insert(uuid, key);
+    }
+
     /// Creates a pool; a key file that is made for it is removed again when that fails.
     ///
     /// # Errors

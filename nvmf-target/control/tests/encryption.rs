@@ -214,6 +214,82 @@ fn a_pool_without_encryption_is_not_locked() {
     target.end();
 }
 
+impl Target {
+    /// Waits until no keys are changed any more: the domains by name.
+    fn renewed(&self) -> Value {
+        // Long enough for any machine; what fails says so before.
+        for _ in 0..6000 {
+            let pool = self.pool();
+            if pool["renewal"]["state"] == "done" {
+                return pool["domains"].clone();
+            }
+            assert_eq!(pool["renewal"]["state"], "running", "{pool}");
+            std::thread::sleep(std::time::Duration::from_millis(20));
+        }
+        panic!("{}", self.pool());
+    }
+}
+
+#[test]
+fn domains_get_new_keys_and_encryption_goes_off_and_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = Target::with_disk(dir.path());
+    target.ok("bdev_lvol_create_lvstore", json!({"bdev_name": "disk", "lvs_name": "p"}));
+    let tenant = json!({"lvs_name": "p", "lvol_name": "t", "size_in_mib": 8, "domain": "tenant"});
+    target.ok("bdev_lvol_create", tenant);
+    let (rotate, disable, enable) =
+        ("cryptfold_encryption_rotate", "cryptfold_encryption_disable", "cryptfold_encryption_enable");
+    let whole = json!({"name": "p"});
+    let one = json!({"name": "p", "domain": "tenant", "rate_mb_s": 1000});
+    target.refused(rotate, json!({"name": "p", "rate_mb_s": 0}), -32602, "rate_mb_s");
+    target.refused(rotate, json!({"name": "p", "domain": "nobody"}), -19, "No such device");
+    target.refused(enable, whole.clone(), -32602, "encrypted already");
+    let changed = target.ok(rotate, one.clone());
+    assert_eq!((&changed[0]["name"], &changed[0]["generation"]), (&json!("tenant"), &json!(2)));
+    assert_eq!(changed.as_array().unwrap().len(), 1);
+    target.renewed();
+    assert_eq!(target.ok(rotate, whole.clone()).as_array().unwrap().len(), 2);
+    let domains = target.renewed();
+    assert_eq!((&domains[0]["generation"], &domains[1]["generation"]), (&json!(2), &json!(3)));
+    assert!(domains.as_array().unwrap().iter().all(|d| d["changing"] == false && d["old_bytes"] == 0));
+    target.ok(disable, one.clone());
+    let domains = target.renewed();
+    assert_eq!((&domains[0]["encrypted"], &domains[1]["encrypted"]), (&json!(true), &json!(false)));
+    target.refused(rotate, one.clone(), -32602, "not encrypted");
+    target.refused(enable, json!({"name": "p", "kind": "kms"}), -32602, "has key slots");
+    target.ok(enable, whole);
+    assert_eq!(target.renewed()[1]["encrypted"], true);
+    assert_eq!(
+        target.ok("cryptfold_encryption_renew", json!({"name": "p", "rate_mb_s": 5}))["bytes_per_s"],
+        5_000_000
+    );
+    target.end();
+}
+
+#[test]
+fn a_pool_that_everybody_can_open_is_encrypted_afterwards() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = Target::with_disk(dir.path());
+    target.ok("bdev_lvol_create_lvstore", json!({"bdev_name": "disk", "lvs_name": "p", "encrypt": false}));
+    target.ok("bdev_lvol_create", json!({"lvs_name": "p", "lvol_name": "v", "size_in_mib": 8}));
+    let enable = "cryptfold_encryption_enable";
+    target.refused(enable, json!({"name": "p"}), -32602, "opens for everybody");
+    let file = dir.path().join("new.key");
+    target.refused(enable, json!({"name": "p", "kind": "key_file"}), -32602, "key_file");
+    let one = json!({"name": "p", "kind": "key_file", "key_file": file, "domain": "default"});
+    target.refused(enable, one, -32602, "as a whole");
+    let changed = target.ok(enable, json!({"name": "p", "kind": "key_file", "key_file": file}));
+    assert_eq!(changed[0]["generation"], 2);
+    let pool = target.pool();
+    assert_eq!((&pool["encrypted"], pool["slots"].as_array().unwrap().len()), (&json!(true), 1));
+    assert_eq!(pool["opened_by"]["key_file"], json!(file));
+    target.renewed();
+    target.ok("cryptfold_encryption_lock", json!({"name": "p"}));
+    target.ok("cryptfold_encryption_unlock", json!({"name": "p", "key_file": file}));
+    assert_eq!(target.pool()["domains"][0]["generation"], 2);
+    target.end();
+}
+
 #[test]
 fn domains_and_pools_are_erased_with_a_certificate() {
     let dir = tempfile::tempdir().unwrap();

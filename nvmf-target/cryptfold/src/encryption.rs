@@ -21,6 +21,24 @@ pub struct PasswordArgs {
     password_file: Option<String>,
 }
 
+#[derive(Args)]
+pub struct ChangeArgs {
+    /// Name or UUID of the pool.
+    pool: String,
+    /// A domain of it; all of them when not given.
+    #[arg(long)]
+    domain: Option<String>,
+    /// Stored MB a second that are rewritten, at most [default: 100].
+    #[arg(long, value_name = "MB/S")]
+    rate: Option<u32>,
+}
+
+impl ChangeArgs {
+    fn params(self) -> Value {
+        given(json!({"name": self.pool, "domain": self.domain, "rate_mb_s": self.rate}))
+    }
+}
+
 #[derive(Clone, Copy, ValueEnum)]
 pub enum SlotKind {
     /// A password.
@@ -29,6 +47,16 @@ pub enum SlotKind {
     KeyFile,
     /// A key of a key server.
     Kms,
+}
+
+impl SlotKind {
+    fn word(self) -> &'static str {
+        match self {
+            SlotKind::Password => "password",
+            SlotKind::KeyFile => "key_file",
+            SlotKind::Kms => "kms",
+        }
+    }
 }
 
 #[derive(Subcommand)]
@@ -127,6 +155,48 @@ pub enum EncryptionCommand {
         /// Keep the old key at the key server.
         #[arg(long)]
         keep_old: bool,
+        #[command(flatten)]
+        socket: SocketArgs,
+    },
+    /// Give a domain, or all of a pool, a new data key and fingerprint secret; what is stored follows in the background.
+    Rotate {
+        #[command(flatten)]
+        what: ChangeArgs,
+        #[command(flatten)]
+        socket: SocketArgs,
+    },
+    /// Switch encryption of a domain, or of all of a pool, off; what is stored follows in the background.
+    Disable {
+        #[command(flatten)]
+        what: ChangeArgs,
+        #[command(flatten)]
+        socket: SocketArgs,
+    },
+    /// Switch encryption of a domain, or of all of a pool, on; what is stored follows in the background.
+    Enable {
+        #[command(flatten)]
+        what: ChangeArgs,
+        /// A pool that everybody can open: what opens it instead.
+        #[arg(long, value_enum)]
+        slot: Option<SlotKind>,
+        #[command(flatten)]
+        password: PasswordArgs,
+        /// Key file on the target's machine; made if it does not exist.
+        #[arg(long, value_name = "FILE")]
+        key_file: Option<String>,
+        /// Key server.
+        #[arg(long, value_name = "NAME")]
+        kms_server: Option<String>,
+        #[command(flatten)]
+        socket: SocketArgs,
+    },
+    /// Go on with rewriting what is stored where that was stopped, or change its rate.
+    Renew {
+        /// Name or UUID of the pool.
+        pool: String,
+        /// Stored MB a second at most [default: 100].
+        #[arg(long, value_name = "MB/S")]
+        rate: Option<u32>,
         #[command(flatten)]
         socket: SocketArgs,
     },
@@ -271,6 +341,21 @@ fn show(status: &Value) {
         if let Some(reason) = pool["reason"].as_str() {
             println!("  {reason}");
         }
+        for domain in pool["domains"].as_array().into_iter().flatten() {
+            let encrypted = if domain["encrypted"] == true { "encrypted" } else { "not encrypted" };
+            let changing = match domain["old_bytes"].as_u64().filter(|_| domain["changing"] == true) {
+                Some(bytes) => format!(", {:.1} MB under older keys", bytes as f64 / 1e6),
+                None => String::new(),
+            };
+            println!(
+                "  domain {}  {encrypted}, keys {}{changing}",
+                text(&domain["name"]),
+                domain["generation"]
+            );
+        }
+        if let Some(reason) = pool["renewal"]["reason"].as_str() {
+            println!("  {reason}");
+        }
         for slot in pool["slots"].as_array().into_iter().flatten() {
             let key = slot["kms_object"].as_str().map(|id| format!("  key {id}")).unwrap_or_default();
             println!("  slot {}  {}  {}{key}", slot["slot"], text(&slot["kind"]), text(&slot["label"]));
@@ -321,13 +406,13 @@ pub fn run(command: EncryptionCommand) -> Result<(), Failure> {
             socket,
         } => {
             let mut client = connect(&socket)?;
-            let (word, password) = match kind {
+            let password = match kind {
                 SlotKind::Password => {
-                    ("password", Some(passwords.new_one(password.password_file.as_deref(), "New password")?))
+                    Some(passwords.new_one(password.password_file.as_deref(), "New password")?)
                 }
-                SlotKind::KeyFile => ("key_file", None),
-                SlotKind::Kms => ("kms", None),
+                SlotKind::KeyFile | SlotKind::Kms => None,
             };
+            let word = kind.word();
             let params = given(json!({
                 "name": pool, "kind": word, "password": password.as_deref(), "label": label,
                 "key_file": key_file.map(absolute).transpose()?, "kms_server": kms_server, "kms_object": kms_object,
@@ -349,6 +434,34 @@ pub fn run(command: EncryptionCommand) -> Result<(), Failure> {
                 "key_file": key_file.map(absolute).transpose()?, "keep_old": keep_old,
             }));
             print(&call(&mut client, "cryptfold_encryption_rotate_kek", Some(params))?);
+        }
+        EncryptionCommand::Rotate { what, socket } => {
+            print(&call(&mut connect(&socket)?, "cryptfold_encryption_rotate", Some(what.params()))?);
+        }
+        EncryptionCommand::Disable { what, socket } => {
+            print(&call(&mut connect(&socket)?, "cryptfold_encryption_disable", Some(what.params()))?);
+        }
+        EncryptionCommand::Enable { what, slot, password, key_file, kms_server, socket } => {
+            let mut client = connect(&socket)?;
+            let mut params = what.params();
+            let new = match slot {
+                Some(SlotKind::Password) => {
+                    Some(passwords.new_one(password.password_file.as_deref(), "New password")?)
+                }
+                _ => None,
+            };
+            let more = given(json!({
+                "kind": slot.map(SlotKind::word), "password": new.as_deref(),
+                "key_file": key_file.map(absolute).transpose()?, "kms_server": kms_server,
+            }));
+            if let (Some(params), Value::Object(more)) = (params.as_object_mut(), more) {
+                params.extend(more);
+            }
+            print(&call(&mut client, "cryptfold_encryption_enable", Some(params))?);
+        }
+        EncryptionCommand::Renew { pool, rate, socket } => {
+            let params = given(json!({"name": pool, "rate_mb_s": rate}));
+            print(&call(&mut connect(&socket)?, "cryptfold_encryption_renew", Some(params))?);
         }
         EncryptionCommand::Backup { pool, file, password, socket } => {
             let mut client = connect(&socket)?;

@@ -7,7 +7,7 @@ use cryptfold_keystore::{Backup, Cost, Limits, NewSlot, Password, StoreError};
 use cryptfold_nvmf_target::audit::TARGET as AUDIT;
 use cryptfold_reduce::keys::Kek;
 use cryptfold_reduce::slots::{Kdf, KeyBlock, KeySlot, SlotKind};
-use cryptfold_reduce::{PoolError, PoolInfo};
+use cryptfold_reduce::{DEFAULT_RENEWAL_BYTES_PER_S, DomainInfo, KeyChange, PoolError, PoolInfo};
 use serde_json::{Value, json};
 
 use super::crypto::absolute;
@@ -107,6 +107,43 @@ params! {
         /// A key server's slot: keep the old key there instead of destroying it.
         keep_old: bool = false,
     }
+    /// `cryptfold_encryption_rotate` and `cryptfold_encryption_disable`.
+    pub struct ChangeKeys {
+        /// Name or UUID of the pool; it has to be unlocked.
+        name: String,
+        /// Name or UUID of one of its domains; all of them when not given.
+        domain: Option<String>,
+        /// Stored MB a second that are rewritten, at most [default: 100].
+        rate_mb_s: Option<u32>,
+    }
+    /// `cryptfold_encryption_enable`.
+    pub struct Enable {
+        /// Name or UUID of the pool; it has to be unlocked.
+        name: String,
+        /// Name or UUID of one of its domains; all of them when not given.
+        domain: Option<String>,
+        /// Stored MB a second that are rewritten, at most [default: 100].
+        rate_mb_s: Option<u32>,
+        /// A pool that everybody can open: what opens it instead.
+        kind: Option<NewSlotKind>,
+        /// Its password, at least 8 characters.
+        password: Option<SecretText>,
+        /// File with it (mode 0600).
+        password_file: Option<String>,
+        /// Its key file; made with a random key if it does not exist.
+        key_file: Option<String>,
+        /// Its key server.
+        kms_server: Option<String>,
+        /// Unique identifier of the key there; a new one is made when not given.
+        kms_object: Option<String>,
+    }
+    /// `cryptfold_encryption_renew`.
+    pub struct Renew {
+        /// Name or UUID of the pool; it has to be unlocked.
+        name: String,
+        /// Stored MB a second that are rewritten, at most [default: 100].
+        rate_mb_s: Option<u32>,
+    }
     /// `cryptfold_encryption_backup`.
     pub struct BackupTo {
         /// Name or UUID of the pool; it has to be unlocked.
@@ -159,7 +196,8 @@ pub fn methods() -> Vec<Method> {
         Method::new(
             "cryptfold_encryption_status",
             "Pools and what opens them. `state`: unlocked, or locked with the `reason`; `encrypted`: false when everybody can open \
-             it; `slots`: number, kind (password, key_file, kms, open), since when, and where the key comes from; never a key. \
+             it; `domains`: of each whether what is written now is encrypted, the generation of its keys, and while they are `changing` how \
+             many stored bytes (`old_bytes`) lie under older ones; `renewal`: how rewriting them stands; `slots`: number, kind (password, key_file, kms, open), since when, and where the key comes from; never a key. \
              `waiting_calls`: calls of the configuration that wait for volumes of locked pools. Ours.",
             status,
         ),
@@ -196,6 +234,37 @@ pub fn methods() -> Vec<Method> {
              that is attached here (open or locked), is kept: `old_kept` says which, `old_key_file` where; pools that are not attached \
              can not be seen. Ours.",
             rotate_kek,
+        ),
+        Method::new(
+            "cryptfold_encryption_rotate",
+            "Gives a domain of a pool, or all of them, a new data key and a new fingerprint secret. What is written from now on is \
+             written with them; what is there (snapshots, clones and metadata too) is rewritten in the background, also after restarts. When nothing \
+             is left under the old keys, what opens them is overwritten and read back. Replies the domains. -16: their keys are \
+             being changed already. Ours.",
+            |c, p: ChangeKeys| change_domains(c, &p.name, p.domain, p.rate_mb_s, KeyChange::Rotate),
+        ),
+        Method::new(
+            "cryptfold_encryption_disable",
+            "Switches encryption of a domain, or of all of a pool, off: it gets new keys, with which what is stored is authenticated \
+             and not encrypted; what is there is rewritten in the background. The pool keeps its slots, and is opened by them. \
+             Replies the domains. Ours.",
+            |c, p: ChangeKeys| change_domains(c, &p.name, p.domain, p.rate_mb_s, KeyChange::Disable),
+        ),
+        Method::new(
+            "cryptfold_encryption_enable",
+            "Switches encryption of a domain, or of all of a pool, on again, with new keys; what is there is rewritten in the \
+             background. Then all free space of the device is overwritten once, because it may have data in clear. A pool that everybody can \
+             open needs a slot for that (`kind` and what it needs), which takes the open one's place. Replies the domains. Ours.",
+            enable,
+        ),
+        Method::new(
+            "cryptfold_encryption_renew",
+            "Goes on with rewriting data under new keys where it was stopped (`reason` of `renewal` in the status), or changes \
+             its rate. Replies how it stands. Ours.",
+            |c, p: Renew| {
+                let (pools, rate) = (c.pools()?, rate(p.rate_mb_s)?);
+                Ok(json!(pools.manager().start_renewal(&pools.find(&p.name)?.name, rate)?))
+            },
         ),
         Method::new(
             "cryptfold_encryption_backup",
@@ -292,11 +361,107 @@ fn opened_by(pools: &Pools, info: &PoolInfo) -> Value {
 
 fn describe(pools: &Pools, info: &PoolInfo) -> RpcResult {
     let block = pools.manager().key_block(&info.name)?;
+    let domains = pools.manager().domains(&info.name)?;
     Ok(json!({
         "name": info.name, "uuid": info.uuid.to_string(), "base_bdev": info.base_bdev, "state": "unlocked",
         "encrypted": is_encrypted(&block), "opened_by": opened_by(pools, info), "slots": slots(&block),
-        "erasable": block.erasure[0].is_some(),
+        "erasable": block.erasure[0].is_some(), "renewal": info.renewal,
+        "domains": domains.iter().map(describe_domain).collect::<Vec<_>>(),
     }))
+}
+
+fn describe_domain(d: &DomainInfo) -> Value {
+    json!({
+        "name": d.name, "uuid": d.uuid.to_string(), "encrypted": d.encrypted, "generation": d.generation,
+        "changing": d.changing, "old_bytes": d.old_bytes,
+    })
+}
+
+fn rate(mb_s: Option<u32>) -> Result<u64, RpcError> {
+    match mb_s {
+        Some(0) => Err(RpcError::params("rate_mb_s: at least 1 is needed")),
+        Some(mb) => Ok(u64::from(mb) * 1_000_000),
+        None => Ok(DEFAULT_RENEWAL_BYTES_PER_S),
+    }
+}
+
+/// Changes keys of domains, and writes that to the audit log.
+fn change_domains(
+    c: &Control,
+    name: &str,
+    domain: Option<String>,
+    rate_mb_s: Option<u32>,
+    change: KeyChange,
+) -> RpcResult {
+    let (pools, rate) = (c.pools()?, rate(rate_mb_s)?);
+    let pool = pools.find(name)?.name;
+    let changed = pools.manager().change_domain_keys(&pool, domain.as_deref(), change, rate);
+    match &changed {
+        Ok(_) => tracing::info!(target: AUDIT, event = "domain keys changed", pool, domain, ?change),
+        Err(e) => {
+            tracing::warn!(target: AUDIT, event = "domain keys changed", pool, domain, ?change, refused = %e);
+        }
+    }
+    Ok(changed?.iter().map(describe_domain).collect())
+}
+
+fn enable(c: &Control, p: Enable) -> RpcResult {
+    let pools = c.pools()?;
+    let info = pools.find(&p.name)?;
+    let is_open = !is_encrypted(&pools.manager().key_block(&info.name)?);
+    let Some(kind) = p.kind else {
+        if is_open {
+            return Err(RpcError::params(format!(
+                "kind: pool \"{}\" opens for everybody; password, key_file or kms is needed: what is to open it instead",
+                info.name
+            )));
+        }
+        return change_domains(c, &p.name, p.domain, p.rate_mb_s, KeyChange::Enable);
+    };
+    if !is_open {
+        return Err(RpcError::params(format!(
+            "kind: pool \"{}\" has key slots; cryptfold_encryption_add_slot adds another",
+            info.name
+        )));
+    }
+    if p.domain.is_some() {
+        return Err(RpcError::params("domain: a pool that opens for everybody is encrypted as a whole"));
+    }
+    rate(p.rate_mb_s)?;
+    let key = match (kind, &p.password_file, &p.key_file) {
+        (NewSlotKind::Password, Some(file), _) => PoolKey::PasswordFile(absolute(file)?),
+        (NewSlotKind::Password, None, _) => PoolKey::Given,
+        (NewSlotKind::KeyFile, _, Some(file)) => PoolKey::File(absolute(file)?),
+        (NewSlotKind::KeyFile, _, None) => {
+            return Err(RpcError::params("key_file: missing; the slot's file is needed"));
+        }
+        (NewSlotKind::Kms, ..) => PoolKey::Kms,
+    };
+    let Enable { name, password, password_file, key_file, kms_server, kms_object, .. } = p;
+    new_slot(
+        c,
+        AddSlot {
+            name: name.clone(),
+            kind,
+            password,
+            password_file,
+            key_file,
+            kms_server,
+            kms_object,
+            label: None,
+        },
+        true,
+    )?;
+    pools.set_key(info.uuid, key);
+    // What was under keys that everybody could have gets new ones, whether it was encrypted or not.
+    let domains = pools.manager().domains(&info.name)?;
+    let mut changed = Vec::new();
+    for domain in domains {
+        let change = if domain.encrypted { KeyChange::Rotate } else { KeyChange::Enable };
+        let done = change_domains(c, &name, Some(domain.uuid.to_string()), p.rate_mb_s, change)?;
+        changed.extend(done.as_array().cloned().unwrap_or_default());
+    }
+    Ok(changed.into())
 }
 
 fn describe_locked(l: &Locked) -> Value {
@@ -458,14 +623,28 @@ fn add_slot(c: &Control, p: AddSlot) -> RpcResult {
             info.name
         )));
     }
+    new_slot(c, p, false)
+}
+
+/// Adds a slot; with `alone` it takes the place of the open one.
+fn new_slot(c: &Control, p: AddSlot, alone: bool) -> RpcResult {
     let event = "key slot added";
+    let close = |block: &mut KeyBlock| {
+        for slot in block.slots.iter_mut().filter(|_| alone) {
+            if slot.as_ref().is_some_and(|slot| slot.kind == SlotKind::Open) {
+                *slot = None;
+            }
+        }
+    };
     let at = match p.kind {
         NewSlotKind::Password => {
             let password = given("password", p.password, p.password_file)?;
             let label = p.label.unwrap_or_else(|| "password".into());
             let new = NewSlot { cost: Cost::DEFAULT, salt: salt()?, created_ms: now_ms(), label: &label };
             change(c, &p.name, event, |block, key| {
-                Ok(cryptfold_keystore::add_password(block, key, &password, &new, &Limits::default())?)
+                let at = cryptfold_keystore::add_password(block, key, &password, &new, &Limits::default())?;
+                close(block);
+                Ok(at)
             })?
         }
         NewSlotKind::KeyFile => {
@@ -479,6 +658,7 @@ fn add_slot(c: &Control, p: AddSlot) -> RpcResult {
             let mut handed_over = false;
             let added = change(c, &p.name, event, |block, key| {
                 let at = put(block, seal(&kek, key, SlotKind::KeyFile, &label, "")?)?;
+                close(block);
                 handed_over = true;
                 Ok(at)
             });
@@ -494,7 +674,11 @@ fn add_slot(c: &Control, p: AddSlot) -> RpcResult {
                 .ok_or_else(|| RpcError::params("kms_server: missing; the key server is needed"))?;
             let (id, kek) = c.kms.new_kek(&server, p.kms_object.as_deref())?;
             let label = p.label.unwrap_or_else(|| short(&server));
-            change(c, &p.name, event, |block, key| put(block, seal(&kek, key, SlotKind::Kms, &label, &id)?))?
+            change(c, &p.name, event, |block, key| {
+                let at = put(block, seal(&kek, key, SlotKind::Kms, &label, &id)?)?;
+                close(block);
+                Ok(at)
+            })?
         }
     };
     Ok(json!(at))
