@@ -32,7 +32,7 @@ use cryptfold_reduce_format::entry::Record;
 use cryptfold_reduce_format::ids::DomainId;
 use cryptfold_reduce_format::journal::Scope;
 use cryptfold_reduce_format::keys::{self, DomainWraps, KeyError};
-use cryptfold_reduce_format::record::{GenerationState, PoolRecord};
+use cryptfold_reduce_format::record::{GenerationState, PoolRecord, domain_flags};
 use cryptfold_reduce_format::slots::KeyBlock;
 use cryptfold_reduce_format::superblock::{ANCHOR_BYTES, ANCHORS, KEYS_AT};
 use reactor::memory::Buf;
@@ -43,7 +43,7 @@ use crate::error::PoolError;
 use crate::info::{ErasedDomain, ErasedPool};
 use crate::open::random_secret;
 use crate::pool::{Life, Pool};
-use crate::shard::Shard;
+use crate::shard::{Domain, Shard};
 
 impl Pool {
     pub(crate) fn key_error(&self, reason: KeyError) -> PoolError {
@@ -68,9 +68,24 @@ impl Pool {
         }
     }
 
+    /// An error when a domain, or one of all of them, has or may have data in clear on the device, which no key hides.
+    pub(crate) fn check_encrypted(&self, id: Option<DomainId>) -> Result<(), PoolError> {
+        let shard = self.shard.borrow();
+        let clear = |d: &&Domain| d.is_plain() || d.record.flags & domain_flags::WIPE != 0;
+        let mut asked = shard.domains.values().filter(|d| id.is_none_or(|id| id == d.record.id));
+        match asked.find(clear) {
+            None => Ok(()),
+            Some(d) => Err(PoolError::Invalid(format!(
+                "domain {} is or was stored without encryption, so destroying keys would not erase it: enable encryption and wait until `encryption status` shows that this has ended",
+                d.record.name
+            ))),
+        }
+    }
+
     /// Erases a domain, whose volumes nobody has open. The default domain gets a successor of its name.
     pub(crate) async fn erase_domain(self: &Rc<Self>, id: DomainId) -> Result<ErasedDomain, PoolError> {
         self.check_erasable()?;
+        self.check_encrypted(Some(id))?;
         let stopped = |status: Status| self.stopped(status);
         let paused = self.pause().await.map_err(stopped)?;
         let erased = self.erase_paused(id).await;
@@ -82,6 +97,8 @@ impl Pool {
     async fn erase_paused(&self, id: DomainId) -> Result<ErasedDomain, PoolError> {
         let stopped = |status: Status| self.stopped(status);
         self.check_writable().map_err(stopped)?;
+        // Looked at again: encryption may have been switched off while this waited.
+        self.check_encrypted(Some(id))?;
         // Other cores let go of the domain's segments; nobody writes to it any more.
         self.recall().await.map_err(stopped)?;
         self.flush().await.map_err(stopped)?;

@@ -240,6 +240,7 @@ impl LocalPool {
     pub async fn erase_domain(&self, domain: &str) -> Result<ErasedDomain, PoolError> {
         let id = self.pool.find_domain(domain)?;
         self.pool.check_erasable()?;
+        self.pool.check_encrypted(Some(id))?;
         for info in self.pool.volume_infos().into_iter().filter(|v| v.domain == domain) {
             self.unregister(&info)?;
         }
@@ -252,6 +253,7 @@ impl LocalPool {
     /// As there.
     pub async fn erase(self) -> Result<ErasedPool, PoolError> {
         let pool = self.pool.clone();
+        pool.check_encrypted(None)?;
         self.close().await?;
         pool.erase_pool().await
     }

@@ -409,11 +409,13 @@ impl PoolManager {
     /// Closes the pool and overwrites what opens it: its key slots and the superblocks. Nothing on its device can be read afterwards.
     ///
     /// # Errors
-    /// As [`PoolManager::close`]; the device fails or does not show what was written: then the pool is whole, or gone, and may be
+    /// As [`PoolManager::close`]; a domain is or was stored without encryption; the device fails or does not show what was written: then the pool is whole, or gone, and may be
     /// erased again while it opens.
     pub fn erase(&self, name: &str) -> Result<ErasedPool, PoolError> {
         let _one = locked(&self.serial);
-        self.retire(&self.find(name)?, |pool| async move {
+        let pool = self.find(name)?;
+        self.on_home(&pool, |pool| async move { pool.check_encrypted(None) })?;
+        self.retire(&pool, |pool| async move {
             pool.close().await?;
             pool.erase_pool().await
         })
@@ -423,7 +425,7 @@ impl PoolManager {
     /// replaced and overwritten; see the head of `erase`. The default domain gets an empty successor.
     ///
     /// # Errors
-    /// There is no such domain; a volume of it stays in use; the pool's first format has no such secret; the device fails: then the
+    /// There is no such domain, or it is or was stored without encryption; a volume of it stays in use; the pool's first format has no such secret; the device fails: then the
     /// domain is whole or gone, and the next opening finishes what was begun.
     pub fn erase_domain(&self, pool: &str, domain: &str) -> Result<ErasedDomain, PoolError> {
         let _one = locked(&self.serial);
@@ -433,6 +435,7 @@ impl PoolManager {
         let (id, volumes) = self.on_home(&reference, move |pool| async move {
             let id = pool.find_domain(&wanted)?;
             pool.check_erasable()?;
+            pool.check_encrypted(Some(id))?;
             let infos = pool.volume_infos();
             let name = pool.shard.borrow().domain(id).map(|d| d.record.name.clone()).unwrap_or_default();
             Ok((id, infos.into_iter().filter(|v| v.domain == name).collect::<Vec<_>>()))
@@ -704,6 +707,8 @@ impl PoolManager {
         change: KeyChange,
         bytes_per_s: u64,
     ) -> Result<Vec<DomainInfo>, PoolError> {
+        // Not while it is erased or closed.
+        let _one = locked(&self.serial);
         let domain = domain.map(str::to_owned);
         self.on_home(&self.find(pool)?, move |pool| async move {
             let changed = pool.change_all_keys(domain.as_deref(), change).await;

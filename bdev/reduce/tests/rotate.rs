@@ -215,6 +215,10 @@ fn encryption_is_switched_off_and_on_with_live_data() {
             let refused = pool.change_domain_keys("default", change, FAST).await;
             assert!(matches!(refused, Err(PoolError::Invalid(_))));
         }
+        // Destroying keys would erase nothing of it.
+        for erased in [pool.erase_domain("default").await.map(drop), pool.clone().erase().await.map(drop)] {
+            assert!(matches!(erased, Err(PoolError::Invalid(_))), "{erased:?}");
+        }
         // Damage is still found, duplicates too, and the segments are used again and again.
         for round in 0..4 {
             let from = NOISE + 4000 + round * 1000;
