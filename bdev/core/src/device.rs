@@ -102,6 +102,39 @@ impl Space {
     }
 }
 
+/// Space below which people are warned, percent.
+pub const LOW_PERCENT: u8 = 10;
+/// Space below which they are warned once more, percent.
+const CRITICAL_PERCENT: u8 = 2;
+/// So much more than a threshold has to be free before falling below it counts again, percent.
+const HYSTERESIS_PERCENT: u8 = 2;
+
+/// How much of a [`Space`] is left, as people are told.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Room {
+    /// [`LOW_PERCENT`] or more.
+    #[default]
+    Enough,
+    /// Less.
+    Low,
+    /// Less than 2%.
+    Critical,
+}
+
+impl Room {
+    /// With so much free (percent): down at a threshold, up only well above it.
+    #[must_use]
+    pub fn next(self, free_percent: u8) -> Room {
+        let below =
+            |limit: u8, is: Room| free_percent < limit + if self >= is { HYSTERESIS_PERCENT } else { 0 };
+        match () {
+            () if below(CRITICAL_PERCENT, Room::Critical) => Room::Critical,
+            () if below(LOW_PERCENT, Room::Low) => Room::Low,
+            () => Room::Enough,
+        }
+    }
+}
+
 /// Lets a kind of device find its own again (to change a latency, to inject an error).
 pub trait AsAny: 'static {
     /// The device as what it is.
@@ -134,6 +167,12 @@ pub trait Device: AsAny + Send + Sync {
         None
     }
 
+    /// Bytes of this device that have content, where that is known and may be less than its size: what was never written or
+    /// given up again is not in it. Moments old. Any thread, does not block.
+    fn allocated_bytes(&self) -> Option<u64> {
+        None
+    }
+
     /// The `driver_specific` object of `bdev_get_bdevs`.
     fn driver_specific(&self) -> serde_json::Value {
         serde_json::Value::Object(serde_json::Map::new())
@@ -154,5 +193,24 @@ pub trait Queue {
     /// Ends the outstanding I/O with this tag early if the device can. Best effort; true when it was found.
     fn abort(&self, _tag: u64) -> bool {
         false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::Room::{self, Critical, Enough, Low};
+
+    #[test]
+    fn space_that_wavers_around_a_threshold_warns_once() {
+        let seen: Vec<Room> = [100, 10, 9, 10, 11, 9, 12, 9, 2, 1, 2, 3, 1, 4, 11, 12, 0, 100]
+            .into_iter()
+            .scan(Enough, |room, free| {
+                *room = room.next(free);
+                Some(*room)
+            })
+            .collect();
+        let low = [Enough, Enough, Low, Low, Low, Low, Enough, Low, Low];
+        let critical = [Critical, Critical, Critical, Critical, Low, Low, Enough, Critical, Enough];
+        assert_eq!(seen, [low, critical].concat());
     }
 }

@@ -29,7 +29,7 @@ mod stats;
 mod status;
 
 pub use channel::{Channel, IoFuture};
-pub use device::{AsAny, Device, DeviceInfo, Queue, Space};
+pub use device::{AsAny, Device, DeviceInfo, LOW_PERCENT, Queue, Room, Space};
 pub use error::BdevError;
 pub use io::{BlockRange, Complete, Frame, Io, Op, OpSet, UnmappedRanges};
 pub use qos::QosLimits;

@@ -105,6 +105,10 @@ impl Device for Crypto {
         self.base.bdev().device().space()
     }
 
+    fn allocated_bytes(&self) -> Option<u64> {
+        self.base.bdev().device().allocated_bytes()
+    }
+
     fn driver_specific(&self) -> Value {
         let mut v = json!({"name": self.info.name, "base_bdev_name": self.base.name()});
         self.key_ref.put(&mut v);

@@ -192,6 +192,10 @@ impl Device for Hostcrypt {
         self.base.bdev().device().space()
     }
 
+    fn allocated_bytes(&self) -> Option<u64> {
+        self.base.bdev().device().allocated_bytes()
+    }
+
     fn driver_specific(&self) -> Value {
         let mut params = self.params();
         params["access"] = self.options.key.access().word().into();

@@ -121,6 +121,10 @@ impl Device for Delay {
         self.base.bdev().device().space()
     }
 
+    fn allocated_bytes(&self) -> Option<u64> {
+        self.base.bdev().device().allocated_bytes()
+    }
+
     fn driver_specific(&self) -> Value {
         json!({"delay": self.config()[0].1})
     }

@@ -151,6 +151,10 @@ impl Device for ErrorDevice {
         self.base.bdev().device().space()
     }
 
+    fn allocated_bytes(&self) -> Option<u64> {
+        self.base.bdev().device().allocated_bytes()
+    }
+
     fn driver_specific(&self) -> Value {
         json!({"error": {"base_bdev": self.base.name()}})
     }

@@ -54,6 +54,10 @@ impl Device for Passthru {
         self.base.bdev().device().space()
     }
 
+    fn allocated_bytes(&self) -> Option<u64> {
+        self.base.bdev().device().allocated_bytes()
+    }
+
     fn driver_specific(&self) -> Value {
         json!({"passthru": {"name": self.info.name, "base_bdev_name": self.base.name()}})
     }

@@ -124,6 +124,7 @@ impl Pool {
 
     /// The device of a volume, for the registry.
     pub(crate) fn device(&self, id: VolumeId) -> Option<Arc<VolumeDevice>> {
+        self.publish_space();
         let shard = self.shard.borrow();
         let v = shard.volumes.get(&id.0)?;
         let domain = shard.domains.get(&v.record.domain.0)?;
@@ -383,7 +384,7 @@ fn volume_info(pool: &str, shard: &Shard, v: &Volume) -> VolumeInfo {
         parent: shard.parent(v).map(|parent| parent.record.name.clone()),
         clones: shard.children(v).iter().map(|child| child.record.name.clone()).collect(),
         compression: v.record.compression.map(|c| c.to_string()),
-        logical_bytes: 4096 * if v.is_snapshot() { v.record.counters[2] } else { v.chunks + v.special },
+        logical_bytes: 4096 * v.shown_blocks(),
         zero_bytes: v.special * 4096,
         exclusive_bytes: exclusive * 4096,
         reclaimable_bytes: domain.map_or(0, |d| reclaimable(d, exclusive)),

@@ -210,6 +210,11 @@ struct Shown {
 }
 
 impl Volume {
+    /// 4 KiB blocks that it shows, but for those that a clone has from its snapshot.
+    pub fn shown_blocks(&self) -> u64 {
+        if self.is_snapshot() { self.record.counters[2] } else { self.chunks + self.special }
+    }
+
     /// Whether it is a snapshot.
     pub fn is_snapshot(&self) -> bool {
         self.record.flags & volume_flags::SNAPSHOT != 0

@@ -36,6 +36,19 @@ pub struct SlotKey {
     pub reference: String,
 }
 
+/// What happens to an open pool without anybody's call.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PoolEvent {
+    /// Its free space for hosts has crossed a threshold.
+    Room(cryptfold_bdev::Room),
+    /// It has got more (or less) space for hosts.
+    Capacity,
+    /// It takes no more changes, because its device can not be relied on or its state makes no sense.
+    Failed,
+    /// It was closed, because its device goes away.
+    Closed,
+}
+
 /// A domain that was erased.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ErasedDomain {

@@ -5,7 +5,7 @@
 //! own, because a device goes only when nobody has it open.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
 use cryptfold_bdev::{Access, BdevError, Registry, Removal};
@@ -20,11 +20,11 @@ use uuid::Uuid;
 use crate::error::PoolError;
 use crate::info::{
     CheckReport, CreateOptions, DomainInfo, ErasedDomain, ErasedPool, KeyChange, KeySource, LateInfo,
-    PoolInfo, RenewalInfo, ScrubInfo, SealedPool, SlotKey, VolumeInfo, VolumeOptions,
+    PoolEvent, PoolInfo, RenewalInfo, ScrubInfo, SealedPool, SlotKey, VolumeInfo, VolumeOptions,
 };
 use crate::local::LocalPool;
 use crate::open::{self, Claim, Making, Opening};
-use crate::pool::{Pool, PoolRef};
+use crate::pool::{Listener, Pool, PoolRef};
 use crate::volume::VolumeDevice;
 
 /// How long a device may take to drain before a removal is given up.
@@ -41,6 +41,8 @@ pub struct PoolManager {
     serial: Mutex<()>,
     /// So do changes of key slots.
     slots: Mutex<()>,
+    /// Who wants to know what happens to pools.
+    listener: OnceLock<Listener>,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -99,7 +101,22 @@ impl PoolManager {
             pools: Mutex::default(),
             serial: Mutex::default(),
             slots: Mutex::default(),
+            listener: OnceLock::new(),
         })
+    }
+
+    /// From now on tells of what happens to pools that are opened later: the pool's name and what. `listener` is called on reactors,
+    /// and must not wait. Once; later ones are ignored.
+    pub fn listen(&self, listener: impl Fn(&str, PoolEvent) + Send + Sync + 'static) {
+        let ignored = self.listener.set(Arc::new(listener));
+        debug_assert!(ignored.is_ok(), "there is one listener");
+    }
+
+    fn add(&self, pool: PoolRef) {
+        if let Some(listener) = self.listener.get() {
+            pool.listener.get_or_init(|| listener.clone());
+        }
+        locked(&self.pools).push(pool);
     }
 
     fn home(&self) -> Result<Handle, PoolError> {
@@ -142,11 +159,13 @@ impl PoolManager {
                 tracing::warn!(pool = %pool.name(), %error, "its device is gone");
             }
             let _one = locked(&self.serial);
-            if locked(&self.pools).iter().any(|other| other.id == pool.id)
-                && let Err(error) = self.close_ref(&pool)
-            {
+            if !locked(&self.pools).iter().any(|other| other.id == pool.id) {
+                continue;
+            }
+            if let Err(error) = self.close_ref(&pool) {
                 tracing::error!(pool = %pool.name(), %error, "not closed in order: its device is gone");
             }
+            pool.tell(PoolEvent::Closed);
         }
     }
 
@@ -212,7 +231,7 @@ impl PoolManager {
             Ok((pool.handle.clone(), pool.info()))
         });
         let (reference, info) = opened.map_err(|_| PoolError::NoReactor)??;
-        locked(&self.pools).push(reference);
+        self.add(reference);
         Ok(info)
     }
 
@@ -246,7 +265,7 @@ impl PoolManager {
         let Some((reference, info, devices)) = opened.map_err(|_| PoolError::NoReactor)?? else {
             return Ok(None);
         };
-        locked(&self.pools).push(reference.clone());
+        self.add(reference.clone());
         for device in devices {
             if let Err(error) = self.registry.register(device) {
                 // The others are served; this one answers to whoever has taken its name.

@@ -432,6 +432,7 @@ fn assemble(
         auditing: Cell::new(false),
         read_only: opening.read_only,
         heart_stopped: Cell::new(false),
+        room: Cell::default(),
     }))
 }
 

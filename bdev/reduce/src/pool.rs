@@ -7,12 +7,12 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use cryptfold_bdev::{Descriptor, Space, Status};
+use cryptfold_bdev::{Descriptor, Room, Space, Status};
 use cryptfold_reactor::sync::{Event, Mutex as AsyncMutex, Notify};
 use cryptfold_reactor::{self as reactor, Handle};
-use cryptfold_reduce_format::ids::DomainId;
+use cryptfold_reduce_format::ids::{DomainId, VolumeId};
 use cryptfold_reduce_format::journal::JournalEpoch;
 use cryptfold_reduce_format::keys::{DomainWraps, PoolKey, PoolKeys};
 use cryptfold_reduce_format::slots::KeyBlock;
@@ -24,7 +24,7 @@ use crate::chunklock::ChunkLocks;
 use crate::commit::Commits;
 use crate::core::Core;
 use crate::hash::FastMap;
-use crate::info::{LateInfo, RenewalInfo, ScrubInfo};
+use crate::info::{LateInfo, PoolEvent, RenewalInfo, ScrubInfo};
 use crate::ingest::{Lane, Scratch};
 use crate::journal::Journal;
 use crate::lend::Loan;
@@ -60,7 +60,14 @@ pub(crate) struct PoolRef {
     pub descriptor: std::sync::Weak<Descriptor>,
     /// Bytes that hosts have left, and had, as of the last heartbeat.
     pub space: Arc<[AtomicU64; 2]>,
+    /// 4 KiB blocks that each volume has, where nothing of it is another one's, as of the last heartbeat.
+    pub allocated: Arc<Mutex<HashMap<u32, u64>>>,
+    /// Who wants to know what happens to it.
+    pub listener: Arc<OnceLock<Listener>>,
 }
+
+/// Gets told, on the pool's home: must not wait.
+pub(crate) type Listener = Arc<dyn Fn(&str, PoolEvent) + Send + Sync>;
 
 thread_local! {
     /// Pools whose home this thread is.
@@ -79,6 +86,8 @@ impl PoolRef {
             base_name: descriptor.bdev().name().to_owned(),
             descriptor: Arc::downgrade(descriptor),
             space: Arc::default(),
+            allocated: Arc::default(),
+            listener: Arc::default(),
         }
     }
 
@@ -86,6 +95,19 @@ impl PoolRef {
     pub fn space(&self) -> Option<Space> {
         let [free_bytes, total_bytes] = [0, 1].map(|i| self.space[i].load(Ordering::Relaxed));
         (total_bytes > 0).then_some(Space { free_bytes, total_bytes })
+    }
+
+    /// Something has happened to it.
+    pub fn tell(&self, event: PoolEvent) {
+        if let Some(listener) = self.listener.get() {
+            listener(&self.name(), event);
+        }
+    }
+
+    /// Bytes of a volume that have content, a moment old; `None` where that is not known.
+    pub fn allocated_bytes(&self, volume: VolumeId) -> Option<u64> {
+        let allocated = self.allocated.lock().unwrap_or_else(PoisonError::into_inner);
+        allocated.get(&volume.0).map(|blocks| blocks * 4096)
     }
 
     /// Whether its device is to go away.
@@ -188,6 +210,8 @@ pub(crate) struct Pool {
     pub read_only: bool,
     /// The heartbeat task has ended.
     pub heart_stopped: Cell<bool>,
+    /// How much room its last heartbeat found.
+    pub room: Cell<Room>,
 }
 
 impl Pool {
@@ -226,6 +250,7 @@ impl Pool {
             tracing::error!(pool = %self.name(), %status, "the pool stops: its device can not be relied on; close and open it again");
             self.life.set(Life::Failed);
             self.failure.set(Some(status));
+            self.handle.tell(PoolEvent::Failed);
             self.wake_waiters();
         }
     }
@@ -260,11 +285,25 @@ impl Pool {
         Space { free_bytes: bytes(shard.segments.free_count()), total_bytes: bytes(shard.segments.usable()) }
     }
 
-    /// Tells other threads how much space there is.
+    /// Tells other threads how much space there is, and who has it.
     pub fn publish_space(&self) {
         let space = self.host_space();
         self.handle.space[0].store(space.free_bytes, Ordering::Relaxed);
-        self.handle.space[1].store(space.total_bytes, Ordering::Relaxed);
+        let before = self.handle.space[1].swap(space.total_bytes, Ordering::Relaxed);
+        if before != 0 && before != space.total_bytes {
+            self.handle.tell(PoolEvent::Capacity);
+        }
+        let (was, room) = (self.room.get(), self.room.get().next(space.free_percent()));
+        if room != was {
+            self.room.set(room);
+            self.handle.tell(PoolEvent::Room(room));
+        }
+        let shard = self.shard.borrow();
+        let mut allocated = self.handle.allocated.lock().unwrap_or_else(PoisonError::into_inner);
+        allocated.clear();
+        // A clone shows blocks of its snapshot too; how many is not counted.
+        let whole = shard.volumes.values().filter(|v| v.record.base.is_none());
+        allocated.extend(whole.map(|v| (v.record.id.0, v.shown_blocks())));
     }
 
     /// Sends all started buffers of all logs to the device; what to wait for.

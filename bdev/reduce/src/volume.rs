@@ -108,6 +108,10 @@ impl Device for VolumeDevice {
         self.pool.space()
     }
 
+    fn allocated_bytes(&self) -> Option<u64> {
+        self.pool.allocated_bytes(self.id)
+    }
+
     fn driver_specific(&self) -> serde_json::Value {
         let mut lvol = serde_json::json!({
             "lvol_store_uuid": self.pool.uuid.to_string(),

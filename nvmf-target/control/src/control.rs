@@ -116,7 +116,7 @@ pub struct Control {
     pub(crate) deferred: Deferred,
     pub(crate) options: Mutex<Options>,
     pub(crate) log: LogControl,
-    pub(crate) watch: Watch,
+    pub(crate) watch: Arc<Watch>,
     /// Kind of I/O that `bdev_get_histogram` shows, by device.
     pub(crate) histogram_opc: Mutex<HashMap<String, String>>,
     pub(crate) config: ControlConfig,
@@ -156,7 +156,7 @@ impl Control {
             me: me.clone(),
             options: Mutex::default(),
             log: config.log.clone(),
-            watch: Watch::default(),
+            watch: Arc::default(),
             histogram_opc: Mutex::default(),
             config,
             table: Table::new(crate::methods::all()),
@@ -218,6 +218,12 @@ impl Control {
         let target = Target::new(self.registry.clone(), &handles);
         crate::methods::apply_nvmf_options(self, &target)?;
         let manager = PoolManager::new(self.registry.clone(), handles.clone());
+        let watch = Arc::downgrade(&self.watch);
+        manager.listen(move |pool, event| {
+            if let Some(watch) = watch.upgrade() {
+                watch.pool_event(pool, event);
+            }
+        });
         let pools = Pools::new(manager, self.registry.clone(), self.kms.clone(), self.config.key_dir.clone());
         let running =
             Running { handles, target, pools, since: Instant::now(), runtime: Mutex::new(Some(runtime)) };

@@ -4,7 +4,8 @@
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::{Condvar, Mutex, PoisonError};
 
-use cryptfold_bdev::Registry;
+use cryptfold_bdev::{Registry, Room};
+use cryptfold_reduce::PoolEvent;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -12,6 +13,18 @@ use crate::control::lock;
 
 /// Events kept for clients that come late.
 const KEPT: usize = 1024;
+/// All kinds of events.
+pub const KINDS: [&str; 9] = [
+    "bdev_register",
+    "bdev_unregister",
+    "pool_open",
+    "pool_close",
+    "pool_space_low",
+    "pool_space_critical",
+    "pool_space_enough",
+    "pool_capacity",
+    "pool_failed",
+];
 
 #[derive(Default)]
 struct Seen {
@@ -103,6 +116,19 @@ impl Watch {
         lock(&self.seen).note(kind, context);
     }
 
+    /// Adds what has happened to a pool.
+    pub fn pool_event(&self, pool: &str, event: PoolEvent) {
+        let kind = match event {
+            PoolEvent::Room(Room::Low) => "pool_space_low",
+            PoolEvent::Room(Room::Critical) => "pool_space_critical",
+            PoolEvent::Room(Room::Enough) => "pool_space_enough",
+            PoolEvent::Capacity => "pool_capacity",
+            PoolEvent::Failed => "pool_failed",
+            PoolEvent::Closed => "pool_close",
+        };
+        self.note(kind, pool);
+    }
+
     /// At most `max` events from number `from` on.
     pub fn events(&self, from: u64, max: u64) -> Vec<Value> {
         lock(&self.seen)
@@ -117,6 +143,7 @@ impl Watch {
 
 impl Seen {
     fn note(&mut self, kind: &'static str, context: &str) {
+        debug_assert!(KINDS.contains(&kind), "{kind} is listed");
         if self.events.len() == KEPT {
             self.events.pop_front();
         }

@@ -206,6 +206,43 @@ impl Queue for LiarQueue {
     }
 }
 
+/// A thin device of 64 blocks of which so many bytes have content.
+struct Thin(DeviceInfo, u64);
+
+impl Device for Thin {
+    fn info(&self) -> &DeviceInfo {
+        &self.0
+    }
+
+    fn open_queue(self: Arc<Self>) -> Result<Rc<dyn Queue>, BdevError> {
+        Ok(Rc::<LiarQueue>::default())
+    }
+
+    fn allocated_bytes(&self) -> Option<u64> {
+        Some(self.1)
+    }
+}
+
+/// NSZE, NCAP and NUSE: what is allocated of a thin device, all of any other.
+#[test]
+fn identify_tells_what_is_allocated() {
+    let rig = Rig::new();
+    let mut admin = rig.admin();
+    let sizes = |admin: &mut Client, nsid| {
+        let id = admin.admin_in(Admin::Identify, nsid, Cns::Namespace as u32, 4096).1;
+        let id = NamespaceIdentify::read_from_bytes(&id).expect("4096 bytes");
+        (id.nsze.get(), id.ncap.get(), id.nuse.get(), id.nsfeat & 1)
+    };
+    assert_eq!(sizes(&mut admin, 1), (BLOCKS, BLOCKS, BLOCKS, 0), "a RAM disk");
+    for (nsid, bytes, blocks) in [(2, 0, 0), (3, 512 * 7 + 1, 8), (4, 1 << 40, 64)] {
+        let name = format!("thin{nsid}");
+        let info = DeviceInfo { thin: true, ..DeviceInfo::new(name.as_str(), "thin", 512, 64) };
+        rig.registry.register(Arc::new(Thin(info, bytes))).expect("a new name");
+        assert_eq!(rig.target.add_ns(NQN, &NsOptions { bdev_name: name, ..Default::default() }), Ok(nsid));
+        assert_eq!(sizes(&mut admin, nsid), (64, 64, blocks, 1));
+    }
+}
+
 /// What Abort says is what became of the command, not what a device promised; and it does not wait for ever to know.
 #[test]
 fn abort_tells_the_truth_whatever_devices_promise() {

@@ -7,6 +7,7 @@ use crate::jsonrpc::{RpcError, RpcResult};
 use crate::logging::{FLAGS, Level};
 use crate::params::params;
 use crate::table::{Method, When};
+use crate::watch::KINDS;
 
 params! {
     /// `log_set_level`, `log_set_print_level`.
@@ -36,6 +37,9 @@ params! {
 const ONE_SINK: &str =
     "There is one log (standard error) and one level: log_set_level and log_set_print_level are the same.";
 
+const KINDS_OF_EVENTS: &str = "Types of events. Of pools: opened, closed (also because the device goes away), less than 10% or 2% of the \
+    space left or enough again, another capacity, failed (takes no more changes).";
+
 pub fn methods() -> Vec<Method> {
     let set = |c: &Control, p: SetLevel| {
         c.log.set_level(p.level);
@@ -61,10 +65,7 @@ pub fn methods() -> Vec<Method> {
             Ok(json!(true))
         })
         .when(When::Any),
-        Method::plain("notify_get_types", "Types of events.", |_| {
-            Ok(json!(["bdev_register", "bdev_unregister", "pool_open", "pool_close"]))
-        })
-        .when(When::Any),
+        Method::plain("notify_get_types", KINDS_OF_EVENTS, |_| Ok(json!(KINDS))).when(When::Any),
         Method::new("notify_get_notifications", "Events; the last 1024 are kept.", notifications)
             .when(When::Any),
     ]

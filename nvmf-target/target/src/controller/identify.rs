@@ -167,6 +167,10 @@ fn identify_namespace(ns: &Namespace) -> NamespaceIdentify {
     id.nsfeat = nsfeat::ATOMICS;
     if info.thin {
         id.nsfeat |= nsfeat::THIN;
+        if let Some(allocated) = ns.bdev().device().allocated_bytes() {
+            let blocks = allocated.div_ceil(u64::from(geometry.block_bytes));
+            id.nuse = blocks.min(geometry.blocks).into();
+        }
     }
     id.nmic = 1;
     if geometry.deallocate_zeroes {

@@ -1,5 +1,6 @@
 //! Get Log Page.
 
+use cryptfold_bdev::LOW_PERCENT;
 use cryptfold_nvmf_spec::identify::set_text;
 use cryptfold_nvmf_spec::log::{
     ANA_RGO, AnaWriter, ChangedNamespaces, CommandEffects, FirmwareSlots, GetLogPage, Health, Lid,
@@ -12,7 +13,7 @@ use zerocopy::IntoBytes;
 use zerocopy::little_endian::{U32, U128};
 
 use super::events::EventKind;
-use super::{Answer, Controller, SPARE_THRESHOLD_PCT};
+use super::{Answer, Controller};
 
 /// What the temperature of something without a sensor is, kelvin: room temperature.
 const TEMPERATURE_K: u16 = 296;
@@ -94,8 +95,8 @@ impl Controller {
         let mut page = Health::default();
         page.temperature_k = TEMPERATURE_K.into();
         page.available_spare_pct = spare;
-        page.spare_threshold_pct = SPARE_THRESHOLD_PCT;
-        if spare < SPARE_THRESHOLD_PCT {
+        page.spare_threshold_pct = LOW_PERCENT;
+        if spare < LOW_PERCENT {
             page.critical_warning |= health_warning::SPARE;
         }
         if !namespaces.is_empty() && namespaces.iter().all(|n| n.bdev().is_read_only()) {

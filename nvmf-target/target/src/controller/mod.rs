@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::Duration;
 
+use cryptfold_bdev::Room;
 use cryptfold_nvmf_spec::enable;
 use cryptfold_nvmf_spec::fabrics::{ConnectReject, PropertyCommand, ipo};
 use cryptfold_nvmf_spec::opcode::{Admin, Direction};
@@ -43,32 +44,6 @@ use records::{ErrorLog, NoticeLog};
 const VERSION: Vs = Vs::V1_4;
 /// Abort commands that may be outstanding, 0's based (ACL).
 const ACL: u8 = 3;
-/// Space below which hosts are warned, percent.
-pub(crate) const SPARE_THRESHOLD_PCT: u8 = 10;
-/// Space below which they are warned once more, percent.
-const CRITICAL_PCT: u8 = 2;
-/// So much more than a threshold has to be free before falling below it counts again, percent.
-const HYSTERESIS_PCT: u8 = 2;
-
-/// What is left of the space behind a controller's namespaces.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Room {
-    Enough,
-    Low,
-    Critical,
-}
-
-impl Room {
-    /// With so much free (percent): down at a threshold, up only well above it.
-    fn next(self, free: u8) -> Room {
-        let below = |limit: u8, is: Room| free < limit + if self >= is { HYSTERESIS_PCT } else { 0 };
-        match () {
-            () if below(CRITICAL_PCT, Room::Critical) => Room::Critical,
-            () if below(SPARE_THRESHOLD_PCT, Room::Low) => Room::Low,
-            () => Room::Enough,
-        }
-    }
-}
 /// How often space is looked at.
 const SPACE_INTERVAL: Duration = Duration::from_secs(2);
 /// Changed namespaces that are remembered one by one (NVMe Base 2.0 section 5.16.1.5).
@@ -560,24 +535,5 @@ impl Controller {
     pub(crate) fn totals(&self) -> crate::stats::Totals {
         let s = self.state();
         s.queues.values().fold(s.past, |sum, q| sum + q.stats.totals())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::Room::{self, Critical, Enough, Low};
-
-    #[test]
-    fn space_that_wavers_around_a_threshold_warns_once() {
-        let seen: Vec<Room> = [100, 10, 9, 10, 11, 9, 12, 9, 2, 1, 2, 3, 1, 4, 11, 12, 0, 100]
-            .into_iter()
-            .scan(Enough, |room, free| {
-                *room = room.next(free);
-                Some(*room)
-            })
-            .collect();
-        let low = [Enough, Enough, Low, Low, Low, Low, Enough, Low, Low];
-        let critical = [Critical, Critical, Critical, Critical, Low, Low, Enough, Critical, Enough];
-        assert_eq!(seen, [low, critical].concat());
     }
 }
