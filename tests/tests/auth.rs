@@ -113,7 +113,7 @@ fn whoever_can_not_prove_it_stays_out() {
         .expect("legal");
     refused(Some(credentials(1, None)), "DH group not usable");
     rig.target.set_auth_offer(Offer::default()).expect("legal");
-    for _ in 0..5000 {
+    for _ in 0..60_000 {
         if rig.target.controllers(NQN).is_ok_and(|c| c.is_empty()) {
             break;
         }

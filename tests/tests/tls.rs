@@ -166,13 +166,13 @@ fn audit() -> impl Fn(&str) -> Vec<String> {
 }
 
 fn soon(what: &str, done: impl Fn() -> bool) {
-    for _ in 0..5000 {
+    for _ in 0..60_000 {
         if done() {
             return;
         }
         std::thread::sleep(Duration::from_millis(1));
     }
-    panic!("not within 5 s: {what}");
+    panic!("not within a minute: {what}");
 }
 
 fn icreq() -> Vec<u8> {
@@ -367,36 +367,41 @@ fn our_host_speaks_with_openssl() {
             .stdout(Stdio::piped())
             .spawn()
             .expect("openssl is installed");
+        // It is ended when it has seen the greeting.
+        let server = std::thread::spawn(move || {
+            let mut got = [0; 128];
+            let read = server.stdout.take().expect("a pipe").read_exact(&mut got);
+            server.kill().expect("it still runs, or has not been waited for");
+            server.wait().expect("it ends");
+            read.map(|()| got)
+        });
         let mut options = rig.tls.clone();
-        (options.trsvcid, options.connect_timeout) = (address.port().to_string(), Duration::from_millis(500));
+        (options.trsvcid, options.connect_timeout) = (address.port().to_string(), Duration::from_secs(60));
         options.tls = tls_key(1, HashId::Sha256, version);
         let mut tries = 0;
-        let error = loop {
+        loop {
             match rig.connect(&options).expect_err("it is no target") {
                 // It does not listen yet.
-                Error::Connect { why, .. } if why.contains("refused") && tries < 500 => tries += 1,
-                e => break e.to_string(),
+                Error::Connect { why, .. } if why.contains("refused") && tries < 6000 => tries += 1,
+                _ => break,
             }
             std::thread::sleep(Duration::from_millis(10));
-        };
-        assert!(error.contains("no answer to the connection request"), "{error}");
-        let mut got = [0; 128];
-        server.stdout.take().expect("a pipe").read_exact(&mut got).expect("ICReq");
+        }
+        let got = server.join().expect("it does not panic").expect("ICReq");
         assert_eq!((got[0], got[2], got[4]), (0, 128, 128), "ICReq of 128 bytes");
-        server.kill().expect("it still runs, or has not been waited for");
-        server.wait().expect("it ends");
     }
 }
 
 #[test]
 fn garbage_and_silence_harm_nobody() {
     let log = audit();
-    let rig = rig(TransportOptions { connect_timeout_ms: 500, ..Default::default() });
+    // Long enough for who behaves on a slow machine.
+    let rig = rig(TransportOptions { connect_timeout_ms: 5000, ..Default::default() });
     let port = rig.secure.port;
     let attacker = std::thread::spawn(move || {
         let open = || {
             let s = TcpStream::connect(("127.0.0.1", port)).expect("connects");
-            s.set_read_timeout(Some(Duration::from_secs(5))).expect("a limit");
+            s.set_read_timeout(Some(Duration::from_secs(60))).expect("a limit");
             s
         };
         // Half a hello, nothing at all: both end by the deadline.

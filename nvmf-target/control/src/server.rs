@@ -219,12 +219,15 @@ mod tests {
     use crate::jsonrpc::{RpcError, RpcResult};
     use serde_json::{Value, json};
 
-    struct Echo;
+    /// Says when "slow" has begun.
+    #[derive(Default)]
+    struct Echo(Arc<AtomicBool>);
     impl Handler for Echo {
         fn call(&self, method: &str, params: Option<&Value>) -> RpcResult {
             match method {
                 "echo" => Ok(params.cloned().unwrap_or(json!("none"))),
                 "slow" => {
+                    self.0.store(true, Ordering::SeqCst);
                     std::thread::sleep(Duration::from_millis(300));
                     Ok(json!("slow"))
                 }
@@ -235,7 +238,7 @@ mod tests {
 
     fn start() -> (tempfile::TempDir, Server) {
         let dir = tempfile::tempdir().unwrap();
-        let server = Server::start(&dir.path().join("rpc.sock"), Arc::new(Echo)).unwrap();
+        let server = Server::start(&dir.path().join("rpc.sock"), Arc::<Echo>::default()).unwrap();
         (dir, server)
     }
 
@@ -299,7 +302,7 @@ mod tests {
         let (dir, server) = start();
         let path = server.path().to_path_buf();
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-        match Server::start(&path, Arc::new(Echo)) {
+        match Server::start(&path, Arc::<Echo>::default()) {
             Err(e @ ServeError::InUse(_)) => assert!(e.to_string().contains("already in use")),
             other => panic!("{:?}", other.map(|s| s.path.clone())),
         }
@@ -307,11 +310,11 @@ mod tests {
         assert!(!path.exists());
         drop(UnixListener::bind(&path).unwrap());
         assert!(path.exists(), "a stale socket");
-        let server = Server::start(&path, Arc::new(Echo)).unwrap();
+        let server = Server::start(&path, Arc::<Echo>::default()).unwrap();
         assert_eq!(exchange(&server, br#"{"id":1,"method":"echo"}"#).len(), 1);
         let file = dir.path().join("file");
         std::fs::write(&file, "x").unwrap();
-        assert!(matches!(Server::start(&file, Arc::new(Echo)), Err(ServeError::NotASocket(_))));
+        assert!(matches!(Server::start(&file, Arc::<Echo>::default()), Err(ServeError::NotASocket(_))));
         assert_eq!(std::fs::read(&file).unwrap(), b"x");
     }
 
@@ -325,7 +328,7 @@ mod tests {
         one_more.read_to_string(&mut text).unwrap();
         assert!(text.contains("-16"), "{text}");
         drop(held);
-        for _ in 0..200 {
+        for _ in 0..6000 {
             let s = UnixStream::connect(server.path()).unwrap();
             s.shutdown(Shutdown::Write).unwrap();
             let mut text = String::new();
@@ -340,10 +343,13 @@ mod tests {
 
     #[test]
     fn stop_waits_for_the_method_that_runs() {
-        let (_d, mut server) = start();
+        let (dir, begun) = (tempfile::tempdir().unwrap(), Arc::new(AtomicBool::new(false)));
+        let mut server = Server::start(&dir.path().join("rpc.sock"), Arc::new(Echo(begun.clone()))).unwrap();
         let mut s = UnixStream::connect(server.path()).unwrap();
         s.write_all(br#"{"id":1,"method":"slow"}"#).unwrap();
-        std::thread::sleep(Duration::from_millis(100));
+        while !begun.load(Ordering::SeqCst) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         server.stop();
         let mut text = String::new();
         s.read_to_string(&mut text).unwrap();

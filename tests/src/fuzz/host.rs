@@ -10,7 +10,7 @@ use cryptfold_nvmf_spec::pdu::{Digest, Event, Header, Limits, Parser, Role};
 use cryptfold_nvmf_spec::{Cid, Cqe, Sqe, Ttag};
 
 /// How long the target may take for anything.
-pub const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// What comes from the target.
 #[derive(Debug)]

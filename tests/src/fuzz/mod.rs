@@ -226,8 +226,8 @@ fn quiet(program: &Program) -> Result<(), String> {
         if left == 0 {
             return Ok(());
         }
-        if begin.elapsed() > Duration::from_secs(30) {
-            return Err(format!("{left} controllers remain 30 s after their connections"));
+        if begin.elapsed() > Duration::from_secs(120) {
+            return Err(format!("{left} controllers remain two minutes after their connections"));
         }
         std::thread::sleep(Duration::from_millis(20));
     }
