@@ -4,13 +4,13 @@
 //! of its own does that, because it blocks; a command whose change has to be durable completes when the file is. A file
 //! has one user at a time in the process.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cryptfold_nvmf_spec::Status;
 use cryptfold_nvmf_spec::reservation::ReservationType;
@@ -25,8 +25,11 @@ use crate::subsystem::locked;
 /// Larger files are none of ours, bytes.
 const MAX_BYTES: u64 = 4 << 20;
 
-/// Files in use.
-static IN_USE: Mutex<BTreeSet<PathBuf>> = Mutex::new(BTreeSet::new());
+/// How long whoever wants a file waits for the last write of its last user.
+const LAST_WRITE: Duration = Duration::from_secs(30);
+
+/// Files in use; true: the user has let go, and its last write may be under way.
+static IN_USE: Mutex<BTreeMap<PathBuf, bool>> = Mutex::new(BTreeMap::new());
 
 /// What is kept.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -89,6 +92,16 @@ impl StateFile {
     }
 }
 
+impl Drop for StateFile {
+    fn drop(&mut self) {
+        if let Ok(key) = std::path::absolute(&self.path)
+            && let Some(ending) = locked(&IN_USE).get_mut(&key)
+        {
+            *ending = true;
+        }
+    }
+}
+
 fn fail(later: Option<&Later>) {
     if let Some(later) = later {
         later.set(Status::INTERNAL_ERROR);
@@ -101,14 +114,20 @@ struct Claim(PathBuf);
 impl Claim {
     fn new(path: &Path) -> Option<Claim> {
         let key = std::path::absolute(path).ok()?;
-        // The last user's thread may still be at its last write.
-        for _ in 0..200 {
-            if locked(&IN_USE).insert(key.clone()) {
-                return Some(Claim(key));
+        let end = Instant::now() + LAST_WRITE;
+        loop {
+            let mut in_use = locked(&IN_USE);
+            match in_use.get(&key) {
+                None => {
+                    in_use.insert(key.clone(), false);
+                    return Some(Claim(key));
+                }
+                Some(true) if Instant::now() < end => {}
+                Some(_) => return None,
             }
+            drop(in_use);
             std::thread::sleep(Duration::from_millis(10));
         }
-        None
     }
 }
 
@@ -264,9 +283,16 @@ mod tests {
         assert!(StateFile::open(name, device).is_err(), "in use");
         file.save(&kept(), None);
         drop(file);
+        let (file, back) = StateFile::open(name, device).expect("waits for the last user");
+        assert_eq!(back, kept());
+        drop(file);
+        // Its thread writes nothing any more when the file is nobody's.
+        while locked(&IN_USE).contains_key(&path) {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         // What a crash in the middle of a write leaves behind.
         fs::write(dir.join("state.new"), b"{\"pt").expect("written");
-        let (file, back) = StateFile::open(name, device).expect("waits for the last user");
+        let (file, back) = StateFile::open(name, device).expect("nobody has it");
         assert_eq!(back, kept());
         drop(file);
         assert!(StateFile::open("/nonexistent/state", device).is_err());
