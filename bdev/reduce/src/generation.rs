@@ -296,21 +296,22 @@ impl Pool {
         Ok(())
     }
 
-    /// Takes the keys away that nothing needs any more. False: something still needs them.
-    pub(crate) async fn end_change(self: &Rc<Self>, id: DomainId) -> Result<bool, PoolError> {
+    /// Takes the keys away that nothing needs any more. False: something still needs them, or what lay in clear has become free
+    /// after free space was `wiped`.
+    pub(crate) async fn end_change(self: &Rc<Self>, id: DomainId, wiped: bool) -> Result<bool, PoolError> {
         let stopped = |status: Status| self.stopped(status);
         let paused = self.pause_counted().await.map_err(stopped)?;
         self.check_writable().map_err(stopped)?;
-        let generation = {
+        let (generation, in_clear) = {
             let shard = self.shard.borrow();
             let Ok(d) = shard.domain(id) else { return Ok(true) };
-            d.generation
+            (d.generation, d.record.flags & domain_flags::WIPE != 0)
         };
         if self.shard.borrow().segments.is_old_open(id, generation) {
             // Lent just when the keys changed.
             self.close_all(id).await.map_err(stopped)?;
         }
-        if self.shard.borrow().segments.old_bytes(id, generation) > 0 {
+        if self.shard.borrow().segments.old_bytes(id, generation) > 0 || in_clear && !wiped {
             return Ok(false);
         }
         self.retire_secret().await?;

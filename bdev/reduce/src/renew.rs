@@ -144,23 +144,36 @@ impl Pool {
                 let mut changing = shard.domains.values().filter(|d| d.is_changing()).map(|d| d.record.id);
                 changing.find(|id| !stuck.iter().any(|(other, _)| other == id))
             };
-            let Some(domain) = next else { break };
-            match self.renew_domain(domain).await {
-                Ok(()) => {}
-                Err(Halt::Stuck(reason)) => stuck.push((domain, reason)),
-                Err(Halt::Passing(status)) => {
+            let done = match next {
+                Some(domain) => self.renew_domain(domain).await,
+                None => self.end_secret().await,
+            };
+            match (done, next) {
+                (Ok(()), None) => break,
+                (Ok(()), Some(_)) => {}
+                (Err(Halt::Stuck(reason)), Some(domain)) => stuck.push((domain, reason)),
+                (Err(Halt::Passing(status)), _) => {
                     self.goes_on()?;
-                    tracing::warn!(pool = %self.name(), %domain, %status, "the renewal under new keys waits");
+                    tracing::warn!(pool = %self.name(), domain = ?next, %status, "the renewal under new keys waits");
                     reactor::sleep(AGAIN).await;
                     self.goes_on()?;
                 }
-                Err(Halt::Closed) => return Err(Halt::Closed),
+                (Err(halt), _) => return Err(halt),
             }
         }
         match stuck.into_iter().next() {
             Some((_, reason)) => Err(Halt::Stuck(reason)),
             None => Ok(()),
         }
+    }
+
+    /// The secret through which destroyed keys are still wrapped goes too: the end of a change may have failed before that.
+    async fn end_secret(self: &Rc<Self>) -> Result<(), Halt> {
+        if self.key_block.borrow().erasure[1].is_some() {
+            let _paused = self.pause_counted().await?;
+            self.retire_secret().await?;
+        }
+        Ok(())
     }
 
     async fn renew_domain(self: &Rc<Self>, domain: DomainId) -> Result<(), Halt> {
@@ -181,13 +194,20 @@ impl Pool {
             }
             self.renew_metadata(domain).await?;
             self.goes_on()?;
-            if self.must_wipe(domain) {
-                self.wipe_free(&mut paid).await?;
-            }
-            if self.end_change(domain).await? {
-                // What was written since the switch may be there twice.
-                let _ = self.start_late(None);
-                return Ok(());
+            // Hosts may replace the last that lay in clear after it was looked at: then it is free, and wiped in another try.
+            for _ in 0..ROUNDS {
+                let wiped = self.must_wipe(domain);
+                if wiped {
+                    self.wipe_free(&mut paid).await?;
+                }
+                if self.end_change(domain, wiped).await? {
+                    // What was written since the switch may be there twice.
+                    let _ = self.start_late(None);
+                    return Ok(());
+                }
+                if !self.must_wipe(domain) {
+                    break;
+                }
             }
         }
         let (left, name) = {
@@ -214,7 +234,9 @@ impl Pool {
     fn must_wipe(&self, domain: DomainId) -> bool {
         let shard = self.shard.borrow();
         shard.domain(domain).is_ok_and(|d| {
-            d.record.flags & domain_flags::WIPE != 0 && shard.segments.old_bytes(domain, d.generation) == 0
+            d.record.flags & domain_flags::WIPE != 0
+                && shard.segments.old_bytes(domain, d.generation) == 0
+                && !shard.segments.is_old_open(domain, d.generation)
         })
     }
 

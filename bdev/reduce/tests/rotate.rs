@@ -6,8 +6,8 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::Duration;
 
-use cryptfold_bdev::{Access, Channel, Registry};
-use cryptfold_bdev_sim::{Image, Rng, SimDisk, Survivors, Tear};
+use cryptfold_bdev::{Access, Channel, Op, Registry, Status};
+use cryptfold_bdev_sim::{Effect, Fault, Image, Rng, SimDisk, Survivors, Tear, When};
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{self as reactor, Sim};
 use cryptfold_reduce::keys::{DomainWraps, PoolKeys};
@@ -429,4 +429,54 @@ async fn done_or_never(pool: &LocalPool) {
     if pool.info().renewal.state != ScrubState::Never {
         done(pool).await;
     }
+}
+
+/// A write that fails, whichever it is: a change that says that it is done has taken away what opens the old keys.
+#[test]
+fn a_write_that_fails_in_between_keeps_no_old_keys() {
+    let (mut done, mut stopped, mut refused) = (0, 0, 0);
+    for nth in 0.. {
+        let all = Sim::new(nth).run(move || async move {
+            let (registry, disk) = disk(Image::zeroed());
+            let pool = new_pool(&registry).await;
+            let v = open(&registry, "v", Access::ReadWrite);
+            write(&v, 0, 0..48).await;
+            pool.checkpoint().await.unwrap();
+            let before = pool.key_block().erasure[0].unwrap();
+            let effect = Effect::Fail(Status::INTERNAL_ERROR);
+            disk.inject(Fault { when: When::nth(Op::Write, nth), effect });
+            if pool.change_domain_keys("default", KeyChange::Rotate, FAST).await.is_err() {
+                return (disk.clear_faults() > 0, None);
+            }
+            while pool.info().renewal.state == ScrubState::Running {
+                reactor::sleep(Duration::from_millis(1)).await;
+            }
+            let state = pool.info().renewal.state;
+            let unused = disk.clear_faults() > 0;
+            if state == ScrubState::Done {
+                assert!(
+                    pool.key_block().erasure[1].is_none(),
+                    "write {nth}: the secret before is still there"
+                );
+                assert_eq!(count(&disk.content(), &before), 0, "write {nth}: on the device, too");
+            }
+            // It may have hit what came after.
+            if state == ScrubState::Done && pool.info().failed.is_none() {
+                verify(&v, 0, 0..48).await;
+                clean(&pool).await;
+            }
+            (unused, Some(state))
+        });
+        match all {
+            // It was not reached any more.
+            (true, _) => break,
+            (false, Some(ScrubState::Done)) => done += 1,
+            (false, Some(_)) => stopped += 1,
+            (false, None) => refused += 1,
+        }
+    }
+    println!(
+        "of the writes of a change, {done} may fail and are made again, {stopped} end the pool, {refused} refuse it"
+    );
+    assert!(done > 0 && stopped + refused > 0, "{done} {stopped} {refused}");
 }
