@@ -49,6 +49,17 @@ pub enum PoolEvent {
     Closed,
 }
 
+/// A pool that was closed because its device went away.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LostPool {
+    /// Its name.
+    pub name: String,
+    /// Its identity.
+    pub uuid: Uuid,
+    /// Name that its device had.
+    pub base_bdev: String,
+}
+
 /// A domain that was erased.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ErasedDomain {

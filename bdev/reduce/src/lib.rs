@@ -75,8 +75,8 @@ pub use damage::{Falsify, Part};
 pub use error::PoolError;
 pub use info::{
     CheckReport, CreateOptions, DomainInfo, ErasedDomain, ErasedPool, KeyChange, KeySource, LateInfo,
-    PoolEvent, PoolInfo, RenewalInfo, ScrubInfo, ScrubState, SealedPool, SlotKey, Space, VolumeInfo,
-    VolumeOptions,
+    LostPool, PoolEvent, PoolInfo, RenewalInfo, ScrubInfo, ScrubState, SealedPool, SlotKey, Space,
+    VolumeInfo, VolumeOptions,
 };
 pub use local::LocalPool;
 pub use manager::PoolManager;

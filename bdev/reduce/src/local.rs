@@ -56,12 +56,7 @@ impl LocalPool {
         let opening = Opening { memory_bytes: options.memory_budget, ..Opening::default() };
         let pool = open::open(&claim, &key.kek, &opening).await?;
         let Some(pool) = pool else { return Err(PoolError::NoPool(making.name)) };
-        if let Some(compression) = options.compression {
-            pool.set_compression(compression).await?;
-        }
-        if options.durable {
-            pool.set_durable().await?;
-        }
+        open::furnish(&pool, options.compression, options.durable).await?;
         Ok(LocalPool { pool, registry: registry.clone() })
     }
 

@@ -20,7 +20,7 @@ use uuid::Uuid;
 use crate::error::PoolError;
 use crate::info::{
     CheckReport, CreateOptions, DomainInfo, ErasedDomain, ErasedPool, KeyChange, KeySource, LateInfo,
-    PoolEvent, PoolInfo, RenewalInfo, ScrubInfo, SealedPool, SlotKey, VolumeInfo, VolumeOptions,
+    LostPool, PoolEvent, PoolInfo, RenewalInfo, ScrubInfo, SealedPool, SlotKey, VolumeInfo, VolumeOptions,
 };
 use crate::local::LocalPool;
 use crate::open::{self, Claim, Making, Opening};
@@ -37,6 +37,7 @@ pub struct PoolManager {
     homes: Vec<Handle>,
     next_home: AtomicUsize,
     pools: Mutex<Vec<PoolRef>>,
+    lost: Mutex<Vec<LostPool>>,
     /// Opening and closing go one after the other.
     serial: Mutex<()>,
     /// So do changes of key slots.
@@ -99,6 +100,7 @@ impl PoolManager {
             homes,
             next_home: AtomicUsize::new(0),
             pools: Mutex::default(),
+            lost: Mutex::default(),
             serial: Mutex::default(),
             slots: Mutex::default(),
             listener: OnceLock::new(),
@@ -110,6 +112,20 @@ impl PoolManager {
     pub fn listen(&self, listener: impl Fn(&str, PoolEvent) + Send + Sync + 'static) {
         let ignored = self.listener.set(Arc::new(listener));
         debug_assert!(ignored.is_ok(), "there is one listener");
+    }
+
+    /// The pools that were closed because their devices went away, and have not come back since.
+    pub fn lost(&self) -> Vec<LostPool> {
+        locked(&self.lost).clone()
+    }
+
+    /// Takes a lost pool (by name or UUID) off that list; false if it is not there.
+    pub fn forget_lost(&self, name: &str) -> bool {
+        let uuid = Uuid::parse_str(name).ok();
+        let mut lost = locked(&self.lost);
+        let before = lost.len();
+        lost.retain(|pool| pool.name != name && Some(pool.uuid) != uuid);
+        lost.len() < before
     }
 
     fn add(&self, pool: PoolRef) {
@@ -158,11 +174,16 @@ impl PoolManager {
             while let Err(error @ PoolError::Busy(_)) = self.unregister_volumes(&pool) {
                 tracing::warn!(pool = %pool.name(), %error, "its device is gone");
             }
-            let _one = locked(&self.serial);
-            if !locked(&self.pools).iter().any(|other| other.id == pool.id) {
-                continue;
+            {
+                let _one = locked(&self.serial);
+                let mut pools = locked(&self.pools);
+                let Some(at) = pools.iter().position(|other| other.id == pool.id) else { continue };
+                pools.remove(at);
+                let (name, uuid, base_bdev) = (pool.name(), pool.uuid, pool.base_name.clone());
+                locked(&self.lost).push(LostPool { name, uuid, base_bdev });
             }
-            if let Err(error) = self.close_ref(&pool) {
+            // Its device may never answer: nobody else waits for that, and it stays claimed until then.
+            if let Err(error) = self.on_home(&pool, |pool| async move { pool.close().await }) {
                 tracing::error!(pool = %pool.name(), %error, "not closed in order: its device is gone");
             }
             pool.tell(PoolEvent::Closed);
@@ -222,12 +243,7 @@ impl PoolManager {
             let Some(pool) = open::open(&claim, &key.kek, &opening).await? else {
                 return Err(PoolError::NoPool(making.name));
             };
-            if let Some(compression) = compression {
-                pool.set_compression(compression).await?;
-            }
-            if durable {
-                pool.set_durable().await?;
-            }
+            open::furnish(&pool, compression, durable).await?;
             Ok((pool.handle.clone(), pool.info()))
         });
         let (reference, info) = opened.map_err(|_| PoolError::NoReactor)??;
@@ -265,6 +281,7 @@ impl PoolManager {
         let Some((reference, info, devices)) = opened.map_err(|_| PoolError::NoReactor)?? else {
             return Ok(None);
         };
+        locked(&self.lost).retain(|lost| lost.uuid != info.uuid);
         self.add(reference.clone());
         for device in devices {
             if let Err(error) = self.registry.register(device) {

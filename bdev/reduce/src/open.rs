@@ -12,6 +12,7 @@ use std::sync::{Arc, OnceLock};
 use cryptfold_bdev::{Access, BdevEvent, Descriptor, Registry, Status};
 use cryptfold_reactor as reactor;
 use cryptfold_reduce_format::block::{BLOCK_BYTES, BlockError};
+use cryptfold_reduce_format::codec::Compression;
 use cryptfold_reduce_format::entry::Record;
 use cryptfold_reduce_format::ids::{
     DeviceIx, DomainId, Epoch, Generation, OwnerEpoch, Sequence, ShardIx, VolumeId,
@@ -277,6 +278,26 @@ struct Catalogue {
     pool_ptr: Option<NodePtr>,
     /// Nodes of the catalogue: segment and bytes, to be counted as live.
     nodes: Vec<(u32, u32)>,
+}
+
+/// Gives a pool that has just been made what its maker wants; closes it again if that fails.
+pub(crate) async fn furnish(
+    pool: &Rc<Pool>,
+    compression: Option<Compression>,
+    durable: bool,
+) -> Result<(), PoolError> {
+    let given = async {
+        if let Some(compression) = compression {
+            pool.set_compression(compression).await?;
+        }
+        if durable { pool.set_durable().await } else { Ok(()) }
+    };
+    let given = given.await;
+    if given.is_err() {
+        // Its device would be held by a pool that nobody has; the first error is what says why.
+        let _ = pool.close().await;
+    }
+    given
 }
 
 /// Opens the pool on a claimed device: everything but the announcement of its volumes. `Ok(None)`: no pool there.

@@ -349,6 +349,9 @@ fn a_pool_whose_device_goes_is_closed_when_its_hosts_have_let_go() {
     assert!(registry.unregister("ram").unwrap().wait(LONG), "its pool has it open");
     let left: Vec<String> = manager.list().into_iter().map(|pool| pool.name).collect();
     assert_eq!(left, ["stays"]);
+    // It is told of until somebody has seen that.
+    assert!(matches!(&manager.lost()[..], [lost] if lost.name == "pool" && lost.base_bdev == "ram"));
+    assert!(manager.forget_lost("pool") && !manager.forget_lost("pool") && manager.lost().is_empty());
     assert!(registry.get("pool/a").is_err() && registry.get("pool/b").is_err());
     write(&runtime, &registry, 1, "stays/a", 64, 3);
     verify(&runtime, &registry, 0, "stays/a", 64, 3);
@@ -387,6 +390,7 @@ fn a_device_goes_while_its_pool_is_opened() {
         }
     }
     manager.open("ram", &key(), Some(16 * MIB)).unwrap();
+    assert_eq!(manager.lost(), [], "it is back");
     verify(&runtime, &registry, 0, "pool/a", 64, 1);
     manager.shutdown();
     runtime.stop();

@@ -246,7 +246,8 @@ pub fn methods() -> Vec<Method> {
         Method::new(
             "bdev_lvol_get_lvstores",
             "Pools. A cluster is a segment; `logical_bytes` and what follows are the pool's accounting. A pool that is not open for \
-             want of a key has no size and `locked` says why.",
+             want of a key has no size and `locked` says why; one whose device went away has none and `failed` says so, until it is \
+             back or closed.",
             get_stores,
         ),
         Method::new(
@@ -339,8 +340,12 @@ pub fn methods() -> Vec<Method> {
         ),
         Method::new(
             "cryptfold_pool_close",
-            "Closes a pool: flushes, writes a checkpoint, lets go of its device. Ours.",
+            "Closes a pool: flushes, writes a checkpoint, lets go of its device. One whose device is gone is no longer listed. Ours.",
             |c, p: Store| {
+                let name = p.uuid.as_deref().or(p.lvs_name.as_deref()).unwrap_or_default();
+                if c.pools()?.manager().forget_lost(name) {
+                    return Ok(json!(true));
+                }
                 let (pools, info) = find_store(c, p)?;
                 pools.manager().close(&info.name)?;
                 c.watch.note("pool_close", &info.name);
@@ -569,7 +574,12 @@ fn get_stores(c: &Control, p: Store) -> RpcResult {
     if p.uuid.is_none() && p.lvs_name.is_none() {
         let open = pools.manager().list();
         let open = open.iter().map(|i| describe_store(pools, i));
-        return Ok(open.chain(pools.locked().iter().map(describe_locked)).collect());
+        let lost = pools.manager().lost();
+        let lost = lost.iter().map(|pool| {
+            let uuid = pool.uuid.to_string();
+            json!({"uuid": uuid, "name": pool.name, "base_bdev": pool.base_bdev, "failed": "its device is gone"})
+        });
+        return Ok(open.chain(pools.locked().iter().map(describe_locked)).chain(lost).collect());
     }
     let (pools, info) = find_store(c, p)?;
     Ok(json!([describe_store(pools, &info)]))
