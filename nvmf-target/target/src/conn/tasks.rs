@@ -18,6 +18,8 @@ use crate::subsystem::NsChannel;
 
 /// Dword 0 of Abort: the command was not aborted.
 const NOT_ABORTED: u32 = 1;
+/// Longest that an Abort waits, whatever `abort_timeout_sec` says: each holds a timer.
+const LONGEST_ABORT: Duration = Duration::from_secs(60);
 
 impl Conn {
     /// Carries a command out as a task that yields its status.
@@ -248,13 +250,15 @@ impl Conn {
         let slot = &mut inner.slots[index];
         slot.waited_for.push(later.clone());
         let (me, generation, later) = (self.me.clone(), slot.generation, Arc::downgrade(later));
-        let limit = Duration::from_secs(self.options.abort_timeout_sec.into());
+        let limit = Duration::from_secs(self.options.abort_timeout_sec.into()).min(LONGEST_ABORT);
         reactor::spawn_local(async move {
             reactor::sleep(limit).await;
             let (Some(conn), Some(later)) = (me.upgrade(), later.upgrade()) else { return };
             let mut inner = conn.inner.borrow_mut();
             if let Some(slot) = inner.slots.get_mut(index).filter(|s| s.generation == generation) {
                 slot.waited_for.retain(|l| !Arc::ptr_eq(l, &later));
+                // "Not aborted" is true from here on, unless something else ends it.
+                slot.cancelled = slot.preempted || !conn.state.get().answers();
             }
         })
         .detach();
