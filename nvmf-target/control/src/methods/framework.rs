@@ -80,6 +80,9 @@ pub fn methods() -> Vec<Method> {
             .when(When::Startup),
         Method::plain("framework_wait_init", "Replies when initialisation is done.", |c| {
             c.wait_initialized();
+            if c.is_ending() {
+                return Err(RpcError::internal("the target is ending"));
+            }
             Ok(json!(true))
         })
         .when(When::Any),
