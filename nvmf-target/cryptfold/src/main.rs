@@ -87,7 +87,11 @@ impl From<String> for Failure {
 }
 
 fn main() -> ExitCode {
-    let done = match Cli::parse().command {
+    let command = Cli::parse().command;
+    if !matches!(command, Command::Target(_)) {
+        signals::end_with_pipes();
+    }
+    let done = match command {
         Command::Target(a) => target::run(a),
         Command::Rpc(a) => rpc::run(a),
         Command::Status(a) => status::run(a),

@@ -70,6 +70,12 @@ fn wait(set: &libc::sigset_t) -> std::io::Result<i32> {
     if error == 0 { Ok(signal) } else { Err(std::io::Error::from_raw_os_error(error)) }
 }
 
+/// A command whose output nobody reads any more (`cryptfold rpc ... | head`) ends quietly, as others do.
+pub fn end_with_pipes() {
+    // SAFETY: no handler is installed, the default one needs no memory of ours.
+    unsafe { libc::signal(libc::SIGPIPE, libc::SIG_DFL) };
+}
+
 /// SIGKILL to this process.
 pub fn kill_self() {
     // SAFETY: no memory is involved; the process is this one.

@@ -343,6 +343,18 @@ fn a_volume_is_exported_seen_and_deleted() {
     assert_eq!(t.end("-TERM"), Some(0));
 }
 
+/// Nobody reads what a command prints: it ends like others, without words.
+#[test]
+fn a_closed_pipe() {
+    use std::os::unix::process::ExitStatusExt as _;
+    let mut child =
+        program().args(["completion", "bash"]).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let out = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&out.stderr), "");
+    assert!(out.status.success() || out.status.signal() == Some(13), "{}", out.status);
+}
+
 #[test]
 fn completion_and_manual_pages() {
     let dir = tempfile::tempdir().unwrap();
