@@ -7,7 +7,7 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 CACHE=$ROOT/.cache
 VENV=$CACHE/venv
 KERNEL_DIR=$CACHE/guest-kernel
-export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin:$HOME/.cargo/bin"
+export PATH="$PATH:/usr/local/sbin:/usr/sbin:/sbin:${HOME:-/root}/.cargo/bin"
 
 say() { printf '%s\n' "$*"; }
 note() { printf '%s: %s\n' "$(basename "$0")" "$*" >&2; }
