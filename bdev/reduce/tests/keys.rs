@@ -14,6 +14,7 @@ use cryptfold_reactor::{self as reactor, Sim};
 use cryptfold_reduce::keys::Kek;
 use cryptfold_reduce::slots::{Kdf, KeySlot, MAX_KEY_SLOTS, SlotKind};
 use cryptfold_reduce::{CreateOptions, KeySource, LocalPool, PoolError, VolumeOptions};
+use support::count;
 
 const MIB: u64 = 1 << 20;
 const KEYS_AT: u64 = 4096;
@@ -217,19 +218,6 @@ fn a_back_up_brings_a_pool_without_anchors_back() {
         assert!(pool.check(true).await.unwrap().is_clean());
         pool.close().await.unwrap();
     });
-}
-
-/// How often these bytes are on the device.
-fn count(image: &Image, bytes: &[u8]) -> usize {
-    let mut found = 0;
-    // A window of two pages, so that nothing hides across a border.
-    for page in image.written_pages() {
-        let mut window = vec![0; 8192];
-        image.read(page, &mut window);
-        let ends = 4096 + bytes.len() - 1;
-        found += window[..ends].windows(bytes.len()).filter(|w| *w == bytes).count();
-    }
-    found
 }
 
 /// What a domain to be erased has, and what has to survive.

@@ -14,7 +14,7 @@ use cryptfold_reduce::keys::{DomainWraps, PoolKeys};
 use cryptfold_reduce::{
     CreateOptions, DomainInfo, KeyChange, LocalPool, Part, PoolError, ScrubState, VolumeOptions,
 };
-use support::key;
+use support::{count, key};
 
 const MIB: u64 = 1 << 20;
 const FAST: u64 = 1 << 40;
@@ -94,19 +94,6 @@ async fn done(pool: &LocalPool) {
 
 fn unique(pool: &LocalPool, name: &str) -> u64 {
     domain(pool, name).space.unique_bytes / 4096
-}
-
-/// How often these bytes are on the device.
-fn count(image: &Image, bytes: &[u8]) -> usize {
-    let mut found = 0;
-    // A window of two pages, so that nothing hides across a border.
-    for page in image.written_pages() {
-        let mut window = vec![0; 8192];
-        image.read(page, &mut window);
-        let ends = 4096 + bytes.len() - 1;
-        found += window[..ends].windows(bytes.len()).filter(|w| *w == bytes).count();
-    }
-    found
 }
 
 #[test]

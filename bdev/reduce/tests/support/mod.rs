@@ -33,6 +33,19 @@ pub fn disk(bytes: u64, image: Image) -> (Arc<Registry>, Arc<SimDisk>) {
     (registry, disk)
 }
 
+/// How often these bytes are on the device.
+pub fn count(image: &Image, bytes: &[u8]) -> usize {
+    let mut found = 0;
+    // A window of two pages, so that nothing hides across a border.
+    for page in image.written_pages() {
+        let mut window = vec![0; 8192];
+        image.read(page, &mut window);
+        let ends = 4096 + bytes.len() - 1;
+        found += window[..ends].windows(bytes.len()).filter(|w| *w == bytes).count();
+    }
+    found
+}
+
 type Fuse = (u64, Box<dyn FnOnce() + Send>);
 
 /// Bytes in RAM behind a lock; completes at once.
