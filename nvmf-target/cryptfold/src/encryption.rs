@@ -21,6 +21,46 @@ pub struct PasswordArgs {
     password_file: Option<String>,
 }
 
+/// What opens a pool from now on.
+#[derive(Args)]
+pub struct NewSlotArgs {
+    #[command(flatten)]
+    password: PasswordArgs,
+    /// Key file on the target's machine; made if it does not exist.
+    #[arg(long, value_name = "FILE")]
+    key_file: Option<String>,
+    /// Key server.
+    #[arg(long, value_name = "NAME")]
+    kms_server: Option<String>,
+}
+
+impl NewSlotArgs {
+    /// Adds it to the parameters of a call; a password is asked for if that is its kind.
+    fn add_to(
+        self,
+        params: Value,
+        kind: Option<SlotKind>,
+        passwords: &mut Passwords,
+    ) -> Result<Value, Failure> {
+        let password = match kind {
+            Some(SlotKind::Password) => {
+                Some(passwords.new_one(self.password.password_file.as_deref(), "New password")?)
+            }
+            _ => None,
+        };
+        let mut params = given(params);
+        for (name, value) in [
+            ("kind", json!(kind.map(SlotKind::word))),
+            ("password", json!(password.as_deref())),
+            ("key_file", json!(self.key_file.map(absolute).transpose()?)),
+            ("kms_server", json!(self.kms_server)),
+        ] {
+            params[name] = value;
+        }
+        Ok(given(params))
+    }
+}
+
 #[derive(Args)]
 pub struct ChangeArgs {
     /// Name or UUID of the pool.
@@ -113,13 +153,7 @@ pub enum EncryptionCommand {
         #[arg(value_enum)]
         kind: SlotKind,
         #[command(flatten)]
-        password: PasswordArgs,
-        /// Key file on the target's machine; made if it does not exist.
-        #[arg(long, value_name = "FILE")]
-        key_file: Option<String>,
-        /// Key server.
-        #[arg(long, value_name = "NAME")]
-        kms_server: Option<String>,
+        new: NewSlotArgs,
         /// Unique identifier of a key there; a new one is made when not given.
         #[arg(long, value_name = "ID")]
         kms_object: Option<String>,
@@ -180,13 +214,7 @@ pub enum EncryptionCommand {
         #[arg(long, value_enum)]
         slot: Option<SlotKind>,
         #[command(flatten)]
-        password: PasswordArgs,
-        /// Key file on the target's machine; made if it does not exist.
-        #[arg(long, value_name = "FILE")]
-        key_file: Option<String>,
-        /// Key server.
-        #[arg(long, value_name = "NAME")]
-        kms_server: Option<String>,
+        new: NewSlotArgs,
         #[command(flatten)]
         socket: SocketArgs,
     },
@@ -395,28 +423,10 @@ pub fn run(command: EncryptionCommand) -> Result<(), Failure> {
             let params = json!({"name": pool, "password": *old, "new_password": *new});
             print(&call(&mut client, "cryptfold_encryption_passwd", Some(params))?);
         }
-        EncryptionCommand::AddSlot {
-            pool,
-            kind,
-            password,
-            key_file,
-            kms_server,
-            kms_object,
-            label,
-            socket,
-        } => {
+        EncryptionCommand::AddSlot { pool, kind, new, kms_object, label, socket } => {
             let mut client = connect(&socket)?;
-            let password = match kind {
-                SlotKind::Password => {
-                    Some(passwords.new_one(password.password_file.as_deref(), "New password")?)
-                }
-                SlotKind::KeyFile | SlotKind::Kms => None,
-            };
-            let word = kind.word();
-            let params = given(json!({
-                "name": pool, "kind": word, "password": password.as_deref(), "label": label,
-                "key_file": key_file.map(absolute).transpose()?, "kms_server": kms_server, "kms_object": kms_object,
-            }));
+            let params = json!({"name": pool, "label": label, "kms_object": kms_object});
+            let params = new.add_to(params, Some(kind), &mut passwords)?;
             print(&call(&mut client, "cryptfold_encryption_add_slot", Some(params))?);
         }
         EncryptionCommand::RemoveSlot { pool, slot, socket } => {
@@ -441,22 +451,9 @@ pub fn run(command: EncryptionCommand) -> Result<(), Failure> {
         EncryptionCommand::Disable { what, socket } => {
             print(&call(&mut connect(&socket)?, "cryptfold_encryption_disable", Some(what.params()))?);
         }
-        EncryptionCommand::Enable { what, slot, password, key_file, kms_server, socket } => {
+        EncryptionCommand::Enable { what, slot, new, socket } => {
             let mut client = connect(&socket)?;
-            let mut params = what.params();
-            let new = match slot {
-                Some(SlotKind::Password) => {
-                    Some(passwords.new_one(password.password_file.as_deref(), "New password")?)
-                }
-                _ => None,
-            };
-            let more = given(json!({
-                "kind": slot.map(SlotKind::word), "password": new.as_deref(),
-                "key_file": key_file.map(absolute).transpose()?, "kms_server": kms_server,
-            }));
-            if let (Some(params), Value::Object(more)) = (params.as_object_mut(), more) {
-                params.extend(more);
-            }
+            let params = new.add_to(what.params(), slot, &mut passwords)?;
             print(&call(&mut client, "cryptfold_encryption_enable", Some(params))?);
         }
         EncryptionCommand::Renew { pool, rate, socket } => {
