@@ -72,12 +72,14 @@ impl DeviceInfo {
         }
     }
 
-    /// What a layer on top of `base` starts from: the base's geometry and promises under a new name.
+    /// What a layer on top of `base` starts from: the base's geometry and promises under a new name. Its identity is made of
+    /// the base's and the name (RFC 9562, version 5), so hosts find the same namespace after a restart.
     pub fn stacked_on(base: &DeviceInfo, name: impl Into<String>, product_name: &'static str) -> Self {
+        let name = name.into();
         DeviceInfo {
-            name: name.into(),
             product_name,
-            uuid: Uuid::new_v4(),
+            uuid: Uuid::new_v5(&base.uuid, name.as_bytes()),
+            name,
             aliases: Vec::new(),
             keeps_bytes: 0,
             ..base.clone()
@@ -198,7 +200,18 @@ pub trait Queue {
 
 #[cfg(test)]
 mod tests {
+    use super::DeviceInfo;
     use super::Room::{self, Critical, Enough, Low};
+
+    #[test]
+    fn a_layer_is_the_same_after_a_restart() {
+        let disk = DeviceInfo::new("disk", "Malloc disk", 512, 8);
+        let layer = |base: &DeviceInfo, name: &str| DeviceInfo::stacked_on(base, name, "crypto").uuid;
+        assert_eq!(layer(&disk, "a"), layer(&disk.clone(), "a"));
+        let other = DeviceInfo::new("disk", "Malloc disk", 512, 8);
+        let all = [disk.uuid, other.uuid, layer(&disk, "a"), layer(&disk, "b"), layer(&other, "a")];
+        assert!(all.iter().all(|x| all.iter().filter(|y| x == *y).count() == 1), "{all:?}");
+    }
 
     #[test]
     fn space_that_wavers_around_a_threshold_warns_once() {
