@@ -17,7 +17,7 @@ try() {
 works() {
     local output tries
     output=$(try "$@") || fail "refused: $output"
-    for ((tries = 0; tries < 100; tries++)); do
+    for ((tries = 0; tries < 600; tries++)); do
         [ -b /dev/nvme0n1 ] && break
         sleep 0.1
     done
@@ -58,7 +58,7 @@ again() {
     local output tries before core writers=()
     # An emulated kernel that is kept busy may be late with its Keep Alive.
     output=$(kato=30 && try "$@") || fail "refused: $output"
-    for ((tries = 0; tries < 100; tries++)); do
+    for ((tries = 0; tries < 600; tries++)); do
         [ -b /dev/nvme0n1 ] && break
         sleep 0.1
     done

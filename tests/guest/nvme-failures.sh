@@ -84,7 +84,7 @@ JSON
 } >"$work/a.json"
 start a
 connect pool 4420
-within 20 head_of pool
+within 60 head_of pool
 # The volume has a volatile write cache, and a killed target loses it: what fio verifies is written through it.
 under_fio pool 30 --sync=1
 for _ in 1 2; do
@@ -121,13 +121,13 @@ JSON
     start "$name"
     connect shared "$port"
 done
-within 20 head_of shared
-within 20 live_are 2
+within 60 head_of shared
+within 60 live_are 2
 under_fio shared 40
 for name in b c; do
     sleep 4
     dies "$name"
-    within 20 live_are 1
+    within 60 live_are 1
     sleep 5
     start "$name"
     within 60 live_are 2

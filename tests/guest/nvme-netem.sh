@@ -42,7 +42,7 @@ ip netns exec far "$binary" target -r "$work/rpc.sock" -c "$work/config.json" --
 target=$!
 within 60 grep -q '^cryptfold: ready' "$work/log"
 run nvme connect -t tcp -a 10.9.0.2 -s 4420 -n "$nqn" -i 2 -k 5 -l 300 -c 1 -g -G
-within 20 test -b /dev/nvme0n1
+within 60 test -b /dev/nvme0n1
 pass
 
 # under_fio SECONDS: starts it.

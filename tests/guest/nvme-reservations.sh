@@ -17,7 +17,7 @@ connect() {
     for path in /sys/class/nvme/nvme*; do
         [ "$(cat "$path/hostid")" = "$1" ] || continue
         dev=/dev/${path##*/}n1
-        within 10 test -b "$dev"
+        within 60 test -b "$dev"
         return 0
     done
     fail "no controller of $1"
@@ -59,7 +59,7 @@ pass
 step "a host that comes back finds its reservation"
 gone=${b#/dev/}
 run nvme disconnect -d "${gone%n1}"
-within 10 test ! -e "$b"
+within 60 test ! -e "$b"
 refused reads "$a"
 connect 6f1a0b54-5a3c-4f0e-9d2a-7c1b7e6f0bb2 && b=$dev
 run writes "$b"

@@ -11,7 +11,7 @@ device() { ls /dev/nvme?n1 2>/dev/null | head -n 1 | grep .; }
 step "fio for $seconds s"
 # An emulated kernel that fio keeps busy may be late with its Keep Alive; what is looked for here is lost or wrong I/O.
 run nvme connect -t tcp -a "$traddr" -s "$port" -n "$nqn" -i 2 -k 60
-within 10 device
+within 60 device
 log=/tmp/fio.log
 timeout $((seconds + 120)) fio --filename="$(device)" --rw=randrw --rwmixread=50 --bsrange=4k-64k --blockalign=4k --ioengine=libaio \
     --iodepth=4 --direct=1 --size=192m --time_based --runtime="$seconds" --verify=crc32c --verify_fatal=1 --verify_backlog=256 \

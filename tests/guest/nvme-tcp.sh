@@ -49,11 +49,12 @@ host=(--hostnqn="$host_nqn" --hostid="$host_id")
 work=$(mktemp -d)
 mkdir -p "$work/mnt"
 
-# connect [OPTION...]: sets $ctrl (nvme0) and $dev (/dev/nvme0n1).
+# connect [OPTION...]: sets $ctrl (nvme0) and $dev (/dev/nvme0n1). An emulated kernel that is kept busy may be late with its
+# Keep Alive: 30 s unless $kato says otherwise.
 connect() {
-    run nvme connect -t tcp -a "$traddr" -s "$port" -n "$nqn" "${host[@]}" -i 2 -k 5 "$@"
+    run nvme connect -t tcp -a "$traddr" -s "$port" -n "$nqn" "${host[@]}" -i 2 -k "${kato:-30}" "$@"
     local tries path
-    for ((tries = 0; tries < 100; tries++)); do
+    for ((tries = 0; tries < 600; tries++)); do
         for path in /sys/class/nvme/nvme*; do
             [ "$(cat "$path/subsysnqn" 2>/dev/null)" = "$nqn" ] && [ "$(cat "$path/state")" = live ] || continue
             ctrl=${path##*/}
@@ -62,7 +63,7 @@ connect() {
         done
         sleep 0.1
     done
-    fail "connected, but no live controller with a namespace within 10 s"
+    fail "connected, but no live controller with a namespace within 60 s"
 }
 nvme_head() {
     local name
@@ -76,11 +77,11 @@ disconnect() {
     local output
     output=$(nvme disconnect -n "$nqn" 2>&1) || fail "$output"
     [[ $output == *"disconnected 1 controller"* ]] || fail "unexpected: $output"
-    for ((tries = 0; tries < 100; tries++)); do
+    for ((tries = 0; tries < 600; tries++)); do
         [ -e "$dev" ] || return 0
         sleep 0.1
     done
-    fail "$dev is still there 10 s after the disconnect"
+    fail "$dev is still there 60 s after the disconnect"
 }
 no_io_errors() {
     local bad
@@ -196,10 +197,13 @@ run cryptsetup close crypt
 pass
 
 step "idle longer than the keep-alive time-out"
+disconnect
+kato=5 connect
 before=$(dmesg | wc -l)
 sleep 11
 [ "$(cat "/sys/class/nvme/$ctrl/state")" = live ] || fail "state is $(cat "/sys/class/nvme/$ctrl/state")"
-dmesg | tail -n +$((before + 1)) | grep -i nvme && fail "the kernel lost its controller while idle"
+dmesg | tail -n +$((before + 1)) | grep -iE 'nvme.*(timeout|reset|fail|recovery|reconnect|removing)' &&
+    fail "the kernel lost its controller while idle"
 run dd if="$dev" of=/dev/null bs=4k count=1 iflag=direct
 no_io_errors
 pass
@@ -214,11 +218,11 @@ pass
 step "controller reset: data intact"
 no_io_errors
 run nvme reset "/dev/$ctrl"
-for ((tries = 0; tries < 100; tries++)); do
+for ((tries = 0; tries < 600; tries++)); do
     [ "$(cat "/sys/class/nvme/$ctrl/state")" = live ] && break
     sleep 0.1
 done
-[ "$(cat "/sys/class/nvme/$ctrl/state")" = live ] || fail "not live 10 s after the reset"
+[ "$(cat "/sys/class/nvme/$ctrl/state")" = live ] || fail "not live 60 s after the reset"
 [ "$sum" = "$(sum_of "$dev" 64)" ] || fail "contents differ after the reset"
 disconnect
 dmesg -C

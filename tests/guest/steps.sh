@@ -39,6 +39,6 @@ rpc() {
     asked=$((asked + 1))
     printf '%s\n%s\n' "$1" "$2" >"$GUEST_WORK/ask.new"
     mv "$GUEST_WORK/ask.new" "$GUEST_WORK/ask.$asked"
-    within 20 test -e "$GUEST_WORK/answer.$asked"
+    within 60 test -e "$GUEST_WORK/answer.$asked"
     [ "$(tail -n 1 "$GUEST_WORK/answer.$asked")" = "status 0" ] || fail "$1 $2: $(cat "$GUEST_WORK/answer.$asked")"
 }
