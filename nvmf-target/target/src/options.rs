@@ -47,7 +47,8 @@ pub struct TransportOptions {
     pub connect_timeout_ms: u32,
     /// Time in which a host has to authenticate, where it has to, ms. (Ours.)
     pub auth_timeout_ms: u32,
-    /// Time in which a host has to send data that it was asked for or began, and to take some of what it is sent, ms. (Ours.)
+    /// Time in which a host has to send data that it was asked for or began or the other half of a fused operation, and to take some
+    /// of what it is sent, ms. (Ours.)
     pub r2t_timeout_ms: u32,
     /// Connections of all hosts, 1 or more. (Ours.)
     pub max_connections: u32,

@@ -9,6 +9,7 @@ use cryptfold_nvmf_spec::fabrics::{Connect, ConnectReject};
 use cryptfold_nvmf_spec::opcode::{Admin, Io};
 use cryptfold_nvmf_spec::pdu::build::{self, DataPart};
 use cryptfold_nvmf_spec::pdu::{Fes, field};
+use cryptfold_nvmf_spec::sqe::Fuse;
 use cryptfold_nvmf_spec::{Cid, Cntlid, Nsid, Qid, Sgl, Sqe, Status, Ttag};
 use cryptfold_nvmf_target::TransportOptions;
 use cryptfold_reactor::{IdlePolicy, memory};
@@ -90,6 +91,17 @@ fn silence_has_a_deadline() {
     let half = io.capsule(&rw_sqe(Io::Write, 0, 8, Sgl::in_capsule(0, 4096)), &[0; 4096]);
     io.send(&half[..2000]);
     assert_eq!(io.recv(), Pdu::Closed, "half a capsule");
+    // Half of a fused operation: the command fails, the queue goes on.
+    let mut io = rig.io(&admin, 1, false, false);
+    let half = rw_sqe(Io::Compare, 0, 1, Sgl::in_capsule(0, 512));
+    io.submit(&fused(half, Cid(60), Fuse::First), &[0; 512]);
+    assert_eq!(io.finish(Cid(60), &[]).0.status().code(), Status::ABORTED_MISSING_FUSED);
+    let late = Sqe { opcode: Io::Write as u8, ..half };
+    io.submit(&fused(late, Cid(61), Fuse::Second), &[1; 512]);
+    assert_eq!(io.finish(Cid(61), &[]).0.status().code(), Status::ABORTED_FAILED_FUSED);
+    assert_eq!(io.write(0, &[0; 512]), Status::SUCCESS);
+    drop(io);
+    wait(|| rig.target.qpairs(NQN).is_ok_and(|q| q.len() == 1));
     // 16 MiB of answers that nobody takes, more than the sockets hold.
     let mut io = rig.io(&admin, 1, false, false);
     let all = (0..128u16).flat_map(|cid| io.capsule(&Sqe { cid: cid.into(), ..read_sqe(0, 256) }, &[]));
@@ -98,6 +110,39 @@ fn silence_has_a_deadline() {
     wait(|| rig.target.qpairs(NQN).is_ok_and(|q| q.len() == 1));
     let mut io = rig.io(&admin, 1, false, false);
     assert!(io.read(0, 1).0.is_success(), "the controller lives on");
+}
+
+/// Commands that wait for their host do not keep a device.
+#[test]
+fn a_namespace_goes_whatever_hosts_owe_it() {
+    let rig = Rig::new();
+    let admin = rig.admin();
+    let (mut half, mut write) = (rig.io(&admin, 1, false, false), rig.io(&admin, 2, false, false));
+    let compare = rw_sqe(Io::Compare, 0, 1, Sgl::in_capsule(0, 512));
+    half.submit(&fused(compare, Cid(60), Fuse::First), &[0; 512]);
+    wait(|| rig.target.buffer_bytes() > 0);
+    write.submit(&Sqe { cid: 61.into(), ..rw_sqe(Io::Write, 0, 16, Sgl::transport(8192)) }, &[]);
+    let Pdu::R2t { ttag, .. } = write.recv() else { panic!("an R2T") };
+    assert_eq!(rig.target.remove_ns(NQN, 1), Ok(()));
+    assert_eq!(half.finish(Cid(60), &[]).0.status().code(), Status::INVALID_NAMESPACE);
+    let part = DataPart { cid: Cid(61), offset: 0, len: 8192, last: true };
+    let data = write.h2c_data(part, ttag, &[0; 8192]);
+    write.send(&data);
+    assert_eq!(write.finish(Cid(61), &[]).0.status().code(), Status::INVALID_NAMESPACE);
+}
+
+/// Where commands of an I/O queue have no data in their capsules, nobody brings any.
+#[test]
+fn no_more_in_a_capsule_than_the_queue_takes() {
+    let options = TransportOptions { in_capsule_data_size: 0, ..Default::default() };
+    let rig = Rig::with(1, IdlePolicy::Interrupt, options);
+    let admin = rig.admin();
+    let mut io = rig.io(&admin, 1, false, false);
+    let zeros = [0; 512];
+    let (cqe, _) = io.run(rw_sqe(Io::Write, 0, 1, Sgl::transport(512)), &[], &zeros);
+    assert_eq!(cqe.status(), Status::SUCCESS);
+    io.submit(&rw_sqe(Io::Write, 0, 1, Sgl::in_capsule(0, 512)), &zeros);
+    terminated(&mut io, Fes::InvalidHeaderField, field::PLEN);
 }
 
 #[test]

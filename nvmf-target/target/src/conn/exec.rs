@@ -11,6 +11,7 @@ use cryptfold_nvmf_spec::pdu::build::{self, DataPart};
 use cryptfold_nvmf_spec::pdu::{Digest, MAX_HDR_BYTES};
 use cryptfold_nvmf_spec::sqe::Fuse;
 use cryptfold_nvmf_spec::{Cqe, Status};
+use cryptfold_reactor as reactor;
 use cryptfold_reactor::memory::SgList;
 use zerocopy::FromBytes;
 
@@ -164,7 +165,7 @@ impl Conn {
     fn submit(&self, inner: &mut Inner, index: u16) {
         let slot = &mut inner.slots[index];
         if slot.sqe.fuse() != Fuse::None {
-            slot.phase = Phase::Fused;
+            (slot.phase, slot.asked) = (Phase::Fused, reactor::now());
             let other = slot.partner.filter(|p| inner.slots[*p].phase == Phase::Fused);
             if let Some(other) = other {
                 self.submit_fused(inner, index, other);

@@ -1,8 +1,11 @@
 //! Fused Compare and Write: two commands, next to each other in the queue, executed as one (NVMe Base 2.0 section 3.4.2).
 
+use std::time::Duration;
+
 use cryptfold_nvmf_spec::opcode::Io;
 use cryptfold_nvmf_spec::sqe::Fuse;
 use cryptfold_nvmf_spec::{Sqe, Status};
+use cryptfold_reactor::Nanos;
 
 use super::slot::Phase;
 use super::transfer::Transfer;
@@ -77,6 +80,17 @@ impl Conn {
             self.fail(inner, first, Status::ABORTED_FAILED_FUSED);
         }
         admitted
+    }
+
+    /// A first half whose second one does not come fails: it holds its namespace.
+    pub(super) fn fused_overdue(&self, inner: &mut Inner, now: Nanos, limit: Duration) {
+        if let Fused::First(first) = inner.fused {
+            let slot = &inner.slots[first];
+            if slot.phase == Phase::Fused && now.since(slot.asked) > limit {
+                self.unpair(inner, first);
+                self.fail(inner, first, Status::ABORTED_MISSING_FUSED);
+            }
+        }
     }
 
     /// Ends a command that is not executed yet; if the host still sends its data, after that.

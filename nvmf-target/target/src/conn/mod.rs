@@ -455,6 +455,7 @@ impl Conn {
         if inner.stalled.is_some_and(|(since, _)| now.since(since) > limit) {
             return true;
         }
+        self.fused_overdue(inner, now, limit);
         let late = |s: u16| {
             let slot = &inner.slots[s];
             matches!(slot.phase, Phase::HostData | Phase::Capsule) && now.since(slot.asked) > limit
@@ -534,9 +535,25 @@ impl Conn {
         ns.ns.reservations.check(&queue.controller.host.id, access, &mut inner.rights[index])
     }
 
-    /// Namespaces have changed: lets go of channels, so that removed devices can end.
+    /// Namespaces have changed: lets go of channels, so that removed devices can end. Commands that still wait for the host or for
+    /// memory fail if theirs is gone; what devices have comes back from them.
     pub fn refresh_namespaces(&self) {
-        self.inner.borrow_mut().channels.clear();
+        let mut inner = self.inner.borrow_mut();
+        inner.channels.clear();
+        let Some(controller) = inner.queue.as_ref().map(|q| q.controller.clone()) else { return };
+        if !self.state.get().answers() {
+            return;
+        }
+        for index in inner.slots.busy() {
+            let slot = &inner.slots[index];
+            let Some(ns) = slot.channel.as_ref().filter(|_| slot.phase != Phase::Executing) else { continue };
+            let current = controller.subsystem.namespace(ns.ns.nsid, &controller.host.nqn);
+            if current.is_none_or(|current| current.uid != ns.ns.uid) {
+                self.end_early(&mut inner, index, Status::INVALID_NAMESPACE.with_dnr());
+                // It may have to take its data yet.
+                inner.slots[index].channel = None;
+            }
+        }
     }
 
     /// What names the I/O of a slot to a device.

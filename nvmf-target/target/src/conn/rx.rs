@@ -207,6 +207,14 @@ impl Conn {
 
     /// A command.
     fn capsule(&self, inner: &mut Inner, sqe: Sqe, capsule_bytes: u32) -> Result<(), Violation> {
+        // Only Fabrics commands, which authenticate queues in use, may have more than an I/O queue's capsules.
+        let io = inner.queue.as_ref().is_some_and(|q| !q.qid.is_admin());
+        if io && sqe.opcode != FABRICS && capsule_bytes > self.options.in_capsule_data_size {
+            return violation(
+                Term::invalid_field(field::PLEN),
+                "more data in a capsule than the queue takes",
+            );
+        }
         let Some(index) = inner.slots.take(&sqe, Phase::Capsule) else {
             return violation(Term::plain(Fes::SequenceError), "more commands than the queue has entries");
         };
@@ -226,7 +234,10 @@ impl Conn {
             }
             Err(status) => self.complete(inner, index, status, 0),
             Ok(Transfer::Capsule { offset, len }) => {
-                inner.slots.charge(index, len);
+                // It comes in any case, in what room the queue's capsules have; others see that it is taken.
+                if !self.take_memory(inner, index, len) {
+                    inner.slots.charge(index, len);
+                }
                 let slot = &mut inner.slots[index];
                 slot.data = Buf::alloc(len as usize);
                 slot.asked = reactor::now();

@@ -58,7 +58,7 @@ pub struct Slot {
     pub r2ts: u32,
     /// Memory that the command counts for, bytes.
     pub charged: u32,
-    /// When data was asked for.
+    /// When the host was asked for data, or left a half of a fused operation to wait for the other.
     pub asked: Nanos,
     /// What an I/O command amounts to.
     pub plan: Option<Plan>,

@@ -197,7 +197,7 @@ impl Conn {
     }
 
     /// Tries to end a command before its time, with this status. True: it will (or has just ended otherwise).
-    fn end_early(&self, inner: &mut Inner, index: u16, status: Status) -> bool {
+    pub(super) fn end_early(&self, inner: &mut Inner, index: u16, status: Status) -> bool {
         let slot = &mut inner.slots[index];
         match slot.phase {
             Phase::Executing => {
