@@ -5,7 +5,9 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-use cryptfold_nvmf_initiator::{ConnectOptions, Connector, Controller, NamespaceInfo, Psk, TlsKey, Version};
+use cryptfold_nvmf_initiator::{
+    ConnectOptions, Connector, Controller, Credentials, NamespaceInfo, Offer, Psk, Secret, TlsKey, Version,
+};
 use cryptfold_nvmf_spec::Nsid;
 use cryptfold_reactor::{Handle, Runtime, RuntimeConfig};
 
@@ -43,6 +45,12 @@ pub struct Namespace {
     /// Version of the TLS identity: 1, or 0 for older targets
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(0..=1))]
     pub psk_version: u8,
+    /// Authenticate with the secret in this file (DHHC-1:...)
+    #[arg(long, requires = "hostnqn")]
+    pub dhchap_key: Option<PathBuf>,
+    /// Secure channel concatenation: TLS, by a key that authentication generates
+    #[arg(long, requires = "dhchap_key", conflicts_with = "psk")]
+    pub concat: bool,
     /// Keep Alive timeout, ms; 0 = none
     #[arg(long, default_value_t = 15_000)]
     pub kato: u32,
@@ -81,6 +89,8 @@ impl Session {
         (options.hdgst, options.ddgst) = (ns.hdgst, ns.ddgst);
         options.kato_ms = ns.kato;
         options.tls = ns.psk.as_deref().map(|file| tls_key(file, ns.psk_version)).transpose()?;
+        options.credentials = ns.dhchap_key.as_deref().map(credentials).transpose()?;
+        options.concat = ns.concat;
         options.io_timeout = Duration::from_secs(ns.io_timeout);
         let nsid = Nsid(ns.nsid);
         let connected = handle.block_on(move || async move {
@@ -111,10 +121,19 @@ impl Drop for Session {
     }
 }
 
-fn tls_key(file: &Path, version: u8) -> Result<TlsKey, String> {
+/// A key in a file.
+fn key<T, E: std::fmt::Display>(file: &Path, parse: fn(&str) -> Result<T, E>) -> Result<T, String> {
     let said = |e: &dyn std::fmt::Display| format!("{}: {e}", file.display());
     let text = Zeroizing::new(std::fs::read_to_string(file).map_err(|e| said(&e))?);
-    let psk = Psk::parse(&text).map_err(|e| said(&e))?;
+    parse(&text).map_err(|e| said(&e))
+}
+
+fn credentials(file: &Path) -> Result<Credentials, String> {
+    Ok(Credentials { secret: key(file, Secret::parse)?, controller: None, offer: Offer::default() })
+}
+
+fn tls_key(file: &Path, version: u8) -> Result<TlsKey, String> {
+    let psk = key(file, Psk::parse)?;
     Ok(TlsKey { psk, version: if version == 0 { Version::V0 } else { Version::V1 } })
 }
 

@@ -17,7 +17,7 @@ use cryptfold_nvmf_initiator::{
 use cryptfold_nvmf_spec::pdu::build;
 use cryptfold_nvmf_spec::{Nsid, nqn};
 use cryptfold_nvmf_target::{
-    HostAccess, ListenAddr, Named, NsOptions, SubsystemOptions, Target, TransportOptions,
+    HostAccess, ListenAddr, Named, NsOptions, PortSecurity, SubsystemOptions, Target, TransportOptions,
 };
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::sync::oneshot;
@@ -69,7 +69,7 @@ fn rig(options: TransportOptions) -> Rig {
     target.create_subsystem(SubsystemOptions::new(NQN)).expect("subsystem");
     target.add_ns(NQN, &NsOptions { bdev_name: "disk".into(), ..Default::default() }).expect("namespace");
     let any = ListenAddr::parse("TCP", Some("IPv4"), "127.0.0.1", "0").expect("an address");
-    let secure = target.add_tls_listener(NQN, &any).expect("a free port");
+    let secure = target.add_secure_listener(NQN, &any, PortSecurity::Tls).expect("a free port");
     let plain = target.add_listener(NQN, &any).expect("a free port");
     let mut tls = ConnectOptions::new("127.0.0.1", secure.port.to_string(), NQN);
     tls.connect_timeout = Duration::from_secs(5);
@@ -240,7 +240,7 @@ fn whoever_has_not_the_key_stays_out_and_is_written_down() {
     rig.target
         .create_subsystem(SubsystemOptions { allow_any_host: true, ..SubsystemOptions::new(second) })
         .expect("new");
-    rig.target.add_tls_listener(second, &rig.secure).expect("the port is shared");
+    rig.target.add_secure_listener(second, &rig.secure, PortSecurity::Tls).expect("the port is shared");
     rig.target.add_host(NQN, &mallory, HostAccess::default()).expect("a new host");
     for (hostnqn, subnqn) in [(&mallory, NQN), (&rig.tls.hostnqn, second)] {
         let dial = Arc::new(TcpDial::new(&rig.tls));
@@ -288,9 +288,13 @@ fn the_discovery_log_says_where_tls_is_needed() {
         rig.host.block_on(move || async move { discover(&options).await }).expect("the reactor runs")
     };
     let ask = ConnectOptions { trsvcid: open.port.to_string(), ..rig.plain.clone() };
+    let concat = rig.target.add_secure_listener(NQN, &any, PortSecurity::Concatenation).expect("a free port");
     let list = found(&ask).expect("a log");
-    let secure: Vec<_> = list.iter().map(|d| (d.trsvcid.clone(), d.secure)).collect();
-    assert_eq!(secure, [(rig.tls.trsvcid.clone(), true), (rig.plain.trsvcid.clone(), false)]);
+    let secure: Vec<_> = list.iter().map(|d| (d.trsvcid.clone(), d.secure, d.concat)).collect();
+    let ports = [(rig.tls.trsvcid.clone(), true, false), (rig.plain.trsvcid.clone(), false, false)];
+    assert_eq!(secure[..2], ports);
+    assert_eq!(secure[2..], [(concat.port.to_string(), false, true)]);
+    rig.target.remove_listener(NQN, &concat).expect("it listens");
     // Discovery through TLS needs a key for the discovery subsystem.
     assert!(found(&rig.tls).is_err());
     rig.target.add_host(nqn::DISCOVERY, &rig.tls.hostnqn, access(1, HashId::Sha256)).expect("a new host");
@@ -298,8 +302,78 @@ fn the_discovery_log_says_where_tls_is_needed() {
     assert!(
         rig.target.add_listener(NQN, &rig.secure).expect_err("for TLS").to_string().contains("for TLS only")
     );
-    let open = rig.target.add_tls_listener(NQN, &open).expect_err("without");
+    let open = rig.target.add_secure_listener(NQN, &open, PortSecurity::Tls).expect_err("without");
     assert!(open.to_string().contains("without TLS"), "{open}");
+}
+
+/// Secure channel concatenation with our initiator: authenticates without TLS, works with it, gets another key.
+#[test]
+fn concatenation_from_start_to_end() {
+    let log = audit();
+    let rig = rig(TransportOptions::default());
+    let any = ListenAddr { port: 0, ..rig.secure.clone() };
+    let port = rig.target.add_secure_listener(NQN, &any, PortSecurity::Concatenation).expect("a free port");
+    let host = "nqn.2024-01.io.cryptfold:concatenating";
+    let secret = |b: u8| Secret::new(&[b; 32], Some(HashId::Sha256)).expect("32 bytes");
+    let named = |b| Some(Named { name: format!("c{b}"), key: secret(b) });
+    let access = HostAccess { dhchap: named(3), dhchap_ctrlr: named(4), psk: None };
+    rig.target.add_host(NQN, host, access).expect("a new host");
+    let options = |own, controller: Option<u8>, hash, group| {
+        let offer = Offer { hashes: vec![hash], groups: vec![group] };
+        let credentials = Credentials { secret: secret(own), controller: controller.map(secret), offer };
+        let mut options = ConnectOptions::new("127.0.0.1", port.port.to_string(), NQN);
+        (options.hostnqn, options.io_queues) = (host.into(), 2);
+        (options.credentials, options.concat) = (Some(credentials), true);
+        options
+    };
+    let group = DhGroup::Ffdhe2048;
+    for hash in [HashId::Sha256, HashId::Sha384] {
+        for controller in [None, Some(4)] {
+            let mut options = options(3, controller, hash, group);
+            (options.hdgst, options.ddgst) = (controller.is_some(), controller.is_some());
+            assert_eq!(rig.connect(&options), Ok(()), "{hash:?} {controller:?}");
+        }
+    }
+    soon("wiped keys", || rig.target.generated_keys() == 0);
+    // Wrong secrets, on both sides; what can not generate a key; who does not concatenate; no TLS at all.
+    rig.refused(&options(5, None, HashId::Sha256, group), "authentication failed");
+    soon("the audit log", || log(host).iter().any(|l| l.contains("authentication failed")));
+    rig.refused(&options(3, Some(5), HashId::Sha256, group), "authentication failed");
+    rig.refused(&options(3, None, HashId::Sha256, DhGroup::Null), "concat");
+    rig.refused(&options(3, None, HashId::Sha512, group), "concat");
+    let good = options(3, Some(4), HashId::Sha256, group);
+    rig.refused(&ConnectOptions { concat: false, ..good.clone() }, "requires secure channel concatenation");
+    rig.refused(
+        &ConnectOptions { trsvcid: rig.plain.trsvcid.clone(), ..good.clone() },
+        "concatenation mismatch",
+    );
+    rig.refused(&ConnectOptions { trsvcid: rig.tls.trsvcid.clone(), ..good.clone() }, "closed by the target");
+    soon("wiped keys", || rig.target.generated_keys() == 0);
+    // A host with a key of its own gets in there, too, and only so.
+    let own = ConnectOptions { trsvcid: port.port.to_string(), ..rig.tls.clone() };
+    assert_eq!(rig.connect(&own), Ok(()));
+    rig.refused(&ConnectOptions { tls: None, ..own }, "Connect Invalid Host");
+    let target = rig.target.clone();
+    rig.host
+        .block_on(move || async move {
+            let c = Controller::connect(&good).await.expect("connects");
+            let info = c.namespace(Nsid(1)).await.expect("there");
+            let first = c.io_queue(4).await.expect("opens").namespace(&info);
+            let credentials = good.credentials.as_ref().expect("it has some");
+            c.reauthenticate(credentials).await.expect("another key");
+            let second = c.io_queue(4).await.expect("opens with the other key").namespace(&info);
+            for (n, queue) in [first, second].iter().enumerate() {
+                let data = vec![n as u8 + 1; 8 * BLOCK];
+                run(queue, Op::Write, 0, data.clone()).await;
+                assert_eq!(run(queue, Op::Read, 0, vec![0; data.len()]).await, data);
+            }
+            assert_eq!(target.generated_keys(), 1);
+            let ciphers = target.qpairs(NQN).expect("it exists");
+            assert!(ciphers.iter().filter(|q| q.cntlid == c.cntlid().0).all(|q| q.cipher.is_some()));
+            c.shutdown().await;
+        })
+        .expect("the reactor runs");
+    soon("wiped keys", || rig.target.generated_keys() == 0);
 }
 
 #[test]

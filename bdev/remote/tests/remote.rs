@@ -15,7 +15,7 @@ use cryptfold_nvmf_auth::{DhGroup, HashId, Offer, Psk, Secret, Version};
 use cryptfold_nvmf_initiator::{ConnectOptions, Credentials, TlsKey};
 use cryptfold_nvmf_spec::log::AnaState;
 use cryptfold_nvmf_target::{
-    HostAccess, ListenAddr, Named, NsOptions, SubsystemOptions, Target, TransportOptions,
+    HostAccess, ListenAddr, Named, NsOptions, PortSecurity, SubsystemOptions, Target, TransportOptions,
 };
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{Handle, IdlePolicy, MemoryConfig, Runtime, RuntimeConfig};
@@ -476,8 +476,9 @@ fn keys_for_tls_and_authentication_count_at_every_connection() {
     };
     far.target.add_host(NQN, HOST, access).expect("added");
     let any = ListenAddr::parse("TCP", Some("IPv4"), "127.0.0.1", "0").expect("an address");
-    let tls: Vec<ListenAddr> =
-        (0..2).map(|_| far.target.add_tls_listener(NQN, &any).expect("a free port")).collect();
+    let tls: Vec<ListenAddr> = (0..2)
+        .map(|_| far.target.add_secure_listener(NQN, &any, PortSecurity::Tls).expect("a free port"))
+        .collect();
     let mut o = options(&tls[0]);
     assert!(matches!(near.attach(o.clone()), Err(RemoteError::Connect(_))));
     o.connect.tls = Some(TlsKey { psk, version: Version::V1 });
@@ -494,7 +495,7 @@ fn keys_for_tls_and_authentication_count_at_every_connection() {
     far.target.remove_listener(NQN, &tls[0]).expect("it listens");
     load.goes_on();
     wait("path lost", || near.state(0) != "enabled");
-    far.target.add_tls_listener(NQN, &tls[0]).expect("a free port");
+    far.target.add_secure_listener(NQN, &tls[0], PortSecurity::Tls).expect("a free port");
     wait("path back", || near.state(0) == "enabled");
     load.goes_on();
     load.end().expect("no error, no wrong byte");

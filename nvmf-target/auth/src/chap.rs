@@ -11,12 +11,16 @@
 //!
 //! A machine takes one message where one is due; anything else ends it. T_ID has to be the transaction's in every
 //! message; S1 and the challenges are fresh, so an old message fits nothing.
+//!
+//! With secure channel concatenation (SC_C in Negotiate) both sides have a key for TLS afterwards, made of the Diffie-Hellman
+//! value and both challenges; the host then always sends C2, and S2 = 0 if the controller need not answer it.
 
-use cryptfold_nvmf_spec::auth::{self, DhGroup, Failure, FromController, FromHost, HashId, Reply};
+use cryptfold_nvmf_spec::auth::{self, Concat, DhGroup, Failure, FromController, FromHost, HashId, Reply};
 use zeroize::Zeroizing;
 
 use crate::dh::{self, PRIVATE_BYTES};
 use crate::mac::{hash, mac, same};
+use crate::psk::TlsPsk;
 use crate::secret::Secret;
 
 /// What goes into the host's response.
@@ -52,6 +56,17 @@ impl Default for Offer {
     }
 }
 
+impl Offer {
+    /// What of it can be used with this kind of concatenation: a key for TLS needs a Diffie-Hellman value, and a hash that TLS has.
+    pub fn with(mut self, concat: Concat) -> Offer {
+        if concat != Concat::None {
+            self.hashes.retain(|h| *h != HashId::Sha512);
+            self.groups.retain(|g| *g != DhGroup::Null);
+        }
+        self
+    }
+}
+
 /// Fresh random bytes for one step.
 #[derive(Clone)]
 pub struct Entropy {
@@ -81,11 +96,24 @@ impl Entropy {
 #[derive(Clone)]
 struct Transaction {
     t_id: u16,
+    concat: Concat,
     hash: HashId,
     group: DhGroup,
     exponent: Zeroizing<[u8; PRIVATE_BYTES]>,
     seqnum: u32,
     challenge: Zeroizing<Vec<u8>>,
+}
+
+impl Transaction {
+    /// The key for TLS, if one is wanted; `c2` is the host's challenge.
+    fn key(&self, names: &Names, shared: Option<&[u8]>, c2: &[u8]) -> Result<Option<TlsPsk>, Failure> {
+        if self.concat == Concat::None {
+            return Ok(None);
+        }
+        let session_key = hash(self.hash, shared.ok_or(Failure::DhGroup)?);
+        let key = TlsPsk::generated(names, self.hash, &session_key, [&self.challenge, c2]);
+        key.ok_or(Failure::Hash).map(Some)
+    }
 }
 
 /// One response: HMAC(key, C' | seqnum | T_ID | SC_C | role | names), with C' the challenge itself, or with a group
@@ -94,6 +122,7 @@ struct Response<'a> {
     hash: HashId,
     shared: Option<&'a [u8]>,
     t_id: u16,
+    concat: Concat,
     seqnum: u32,
     challenge: &'a [u8],
 }
@@ -105,8 +134,8 @@ impl Response<'_> {
             Some(shared) => mac(self.hash, &hash(self.hash, shared), &[self.challenge]),
         };
         let (seqnum, t_id) = (self.seqnum.to_le_bytes(), self.t_id.to_le_bytes());
-        // The last byte of 0 in front of the role is SC_C: no secure channel concatenation.
-        let parts = [&augmented[..], &seqnum, &t_id, &[0], role, first.as_bytes(), &[0], second.as_bytes()];
+        let sc_c = [self.concat as u8];
+        let parts = [&augmented[..], &seqnum, &t_id, &sc_c, role, first.as_bytes(), &[0], second.as_bytes()];
         mac(self.hash, key, &parts)
     }
 
@@ -156,13 +185,27 @@ pub struct Controller {
     host: Secret,
     own: Option<Secret>,
     offer: Offer,
+    accepts: &'static [Concat],
     step: Step,
+    key: Option<TlsPsk>,
 }
 
 impl Controller {
-    /// Waits for Negotiate. `own`: the controller's secret; without one it can not authenticate itself.
-    pub fn new(names: Names, host: Secret, own: Option<Secret>, offer: Offer) -> Controller {
-        Controller { names, host, own, offer, step: Step::AwaitNegotiate }
+    /// Waits for Negotiate. `own`: the controller's secret; without one it can not authenticate itself. `accepts`: what the host
+    /// may want of concatenation.
+    pub fn new(
+        names: Names,
+        host: Secret,
+        own: Option<Secret>,
+        offer: Offer,
+        accepts: &'static [Concat],
+    ) -> Controller {
+        Controller { names, host, own, offer, accepts, step: Step::AwaitNegotiate, key: None }
+    }
+
+    /// The key for TLS that was generated, once, when it is done.
+    pub fn take_key(&mut self) -> Option<TlsPsk> {
+        if matches!(self.step, Step::Done(..)) { self.key.take() } else { None }
     }
 
     /// Where it is.
@@ -238,16 +281,17 @@ impl Controller {
 
     /// The first of ours that is also the host's: hosts put the null group first.
     fn choose(&self, n: &auth::Negotiate<'_>, entropy: &Entropy) -> Result<(Transaction, Vec<u8>), Failure> {
-        if n.sc_c != 0 {
-            return Err(Failure::Concatenation);
-        }
+        let concat = Concat::from_u8(n.sc_c).filter(|c| self.accepts.contains(c));
+        let concat = concat.ok_or(Failure::Concatenation)?;
         let (hashes, groups) = n.offer()?;
         let (hashes, groups): (Vec<_>, Vec<_>) = (hashes.collect(), groups.collect());
-        let hash = *self.offer.hashes.iter().find(|h| hashes.contains(h)).ok_or(Failure::Hash)?;
-        let group = *self.offer.groups.iter().find(|g| groups.contains(g)).ok_or(Failure::DhGroup)?;
+        let ours = self.offer.clone().with(concat);
+        let hash = *ours.hashes.iter().find(|h| hashes.contains(h)).ok_or(Failure::Hash)?;
+        let group = *ours.groups.iter().find(|g| groups.contains(g)).ok_or(Failure::DhGroup)?;
         let public = dh::public(group, &entropy.exponent).ok_or(Failure::Failed)?;
         let t = Transaction {
             t_id: n.t_id,
+            concat,
             hash,
             group,
             exponent: entropy.exponent.clone(),
@@ -257,31 +301,35 @@ impl Controller {
         Ok((t, public))
     }
 
-    /// Checks the host's response; makes the controller's own if it was challenged.
-    fn check(&self, t: &Transaction, message: &[u8]) -> Result<Option<Zeroizing<Vec<u8>>>, Failure> {
-        let reply = Reply::parse(message, t.hash, t.group)?;
+    /// Checks the host's response; makes the controller's own if it was challenged, and the key if one is wanted.
+    fn check(&mut self, t: &Transaction, message: &[u8]) -> Result<Option<Zeroizing<Vec<u8>>>, Failure> {
+        let reply = Reply::parse(message, t.hash, t.group, t.concat)?;
         if reply.t_id != t.t_id {
             return Err(Failure::Payload);
         }
         let shared = shared(t, reply.public)?;
         let shared = shared.as_ref().map(|s| s.as_slice());
-        let expected =
-            Response { hash: t.hash, shared, t_id: t.t_id, seqnum: t.seqnum, challenge: &t.challenge };
+        let (hash, t_id, concat) = (t.hash, t.t_id, t.concat);
+        let expected = Response { hash, shared, t_id, concat, seqnum: t.seqnum, challenge: &t.challenge };
         if !same(&expected.of_host(&self.host, &self.names), reply.response) {
             return Err(Failure::Failed);
         }
         let Some(challenge) = reply.challenge else { return Ok(None) };
+        self.key = t.key(&self.names, shared, challenge)?;
+        if reply.seqnum == 0 {
+            return Ok(None);
+        }
         // A host that wants to know who we are is not told "success" when we can not say.
         let own = self.own.as_ref().ok_or(Failure::Failed)?;
-        let response = Response { hash: t.hash, shared, t_id: t.t_id, seqnum: reply.seqnum, challenge };
+        let response = Response { seqnum: reply.seqnum, challenge, ..expected };
         Ok(Some(response.of_controller(own, &self.names)))
     }
 }
 
 enum HostStep {
     AwaitChallenge(u16),
-    /// T_ID and the response that the controller owes.
-    AwaitSuccess1(u16, Option<Zeroizing<Vec<u8>>>),
+    /// T_ID, the response that the controller owes, the key that is ours if all goes well.
+    AwaitSuccess1(u16, Option<Zeroizing<Vec<u8>>>, Option<TlsPsk>),
     Over,
 }
 
@@ -291,7 +339,9 @@ pub struct Host {
     own: Secret,
     controller: Option<Secret>,
     offer: Offer,
+    concat: Concat,
     step: HostStep,
+    key: Option<TlsPsk>,
 }
 
 /// What a host does next.
@@ -314,17 +364,29 @@ impl Host {
         own: Secret,
         controller: Option<Secret>,
         offer: Offer,
+        concat: Concat,
         t_id: u16,
     ) -> (Host, Vec<u8>) {
-        let message = auth::negotiate(t_id, 0, &offer.hashes, &offer.groups);
-        (Host { names, own, controller, offer, step: HostStep::AwaitChallenge(t_id) }, message)
+        let offer = offer.with(concat);
+        let message = auth::negotiate(t_id, concat, &offer.hashes, &offer.groups);
+        let step = HostStep::AwaitChallenge(t_id);
+        (Host { names, own, controller, offer, concat, step, key: None }, message)
+    }
+
+    /// The key for TLS that was generated, once, when it is done.
+    pub fn take_key(&mut self) -> Option<TlsPsk> {
+        self.key.take()
     }
 
     /// Takes a message of the controller.
     pub fn receive(&mut self, message: &[u8], entropy: &Entropy) -> HostNext {
         let (t_id, result) = match std::mem::replace(&mut self.step, HostStep::Over) {
             HostStep::AwaitChallenge(t_id) => (t_id, self.challenged(t_id, message, entropy)),
-            HostStep::AwaitSuccess1(t_id, owed) => (t_id, finished(t_id, owed, message)),
+            HostStep::AwaitSuccess1(t_id, owed, key) => {
+                let result = finished(t_id, owed, message);
+                self.key = key.filter(|_| matches!(result, Ok(HostNext::Finish(_) | HostNext::Done)));
+                (t_id, result)
+            }
             HostStep::Over => (0, Err(Failure::Message)),
         };
         match result {
@@ -348,6 +410,7 @@ impl Host {
         }
         let t = Transaction {
             t_id,
+            concat: self.concat,
             hash: c.hash,
             group: c.group,
             exponent: entropy.exponent.clone(),
@@ -356,7 +419,8 @@ impl Host {
         };
         let shared = shared(&t, c.public)?;
         let shared = shared.as_ref().map(|s| s.as_slice());
-        let response = Response { hash: t.hash, shared, t_id, seqnum: t.seqnum, challenge: c.challenge };
+        let (hash, concat) = (t.hash, t.concat);
+        let response = Response { hash, shared, t_id, concat, seqnum: t.seqnum, challenge: c.challenge };
         let ours = &entropy.challenge[..t.hash.len_bytes()];
         let owed = self.controller.as_ref().map(|secret| {
             let r = Response { seqnum: entropy.seqnum, challenge: ours, ..response };
@@ -366,11 +430,11 @@ impl Host {
             t_id,
             seqnum: if owed.is_some() { entropy.seqnum } else { 0 },
             response: &response.of_host(&self.own, &self.names),
-            challenge: owed.is_some().then_some(ours),
+            challenge: (owed.is_some() || concat != Concat::None).then_some(ours),
             public: &dh::public(t.group, &t.exponent).ok_or(Failure::Failed)?,
         }
         .build();
-        self.step = HostStep::AwaitSuccess1(t_id, owed);
+        self.step = HostStep::AwaitSuccess1(t_id, owed, t.key(&self.names, shared, ours)?);
         Ok(HostNext::Send(reply))
     }
 }
@@ -419,7 +483,7 @@ mod tests {
     }
 
     fn controller(host: &Secret, own: Option<&Secret>) -> Controller {
-        Controller::new(names(), host.clone(), own.cloned(), Offer::default())
+        Controller::new(names(), host.clone(), own.cloned(), Offer::default(), &[Concat::None])
     }
 
     /// Both sides to the end: how the controller and the host see it.
@@ -453,7 +517,7 @@ mod tests {
                         let (host, own) = (secret(1, transform), secret(2, transform));
                         let mut c = controller(&host, Some(&own));
                         let offer = Offer { hashes: vec![*hash], groups: vec![*group] };
-                        let h = Host::start(names(), host, both.then_some(own), offer, 77);
+                        let h = Host::start(names(), host, both.then_some(own), offer, Concat::None, 77);
                         let (progress, next) = run(&mut c, h);
                         assert_eq!(progress, Progress::Done(*hash, *group));
                         assert_eq!(matches!(next, HostNext::Finish(_)), both);
@@ -469,7 +533,7 @@ mod tests {
         let (host, own, other) = (secret(1, None), secret(2, None), secret(3, None));
         let offer = || Offer { hashes: vec![HashId::Sha256], groups: vec![DhGroup::Null] };
         let start = |own: &Secret, ctrl: Option<&Secret>| {
-            Host::start(names(), own.clone(), ctrl.cloned(), offer(), 1)
+            Host::start(names(), own.clone(), ctrl.cloned(), offer(), Concat::None, 1)
         };
         let failed = Progress::Failed(Failure::Failed);
         let (progress, next) = run(&mut controller(&host, None), start(&other, None));
@@ -482,27 +546,101 @@ mod tests {
         let (progress, _) = run(&mut controller(&host, None), start(&host, Some(&own)));
         assert_eq!(progress, failed, "a controller without a secret");
         let elsewhere = Names { subsystem: "nqn.2024-01.io.cryptfold:else".into(), ..names() };
-        let (progress, _) =
-            run(&mut controller(&host, None), Host::start(elsewhere, host.clone(), None, offer(), 1));
+        let (progress, _) = run(
+            &mut controller(&host, None),
+            Host::start(elsewhere, host.clone(), None, offer(), Concat::None, 1),
+        );
         assert_eq!(progress, failed, "another subsystem's");
         // The same secret for both directions: a reflected response does not fit, because of the roles.
-        let r = Response { hash: HashId::Sha256, shared: None, t_id: 1, seqnum: 1, challenge: &[1; 32] };
+        let (hash, concat) = (HashId::Sha256, Concat::None);
+        let r = Response { hash, shared: None, t_id: 1, concat, seqnum: 1, challenge: &[1; 32] };
         assert_ne!(*r.of_host(&host, &names()), *r.of_controller(&host, &names()));
     }
 
     #[test]
     fn nothing_in_common() {
         let fail = |offer: Offer, ours: Offer| {
-            let mut c = Controller::new(names(), secret(1, None), None, ours);
-            run(&mut c, Host::start(names(), secret(1, None), None, offer, 5)).0
+            let mut c = Controller::new(names(), secret(1, None), None, ours, &[Concat::None]);
+            run(&mut c, Host::start(names(), secret(1, None), None, offer, Concat::None, 5)).0
         };
         let hash = |h| Offer { hashes: vec![h], ..Offer::default() };
         assert_eq!(fail(hash(HashId::Sha512), hash(HashId::Sha256)), Progress::Failed(Failure::Hash));
         let group = |g| Offer { groups: vec![g], ..Offer::default() };
         assert_eq!(fail(group(DhGroup::Null), group(DhGroup::Ffdhe2048)), Progress::Failed(Failure::DhGroup));
-        let mut c = controller(&secret(1, None), None);
-        c.receive(&auth::negotiate(9, 1, HashId::ALL, DhGroup::ALL), &entropy(1));
-        assert_eq!(c.send(), Some(auth::failure(false, 9, Failure::Concatenation)));
+        for sc_c in 1..=255 {
+            let mut c = controller(&secret(1, None), None);
+            let mut message = auth::negotiate(9, Concat::None, HashId::ALL, DhGroup::ALL);
+            message[6] = sc_c;
+            c.receive(&message, &entropy(1));
+            assert_eq!(c.send(), Some(auth::failure(false, 9, Failure::Concatenation)), "SC_C {sc_c}");
+        }
+    }
+
+    /// Both sides have the same key afterwards, another one each time; nobody has one without it.
+    #[test]
+    fn keys_are_generated() {
+        let (host, own) = (secret(1, None), secret(2, None));
+        let pair = |concat, accepts, hash, group, both: bool| {
+            let c = Controller::new(names(), host.clone(), Some(own.clone()), Offer::default(), accepts);
+            let offer = Offer { hashes: vec![hash], groups: vec![group] };
+            (c, Host::start(names(), host.clone(), both.then(|| own.clone()), offer, concat, 77))
+        };
+        let mut seen = Vec::new();
+        for concat in [Concat::New, Concat::Replace] {
+            for (hash, both) in [
+                (HashId::Sha256, false),
+                (HashId::Sha256, true),
+                (HashId::Sha384, false),
+                (HashId::Sha384, true),
+            ] {
+                let (mut c, (mut h, message)) =
+                    pair(concat, &[Concat::New, Concat::Replace], hash, DhGroup::Ffdhe2048, both);
+                c.receive(&message, &entropy(seen.len() as u8 + 5));
+                let HostNext::Send(reply) = h.receive(&c.send().expect("a challenge"), &entropy(2)) else {
+                    panic!("a reply")
+                };
+                c.receive(&reply, &entropy(3));
+                assert!(c.take_key().is_none() && h.take_key().is_none(), "not yet");
+                match h.receive(&c.send().expect("success"), &entropy(2)) {
+                    HostNext::Finish(m) if both => assert!(c.receive(&m, &entropy(4)) == c.progress()),
+                    HostNext::Done if !both => {}
+                    other => panic!("{other:?}"),
+                }
+                assert_eq!(c.progress(), Progress::Done(hash, DhGroup::Ffdhe2048));
+                let (ours, theirs) = (c.take_key().expect("a key"), h.take_key().expect("a key"));
+                assert_eq!(ours, theirs);
+                assert_eq!((c.take_key(), h.take_key()), (None, None), "once");
+                assert!(!seen.contains(&ours.identity));
+                seen.push(ours.identity);
+            }
+        }
+        let refused = |concat, accepts, hash, group, why| {
+            let (mut c, h) = pair(concat, accepts, hash, group, false);
+            assert_eq!(run(&mut c, h).0, Progress::Failed(why), "{concat:?} {hash:?} {group:?}");
+            assert!(c.take_key().is_none());
+        };
+        let g = DhGroup::Ffdhe2048;
+        refused(Concat::New, &[Concat::None], HashId::Sha256, g, Failure::Concatenation);
+        refused(Concat::New, &[Concat::None, Concat::Replace], HashId::Sha256, g, Failure::Concatenation);
+        refused(Concat::None, &[Concat::New], HashId::Sha256, g, Failure::Concatenation);
+        // Our own host does not offer these; others may.
+        for (hash, group, why) in
+            [(HashId::Sha512, g, Failure::Hash), (HashId::Sha256, DhGroup::Null, Failure::DhGroup)]
+        {
+            let (mut c, _) = pair(Concat::New, &[Concat::New], hash, group, false);
+            c.receive(&auth::negotiate(3, Concat::New, &[hash], &[group]), &entropy(1));
+            assert_eq!(c.send(), Some(auth::failure(false, 3, why)));
+        }
+        // What was negotiated goes into the responses: it can not be changed on the way.
+        let (mut c, (mut h, mut message)) =
+            pair(Concat::New, &[Concat::New, Concat::Replace], HashId::Sha256, g, false);
+        message[6] = Concat::Replace as u8;
+        c.receive(&message, &entropy(1));
+        let HostNext::Send(reply) = h.receive(&c.send().expect("a challenge"), &entropy(2)) else {
+            panic!("a reply")
+        };
+        c.receive(&reply, &entropy(3));
+        assert_eq!(c.send(), Some(auth::failure(false, 77, Failure::Failed)));
     }
 
     /// An old Reply in a new transaction, a skipped step, another transaction's number.
@@ -510,7 +648,7 @@ mod tests {
     fn replays_and_skipped_steps() {
         let host = secret(1, None);
         let offer = Offer { hashes: vec![HashId::Sha256], groups: vec![DhGroup::Null] };
-        let (mut h, negotiate) = Host::start(names(), host.clone(), None, offer, 1);
+        let (mut h, negotiate) = Host::start(names(), host.clone(), None, offer, Concat::None, 1);
         let mut c = controller(&host, None);
         c.receive(&negotiate, &entropy(1));
         let HostNext::Send(reply) = h.receive(&c.send().expect("a challenge"), &entropy(2)) else {
@@ -556,7 +694,7 @@ mod tests {
                     c.send();
                 } else {
                     if kind == 0 {
-                        message = auth::negotiate(1, 0, HashId::ALL, &[DhGroup::Null]);
+                        message = auth::negotiate(1, Concat::None, HashId::ALL, &[DhGroup::Null]);
                     } else if message.len() > 80 {
                         message[..16].copy_from_slice(&[1, 2, 0, 0, 1, 0, 32, 0, 0, 0, 0, 0, 0, 0, 0, 0]);
                     }

@@ -15,6 +15,6 @@ pub mod psk;
 pub mod secret;
 
 pub use chap::{Controller, Entropy, Host, HostNext, Names, Offer, Progress};
-pub use cryptfold_nvmf_spec::auth::{DhGroup, Failure, HashId};
+pub use cryptfold_nvmf_spec::auth::{Concat, DhGroup, Failure, HashId};
 pub use psk::{Identity, Psk, PskError, TlsPsk, Version};
 pub use secret::{Secret, SecretError};

@@ -6,6 +6,9 @@
 //!     -> retained PSK: HKDF-Expand-Label(HKDF-Extract(0, configured), "HostNQN", host NQN)
 //!     -> identity: "NVMe0RHH host subsystem" or "NVMe1RHH host subsystem DIGEST"
 //!     -> TLS PSK: HKDF-Expand-Label(HKDF-Extract(0, retained), "nvme-tls-psk", identity or "HH DIGEST")
+//!
+//!   DH-HMAC-CHAP with secure channel concatenation: generated PSK = HMAC(H(g^xy), C1 | C2)
+//!     -> identity: "NVMe1GHH host subsystem DIGEST", and the TLS PSK of that as above
 //! ```
 //!
 //! HKDF-Expand-Label is that of RFC 8446 section 7.1, with its lengths. libnvme left these out until its commit fde6b1f5
@@ -111,24 +114,28 @@ pub struct Identity<'a> {
     pub host: &'a str,
     /// The subsystem's NQN.
     pub subsystem: &'a str,
+    /// Of a key that DH-HMAC-CHAP has generated, not of a configured one.
+    pub generated: bool,
 }
 
 impl<'a> Identity<'a> {
     /// Takes an identity apart; `None` if it has not the form of one.
     pub fn parse(text: &'a str) -> Option<Identity<'a>> {
         let mut parts = text.split(' ');
-        let (version, hash) = match parts.next()? {
-            "NVMe0R01" => (0, HashId::Sha256),
-            "NVMe0R02" => (0, HashId::Sha384),
-            "NVMe1R01" => (1, HashId::Sha256),
-            "NVMe1R02" => (1, HashId::Sha384),
+        let (version, generated, hash) = match parts.next()? {
+            "NVMe0R01" => (0, false, HashId::Sha256),
+            "NVMe0R02" => (0, false, HashId::Sha384),
+            "NVMe1R01" => (1, false, HashId::Sha256),
+            "NVMe1R02" => (1, false, HashId::Sha384),
+            "NVMe1G01" => (1, true, HashId::Sha256),
+            "NVMe1G02" => (1, true, HashId::Sha384),
             _ => return None,
         };
         let (host, subsystem) = (parts.next()?, parts.next()?);
         // A digest in version 1, and nothing behind.
         let rest = parts.by_ref().count();
         let whole = rest == version as usize && !host.is_empty() && !subsystem.is_empty();
-        whole.then_some(Identity { version, hash, host, subsystem })
+        whole.then_some(Identity { version, hash, host, subsystem, generated })
     }
 }
 
@@ -187,7 +194,7 @@ impl Psk {
             let key = derive(hash, &retained, "nvme-tls-psk", identity.as_bytes())?;
             return Some(TlsPsk { identity, key, hash });
         }
-        let digest = STANDARD.encode(&*mac(hash, &retained, &[both.as_bytes(), DIGEST_LABEL]));
+        let digest = digest(hash, &retained, &both);
         let context = format!("{code:02} {digest}");
         let key = match version {
             Version::V1Old => derive_old(hash, &retained, "nvme-tls-psk", context.as_bytes()),
@@ -198,13 +205,39 @@ impl Psk {
 
     /// The key that belongs to an identity which a host of this name offers for this subsystem, if it is one of ours.
     pub fn find(&self, names: &Names, identity: &str) -> Option<TlsPsk> {
-        let versions: &[Version] = match Identity::parse(identity)?.version {
+        let parsed = Identity::parse(identity).filter(|i| !i.generated)?;
+        let versions: &[Version] = match parsed.version {
             0 => &[Version::V0],
             _ => &[Version::V1, Version::V1Old],
         };
         let mut candidates = versions.iter().filter_map(|v| self.tls(names, *v));
         candidates.find(|c| same(c.identity.as_bytes(), identity.as_bytes()))
     }
+}
+
+impl TlsPsk {
+    /// What both sides have after DH-HMAC-CHAP with secure channel concatenation: `session_key` is the hash of the Diffie-Hellman
+    /// value, `challenges` are C1 and C2 (NVMe Base 2.0 section 8.13.5.9, TP 8018). `None` for SHA-512, which TLS does not have.
+    pub(crate) fn generated(
+        names: &Names,
+        hash: HashId,
+        session_key: &[u8],
+        challenges: [&[u8]; 2],
+    ) -> Option<TlsPsk> {
+        if hash == HashId::Sha512 {
+            return None;
+        }
+        let psk = mac(hash, session_key, &challenges);
+        let both = format!("{} {}", names.host, names.subsystem);
+        let (code, digest) = (hash as u8, digest(hash, &psk, &both));
+        let key = derive(hash, &psk, "nvme-tls-psk", format!("{code:02} {digest}").as_bytes())?;
+        Some(TlsPsk { identity: format!("NVMe1G{code:02} {both} {digest}"), key, hash })
+    }
+}
+
+/// What version 1 identities have behind the names.
+fn digest(hash: HashId, retained: &[u8], names: &str) -> String {
+    STANDARD.encode(&*mac(hash, retained, &[names.as_bytes(), DIGEST_LABEL]))
 }
 
 /// HKDF-Expand-Label over HKDF-Extract without salt (RFC 8446 section 7.1), for outputs as long as the hash's: one block of
@@ -267,7 +300,8 @@ mod tests {
     }
 
     /// PSK, digest and TLS PSK of the Linux kernel's KUnit tests (drivers/nvme/common/tests/auth_kunit.c). They name the
-    /// subsystem "subsysnqn" and the host "hostnqn".
+    /// subsystem "subsysnqn" and the host "hostnqn", and generate the PSK of a session key of 'A', 'B'... and the challenges
+    /// 0, 1... and 255, 254...
     #[test]
     fn keys_are_the_kernels() {
         let bytes = |hex: &str| -> Vec<u8> {
@@ -293,6 +327,19 @@ mod tests {
             let tls = tls.expect("fits");
             assert!(tls.identity.ends_with(&format!(" hostnqn subsysnqn {digest}")), "{}", tls.identity);
             assert_eq!(*tls.key, bytes(key));
+            let hash = tls.hash;
+            let up = |from: u8| -> Vec<u8> { (0..hash.len_bytes() as u8).map(|i| from + i).collect() };
+            let (session, c1) = (up(b'A'), up(0));
+            let c2: Vec<u8> = c1.iter().map(|i| 255 - i).collect();
+            assert_eq!(*mac(hash, &session, &[&c1, &c2]), bytes(psk), "the kernel's generated PSK");
+            let names = names("hostnqn", "subsysnqn");
+            let made = TlsPsk::generated(&names, hash, &session, [&c1, &c2]).expect("fits");
+            assert_eq!(made.identity, tls.identity.replace("NVMe1R", "NVMe1G"));
+            assert_eq!(made.key, tls.key);
+            assert!(Identity::parse(&made.identity).is_some_and(|i| i.generated && i.host == "hostnqn"));
+            assert_eq!(TlsPsk::generated(&names, HashId::Sha512, &session, [&c1, &c2]), None);
+            let configured = Psk::new(&bytes(psk), None).expect("legal");
+            assert_eq!(configured.find(&names, &made.identity), None, "a configured key is no generated one");
         }
     }
 
@@ -335,6 +382,9 @@ mod tests {
             "NVMe1R01 a b c d",
             "NVMe2R01 a b c",
             "NVMe0R03 a b",
+            "NVMe0G01 a b",
+            "NVMe1G01 a b",
+            "NVMe1G03 a b c",
             "NVMe0R01  b",
             "NVMe0R01 a ",
         ] {

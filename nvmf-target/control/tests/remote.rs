@@ -251,6 +251,58 @@ fn a_pool_and_a_cipher_over_remote_namespaces() {
     drop(far);
 }
 
+/// Secure channel concatenation between two targets: each path generates its key anew whenever it comes back.
+#[test]
+fn a_path_with_concatenation_comes_back() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (far, ports) = far(dir.path());
+    let host = "nqn.2026-01.io.cryptfold:concatenating";
+    far.call(
+        "nvmf_subsystem_add_host",
+        json!({"nqn": NQN, "host": host, "dhchap_key": "secret", "dhchap_ctrlr_key": "secret"}),
+    );
+    let listener =
+        |port: &Value| with(without(listener(port), "secure_channel"), "secure_concatenation", json!(true));
+    far.call("nvmf_subsystem_add_listener", listener(&json!("0")));
+    let all = far.call("nvmf_subsystem_get_listeners", json!({"nqn": NQN}));
+    let shown = all.as_array().expect("a list").iter().map(|l| &l["secure_concatenation"]);
+    assert_eq!(shown.collect::<Vec<_>>(), [false, false, true]);
+    let port = &all[2]["address"]["trsvcid"];
+    assert!(!ports.contains(port));
+    let near = Plane::new(dir.path());
+    key(&near, dir.path(), "secret", SECRET);
+    let attachment = with(without(attachment(port), "psk"), "hostnqn", json!(host));
+    // Without it the target lets nobody go on.
+    let (code, _) = near.refused("bdev_nvme_attach_controller", attachment.clone());
+    assert_eq!(code, -5);
+    let attachment = with(attachment, "secure_concatenation", json!(true));
+    let keyless = without(without(attachment.clone(), "dhchap_key"), "dhchap_ctrlr_key");
+    assert!(near.refused("bdev_nvme_attach_controller", keyless).1.contains("needs dhchap_key"));
+    assert_eq!(near.call("bdev_nvme_attach_controller", attachment), json!(["Farn1", "Farn2"]));
+    let ciphers = || {
+        let queues = far.call("nvmf_subsystem_get_qpairs", json!({"nqn": NQN}));
+        let queues = queues.as_array().expect("a list").clone();
+        queues.iter().map(|q| q["tls"]["cipher"].clone()).collect::<Vec<_>>()
+    };
+    let load = Load::on(&near, "Farn1");
+    load.goes_on();
+    // The queue that only authenticated goes in its own time.
+    wait("nothing but TLS", || ciphers().iter().all(|c| c == "TLS_AES_128_GCM_SHA256"));
+    far.call("nvmf_subsystem_remove_listener", without(listener(port), "secure_concatenation"));
+    wait("path lost", || near.state(0) != "enabled");
+    far.call("nvmf_subsystem_add_listener", listener(port));
+    wait("path back", || near.state(0) == "enabled");
+    load.goes_on();
+    load.end();
+    let saved = near.plain("save_config");
+    assert!(saved.to_string().contains("\"secure_concatenation\":true"));
+    drop(near);
+    let near = Plane::new(dir.path());
+    near.call("load_config", json!({"config": saved}));
+    assert_eq!(near.plain("save_config"), saved);
+    Load::on(&near, "Farn2").end();
+}
+
 #[test]
 fn what_can_not_be_attached() {
     let dir = tempfile::tempdir().expect("a directory");
@@ -275,6 +327,7 @@ fn what_can_not_be_attached() {
         ("prchk_guard", json!(true), -32602, "prchk_guard"),
         ("reconnect_delay_sec", json!(0), -32602, "reconnect_delay_sec"),
         ("num_io_queues", json!(0), -32602, "num_io_queues"),
+        ("secure_concatenation", json!(true), -32602, "no psk"),
         ("name", json!(""), -32602, "name"),
         ("hostnqn", json!("nqn.2026-01.io.cryptfold:other"), -5, "Input/output error"),
     ] {

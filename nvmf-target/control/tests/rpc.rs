@@ -548,6 +548,8 @@ fn hosts_with_tls_keys() {
     );
     let listener = &t.call("nvmf_subsystem_get_listeners", json!({"nqn": nqn}))[0];
     assert_eq!(listener["secure_channel"], true);
+    let both = json!({"nqn": nqn, "listen_address": addr("0"), "secure_channel": true, "secure_concatenation": true});
+    assert!(t.refused("nvmf_subsystem_add_listener", both).1.contains("choose one"));
     let same = json!({"nqn": "discovery", "listen_address": listener["address"]});
     assert!(t.refused("nvmf_subsystem_add_listener", same).1.contains("secure_channel"));
     let hosts = json!([{"nqn": h1, "psk": "k"}]);

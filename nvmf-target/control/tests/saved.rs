@@ -110,6 +110,10 @@ fn configure(t: &Target, dir: &Path, address: &str) {
         "nvmf_subsystem_add_listener",
         json!({"nqn": nqn, "listen_address": listener("4421"), "secure_channel": true}),
     );
+    t.call(
+        "nvmf_subsystem_add_listener",
+        json!({"nqn": nqn, "listen_address": listener("4422"), "secure_concatenation": true}),
+    );
     for (group, state) in [(2, "non_optimized"), (3, "inaccessible")] {
         let p =
             json!({"nqn": nqn, "listen_address": listener("4420"), "ana_state": state, "anagrpid": group});
@@ -161,6 +165,7 @@ fn a_saved_target_makes_the_same_again() {
         "ptpl_file",
         "\"eui64\"",
         "\"secure_channel\":true",
+        "\"secure_concatenation\":true",
         "nvmf_discovery_add_referral",
         "\"max_cntlid\":300",
         "bdev_nvme_set_options",

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU16, Ordering};
 
-use cryptfold_nvmf_auth::{Entropy, Host, HostNext, Names, Offer, Psk, Secret, Version};
+use cryptfold_nvmf_auth::{Concat, Entropy, Host, HostNext, Names, Offer, Psk, Secret, TlsPsk, Version};
 use cryptfold_nvmf_spec::fabrics::Authentication;
 use cryptfold_nvmf_spec::{Cid, Sqe};
 use cryptfold_reactor as reactor;
@@ -34,13 +34,14 @@ pub struct TlsKey {
     pub version: Version,
 }
 
-/// Runs one transaction on a queue.
+/// Runs one transaction on a queue. Returns the key for TLS that it has generated, if it was to.
 pub(crate) async fn authenticate(
     conn: &Conn,
     options: &ConnectOptions,
     credentials: &Credentials,
-) -> Result<(), Error> {
-    match reactor::timeout(options.connect_timeout, transaction(conn, options, credentials)).await {
+    concat: Concat,
+) -> Result<Option<TlsPsk>, Error> {
+    match reactor::timeout(options.connect_timeout, transaction(conn, options, credentials, concat)).await {
         Ok(result) => result,
         Err(_) => Err(Error::Timeout {
             address: conn.label().to_owned(),
@@ -50,19 +51,27 @@ pub(crate) async fn authenticate(
     }
 }
 
-async fn transaction(conn: &Conn, options: &ConnectOptions, c: &Credentials) -> Result<(), Error> {
+async fn transaction(
+    conn: &Conn,
+    options: &ConnectOptions,
+    c: &Credentials,
+    concat: Concat,
+) -> Result<Option<TlsPsk>, Error> {
     static NEXT: AtomicU16 = AtomicU16::new(1);
     let names = Names { host: options.hostnqn.clone(), subsystem: options.subnqn.clone() };
     let t_id = NEXT.fetch_add(1, Ordering::Relaxed);
     let (mut host, negotiate) =
-        Host::start(names, c.secret.clone(), c.controller.clone(), c.offer.clone(), t_id);
+        Host::start(names, c.secret.clone(), c.controller.clone(), c.offer.clone(), concat, t_id);
     send(conn, &negotiate).await?;
     loop {
         let message = receive(conn).await?;
         match host.receive(&message, &Entropy::draw(reactor::fill_random)) {
             HostNext::Send(m) => send(conn, &m).await?,
-            HostNext::Finish(m) => return send(conn, &m).await,
-            HostNext::Done => return Ok(()),
+            HostNext::Finish(m) => {
+                send(conn, &m).await?;
+                return Ok(host.take_key());
+            }
+            HostNext::Done => return Ok(host.take_key()),
             HostNext::Failed(why, message) => {
                 let who = if message.is_some() { "the target failed" } else { "the target refused" };
                 if let Some(m) = message {

@@ -8,6 +8,7 @@ use std::sync::atomic::{AtomicBool, AtomicU16, Ordering};
 use std::time::Duration;
 
 use cryptfold_bdev::{Op, OpSet};
+use cryptfold_nvmf_auth::{Concat, TlsPsk};
 use cryptfold_nvmf_spec as spec;
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::sync::mpsc;
@@ -108,6 +109,8 @@ pub struct Controller {
     identify: Box<IdentifyController>,
     cap: Cap,
     events: RefCell<mpsc::Receiver<AsyncEvent>>,
+    /// What has the key that was generated for TLS.
+    concatenated: Option<Arc<TcpDial>>,
     _tasks: Vec<Task<()>>,
 }
 
@@ -117,17 +120,37 @@ impl Controller {
     /// # Errors
     /// With the step that failed.
     pub async fn connect(options: &ConnectOptions) -> Result<Controller, Error> {
+        options.check()?;
         let dial = Arc::new(TcpDial::new(options));
-        Controller::connect_via(dial, options).await
+        if !options.concat {
+            return Controller::associate(dial, options).await;
+        }
+        // Only to generate a key: the association has TLS from its beginning.
+        let first = open_queue(&*dial, options, Qid::ADMIN, ADMIN_ENTRIES, Cntlid::DYNAMIC, Concat::New);
+        let (admin, _, key) = first.await?;
+        admin.close(CloseReason::Local);
+        dial.secure(key.ok_or_else(|| no_key(&admin))?);
+        let mut controller = Controller::associate(dial.clone(), options).await?;
+        controller.concatenated = Some(dial);
+        Ok(controller)
     }
 
     /// As [`Controller::connect`], over streams of the caller's.
     ///
     /// # Errors
-    /// With the step that failed.
+    /// With the step that failed; concatenation is not possible.
     pub async fn connect_via(dial: Arc<dyn Dial>, options: &ConnectOptions) -> Result<Controller, Error> {
         options.check()?;
-        let (admin, cntlid) = open_queue(&*dial, options, Qid::ADMIN, ADMIN_ENTRIES, Cntlid::DYNAMIC).await?;
+        if options.concat {
+            let why = "streams of others can not be given a key".into();
+            return Err(Error::Option { option: "concat", why });
+        }
+        Controller::associate(dial, options).await
+    }
+
+    async fn associate(dial: Arc<dyn Dial>, options: &ConnectOptions) -> Result<Controller, Error> {
+        let queue = open_queue(&*dial, options, Qid::ADMIN, ADMIN_ENTRIES, Cntlid::DYNAMIC, Concat::None);
+        let (admin, cntlid, _) = queue.await?;
         let cap = enable(&admin, options).await?;
         let identify = identify_controller(&admin).await?;
         let discovery = options.subnqn == spec::nqn::DISCOVERY;
@@ -156,7 +179,8 @@ impl Controller {
         if !discovery {
             configure_events(&admin, &identify).await?;
         }
-        Ok(Controller { admin, connector, identify, cap, events: RefCell::new(events), _tasks: tasks })
+        let events = RefCell::new(events);
+        Ok(Controller { admin, connector, identify, cap, events, concatenated: None, _tasks: tasks })
     }
 
     /// What opens I/O queues; may go to other reactors.
@@ -169,12 +193,18 @@ impl Controller {
         &self.identify
     }
 
-    /// Authenticates again on the admin queue, with these credentials (the target's keys may have changed).
+    /// Authenticates again on the admin queue, with these credentials (the target's keys may have changed). With concatenation, this
+    /// generates another key for the queues that are opened from then on.
     ///
     /// # Errors
     /// With the step that failed; the target ends the association then.
     pub async fn reauthenticate(&self, credentials: &Credentials) -> Result<(), Error> {
-        auth::authenticate(&self.admin, &self.connector.options, credentials).await
+        let concat = if self.concatenated.is_some() { Concat::Replace } else { Concat::None };
+        let key = auth::authenticate(&self.admin, &self.connector.options, credentials, concat).await?;
+        if let Some(dial) = &self.concatenated {
+            dial.secure(key.ok_or_else(|| no_key(&self.admin))?);
+        }
+        Ok(())
     }
 
     /// The controller's identifier.
@@ -421,20 +451,27 @@ impl Connector {
             return Err(Error::Unsupported { what: "I/O queues", why });
         };
         let entries = depth.saturating_add(1).min(self.queue_entries).max(2);
-        let (conn, _) = open_queue(&*self.dial, &self.options, Qid(qid), entries, self.cntlid).await?;
+        let queue = open_queue(&*self.dial, &self.options, Qid(qid), entries, self.cntlid, Concat::None);
+        let (conn, ..) = queue.await?;
         conn.set_capsule_bytes(self.capsule_bytes);
         Ok(IoQueue::new(conn, entries - 1, self))
     }
 }
 
-/// Connects a queue: stream, greeting, Fabrics Connect.
+/// Whoever was to generate a key has one when it is done.
+fn no_key(conn: &Conn) -> Error {
+    Error::Unsupported { what: "authentication", why: format!("{}: it has generated no key", conn.label()) }
+}
+
+/// Connects a queue: stream, greeting, Fabrics Connect, authentication. Returns what it has generated, if it was to.
 async fn open_queue(
     dial: &dyn Dial,
     options: &ConnectOptions,
     qid: Qid,
     entries: u16,
     cntlid: Cntlid,
-) -> Result<(Rc<Conn>, Cntlid), Error> {
+    concat: Concat,
+) -> Result<(Rc<Conn>, Cntlid, Option<TlsPsk>), Error> {
     let wire = dial.dial().await?;
     let label = match qid {
         Qid::ADMIN => format!("{} admin queue", options.address()),
@@ -465,19 +502,21 @@ async fn open_queue(
         });
     }
     let result = ConnectResult(reply.cqe.dw0.get());
-    let why = match &options.credentials {
-        _ if result.ascr() == 1 => "requires secure channel concatenation, which this host does not have",
-        None if result.atr() == 1 => "requires authentication, which is not configured",
-        Some(c) if result.atr() == 1 || c.controller.is_some() => {
-            auth::authenticate(&conn, options, c).await?;
-            ""
-        }
-        _ => "",
+    let not_configured = |what| {
+        let why = format!("{} requires {what}, which is not configured", options.subnqn);
+        Err(Error::Unsupported { what: "Connect", why })
     };
-    if !why.is_empty() {
-        return Err(Error::Unsupported { what: "Connect", why: format!("{} {why}", options.subnqn) });
-    }
-    Ok((conn, Cntlid(result.cntlid() as u16)))
+    // With concatenation, whose the target's key is was proven when it was generated.
+    let asks = |c: &Credentials| concat != Concat::None || c.controller.is_some() && !options.concat;
+    let key = match &options.credentials {
+        _ if result.ascr() == 1 && concat == Concat::None => {
+            return not_configured("secure channel concatenation");
+        }
+        None if result.atr() == 1 => return not_configured("authentication"),
+        Some(c) if result.atr() == 1 || asks(c) => auth::authenticate(&conn, options, c, concat).await?,
+        _ => None,
+    };
+    Ok((conn, Cntlid(result.cntlid() as u16), key))
 }
 
 async fn command(conn: &Conn, what: &str, sqe: Sqe, payload: Payload) -> Result<Reply, Error> {

@@ -28,7 +28,7 @@ pub struct TcpDial {
     trsvcid: String,
     address: String,
     limit: Duration,
-    tls: Option<TlsPsk>,
+    tls: Mutex<Option<TlsPsk>>,
 }
 
 impl TcpDial {
@@ -39,8 +39,13 @@ impl TcpDial {
             trsvcid: options.trsvcid.clone(),
             address: options.address(),
             limit: options.connect_timeout,
-            tls: options.tls_psk(),
+            tls: Mutex::new(options.tls_psk()),
         }
+    }
+
+    /// From now on with TLS by this key.
+    pub(crate) fn secure(&self, key: TlsPsk) {
+        *self.tls.lock().unwrap_or_else(PoisonError::into_inner) = Some(key);
     }
 }
 
@@ -48,7 +53,7 @@ impl Dial for TcpDial {
     fn dial(&self) -> Dialing<'_> {
         let (host, port) = (self.traddr.clone(), self.trsvcid.clone());
         let (address, limit) = (self.address.clone(), self.limit);
-        let tls = self.tls.clone();
+        let tls = self.tls.lock().unwrap_or_else(PoisonError::into_inner).clone();
         Box::pin(async move {
             let opened = off_reactor(move || {
                 let stream = connect(&host, &port, &address, limit)?;

@@ -29,6 +29,8 @@ pub struct DiscoveredSubsystem {
     pub referral: bool,
     /// It takes TLS only.
     pub secure: bool,
+    /// It takes secure channel concatenation: no TLS first, TLS afterwards.
+    pub concat: bool,
 }
 
 /// The TCP subsystems that the discovery controller at this address reports. Of `options`, the subsystem does not count.
@@ -42,6 +44,7 @@ pub async fn discover(options: &ConnectOptions) -> Result<Vec<DiscoveredSubsyste
         io_queues: 0,
         kato_ms: 0,
         credentials: None,
+        concat: false,
         ..options.clone()
     };
     let controller = Controller::connect(&options).await?;
@@ -103,5 +106,6 @@ fn usable(entry: &DiscoveryEntry) -> Option<DiscoveredSubsystem> {
         portid: entry.portid.get(),
         referral: entry.subtype == SubsystemType::Referral as u8,
         secure: entry.treq & 3 == treq::SECURE_REQUIRED && entry.tsas[0] == sectype::TLS13,
+        concat: entry.treq & 3 == treq::SECURE_NOT_REQUIRED && entry.tsas[0] == sectype::TLS13,
     })
 }

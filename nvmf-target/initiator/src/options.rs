@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use cryptfold_nvmf_auth::{Names, TlsPsk};
+use cryptfold_nvmf_auth::{Concat, Names, TlsPsk};
 use cryptfold_nvmf_spec::nqn::Nqn;
 use cryptfold_reactor as reactor;
 use uuid::{Builder, Uuid};
@@ -43,6 +43,9 @@ pub struct ConnectOptions {
     pub credentials: Option<Credentials>,
     /// Connect with TLS, by this key.
     pub tls: Option<TlsKey>,
+    /// Secure channel concatenation: authenticate without TLS, and come back with TLS by the key that this has generated. With
+    /// credentials, and no key for TLS.
+    pub concat: bool,
 }
 
 impl ConnectOptions {
@@ -69,6 +72,7 @@ impl ConnectOptions {
             io_timeout: Duration::from_secs(30),
             credentials: None,
             tls: None,
+            concat: false,
         }
     }
 
@@ -112,6 +116,13 @@ impl ConnectOptions {
                 "tls",
                 "hostnqn and subnqn are too long for version 0, or the version does not fit the key".into(),
             );
+        }
+        if self.concat {
+            let offer = self.credentials.as_ref().map(|c| c.offer.clone().with(Concat::New));
+            if self.tls.is_some() || offer.is_none_or(|o| o.hashes.is_empty() || o.groups.is_empty()) {
+                let needs = "credentials with SHA-256 or SHA-384 and a Diffie-Hellman group are needed, and no key for TLS";
+                return bad("concat", needs.into());
+            }
         }
         if self.io_timeout.is_zero() || self.connect_timeout.is_zero() {
             return bad("timeout", "must not be zero".into());

@@ -113,6 +113,18 @@ codes! {
     }
 }
 
+codes! {
+    /// SC_C: what a host wants of secure channel concatenation (NVMe Base 2.0 section 8.13.5, TP 8018). 1 is obsolete.
+    pub enum Concat {
+        /// NOSC: nothing, no key is generated.
+        None = 0, "none";
+        /// NEWTLSPSK, on an Admin Queue without TLS: a key to come back with.
+        New = 2, "new";
+        /// REPLACETLSPSK, on an Admin Queue with TLS by a generated key: another one in its place.
+        Replace = 3, "replace";
+    }
+}
+
 impl HashId {
     /// Bytes of its output.
     pub const fn len_bytes(self) -> usize {
@@ -148,7 +160,7 @@ wire! {
         2 => _rsvd2: [u8; 2],
         /// T_ID: the transaction, chosen by the host.
         4 => pub t_id: U16,
-        /// SC_C: secure channel concatenation; 0 = none.
+        /// SC_C, a [`Concat`] code.
         6 => pub sc_c: u8,
         /// NAPD: protocol descriptors that follow.
         7 => pub napd: u8,
@@ -214,7 +226,7 @@ wire! {
         9 => _rsvd9: u8,
         /// DHVLEN.
         10 => pub dhvlen: U16,
-        /// SEQNUM, S2: not 0 if CVALID is 1.
+        /// SEQNUM, S2: 0 if the controller need not authenticate, whatever CVALID says.
         12 => pub seqnum: U32,
     }
 }
@@ -292,7 +304,7 @@ pub struct Reply<'a> {
     pub seqnum: u32,
     /// R1.
     pub response: &'a [u8],
-    /// C2, if the controller has to authenticate too.
+    /// C2, if the controller has to authenticate too, or a key is generated of it.
     pub challenge: Option<&'a [u8]>,
     /// The host's public value.
     pub public: &'a [u8],
@@ -380,15 +392,20 @@ impl<'a> Reply<'a> {
     /// Takes the answer to a challenge with this hash and group apart.
     ///
     /// # Errors
-    /// Lengths that do not fit the challenge, or a CVALID or SEQNUM that can not be.
-    pub fn parse(message: &'a [u8], hash: HashId, group: DhGroup) -> Result<Self, Failure> {
+    /// Lengths that do not fit the challenge, or a CVALID or SEQNUM that can not be with what was negotiated.
+    pub fn parse(message: &'a [u8], hash: HashId, group: DhGroup, concat: Concat) -> Result<Self, Failure> {
         if types(message)? != (TYPE_DHCHAP, id::REPLY) {
             return Err(Failure::Message);
         }
         let (h, rest) = head::<ReplyHead>(message)?;
         let (hl, dhl) = (hash.len_bytes(), group.len_bytes());
         let fits = usize::from(h.hl) == hl && usize::from(h.dhvlen.get()) == dhl && h.cvalid <= 1;
-        if !fits || rest.len() < 2 * hl + dhl || (h.cvalid == 1 && h.seqnum.get() == 0) {
+        // A challenge is there to be answered, or to generate a key of.
+        let challenged = match concat {
+            Concat::None => h.cvalid == 0 || h.seqnum.get() != 0,
+            Concat::New | Concat::Replace => h.cvalid == 1,
+        };
+        if !fits || rest.len() < 2 * hl + dhl || !challenged {
             return Err(Failure::Payload);
         }
         let (response, rest) = rest.split_at(hl);
@@ -477,9 +494,14 @@ impl Challenge<'_> {
 }
 
 /// AUTH_Negotiate that offers DH-HMAC-CHAP with these hash functions and groups (at most 30 each), by preference.
-pub fn negotiate(t_id: u16, sc_c: u8, hashes: &[HashId], groups: &[DhGroup]) -> Vec<u8> {
-    let head =
-        NegotiateHead { auth_id: id::NEGOTIATE, t_id: t_id.into(), sc_c, napd: 1, ..Default::default() };
+pub fn negotiate(t_id: u16, concat: Concat, hashes: &[HashId], groups: &[DhGroup]) -> Vec<u8> {
+    let head = NegotiateHead {
+        auth_id: id::NEGOTIATE,
+        t_id: t_id.into(),
+        sc_c: concat as u8,
+        napd: 1,
+        ..Default::default()
+    };
     let mut d = ProtocolDescriptor { auth_id: PROTOCOL_DHCHAP, ..Default::default() };
     for (to, from) in d.hashes.iter_mut().zip(hashes) {
         *to = *from as u8;
@@ -530,7 +552,7 @@ mod tests {
 
     #[test]
     fn golden_layouts() {
-        let n = negotiate(0x0102, 0, &[HashId::Sha384, HashId::Sha256], &[DhGroup::Ffdhe3072]);
+        let n = negotiate(0x0102, Concat::None, &[HashId::Sha384, HashId::Sha256], &[DhGroup::Ffdhe3072]);
         assert_eq!(n[..16], [0, 0, 0, 0, 2, 1, 0, 1, 1, 0, 2, 1, 2, 1, 0, 0]);
         assert_eq!((n.len(), n[42]), (72, 2));
         let c = Challenge {
@@ -546,7 +568,7 @@ mod tests {
         assert_eq!(FromController::parse(&bytes), Ok(FromController::Challenge(c)));
         let r = Reply { t_id: 7, seqnum: 5, response: &[1; 32], challenge: Some(&[2; 32]), public: &[] };
         assert_eq!(r.build()[..16], [1, 2, 0, 0, 7, 0, 32, 0, 1, 0, 0, 0, 5, 0, 0, 0]);
-        assert_eq!(Reply::parse(&r.build(), HashId::Sha256, DhGroup::Null), Ok(r));
+        assert_eq!(Reply::parse(&r.build(), HashId::Sha256, DhGroup::Null, Concat::None), Ok(r));
         assert_eq!(failure(false, 7, Failure::Hash), [0, 0xf1, 0, 0, 7, 0, 1, 4]);
         assert_eq!(failure(true, 7, Failure::Failed), [0, 0xf0, 0, 0, 7, 0, 1, 1]);
         let s = success1(7, HashId::Sha256, Some(&[3; 32]));
@@ -561,12 +583,30 @@ mod tests {
         for (at, value) in [(6, 48), (6, 0), (8, 2), (10, 1), (11, 1), (12, 0)] {
             let mut bad = good.clone();
             bad[at] = value;
-            assert_eq!(Reply::parse(&bad, HashId::Sha256, DhGroup::Null), Err(Failure::Payload), "byte {at}");
+            assert_eq!(
+                Reply::parse(&bad, HashId::Sha256, DhGroup::Null, Concat::None),
+                Err(Failure::Payload),
+                "byte {at}"
+            );
         }
         for n in 0..good.len() {
-            assert!(Reply::parse(&good[..n], HashId::Sha256, DhGroup::Null).is_err(), "{n} bytes");
+            assert!(
+                Reply::parse(&good[..n], HashId::Sha256, DhGroup::Null, Concat::None).is_err(),
+                "{n} bytes"
+            );
         }
-        let good = negotiate(1, 0, &[HashId::Sha256], &[DhGroup::Null]);
+        // To generate a key, a challenge has to come, and need not be answered.
+        let unanswered = Reply { seqnum: 0, ..r }.build();
+        let parse =
+            |m: &[u8], concat| Reply::parse(m, HashId::Sha256, DhGroup::Null, concat).map(|r| r.seqnum);
+        assert_eq!(parse(&unanswered, Concat::None), Err(Failure::Payload));
+        let none = Reply { challenge: None, ..r }.build();
+        assert_eq!(parse(&none, Concat::None), Ok(5));
+        for concat in [Concat::New, Concat::Replace] {
+            assert_eq!((parse(&unanswered, concat), parse(&good, concat)), (Ok(0), Ok(5)));
+            assert_eq!(parse(&none, concat), Err(Failure::Payload));
+        }
+        let good = negotiate(1, Concat::None, &[HashId::Sha256], &[DhGroup::Null]);
         for (at, value) in [(7, 0), (7, 2), (7, 255)] {
             let mut bad = good.clone();
             bad[at] = value;
@@ -601,7 +641,9 @@ mod tests {
             let _ = FromController::parse(&message);
             for h in HashId::ALL {
                 for g in DhGroup::ALL {
-                    let _ = Reply::parse(&message, *h, *g);
+                    for c in Concat::ALL {
+                        let _ = Reply::parse(&message, *h, *g, *c);
+                    }
                 }
             }
         }

@@ -18,11 +18,11 @@ use cryptfold_reactor::sync::Semaphore;
 use cryptfold_reactor::{self as reactor, Handle, Poller, PollerGuard, SleepVerdict};
 
 use crate::conn::Conn;
-use crate::port::Port;
+use crate::port::{Port, PortSecurity};
 use crate::stats::Totals;
 use crate::subsystem::{Namespace, NsChannel, unique};
 use crate::target::Shared;
-use crate::tls::{TargetKeys, TlsWire};
+use crate::tls::{EitherWire, TargetKeys, TlsWire};
 use crate::watch::{Ready, WatchId, Watcher, Watches};
 use crate::wire::Wire;
 
@@ -157,10 +157,11 @@ impl Group {
 
     /// Takes a new stream in, which [`Seat::load`] counts already. `peer`: the host's address, for people.
     pub fn adopt(self: &Rc<Self>, wire: Box<dyn Wire>, port: Arc<Port>, peer: String) {
-        let wire = match port.secure {
-            false => Ok(wire),
-            true => TlsWire::new(wire, Arc::new(TargetKeys(Arc::downgrade(&self.target))))
-                .map(|w| Box::new(w) as Box<dyn Wire>),
+        let keys = |generated| Arc::new(TargetKeys { target: Arc::downgrade(&self.target), generated });
+        let wire = match port.security {
+            PortSecurity::None => Ok(wire),
+            PortSecurity::Tls => TlsWire::new(wire, keys(false)).map(|w| Box::new(w) as Box<dyn Wire>),
+            PortSecurity::Concatenation => Ok(Box::new(EitherWire::new(wire, keys(true))) as Box<dyn Wire>),
         };
         let wire = match wire {
             Ok(wire) => wire,

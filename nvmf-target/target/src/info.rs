@@ -7,7 +7,7 @@ use cryptfold_nvmf_spec::log::AnaState;
 use uuid::Uuid;
 
 use crate::stats::Totals;
-use crate::{ListenAddr, SubsystemOptions};
+use crate::{ListenAddr, PortSecurity, SubsystemOptions};
 
 /// A namespace.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,8 +37,8 @@ pub struct ListenerInfo {
     pub addr: ListenAddr,
     /// State of each ANA group, 1 to the number of namespaces at most.
     pub ana_states: Vec<(u32, AnaState)>,
-    /// Only TLS is spoken there.
-    pub secure: bool,
+    /// TLS there.
+    pub security: PortSecurity,
 }
 
 /// A host of a subsystem's list, with the names of its keys.

@@ -23,6 +23,7 @@ mod budget;
 mod conn;
 mod controller;
 mod error;
+mod generated;
 mod group;
 mod info;
 mod io;
@@ -47,6 +48,7 @@ pub use info::{
     SubsystemInfo,
 };
 pub use options::{ListenAddr, NsOptions, SubsystemOptions, TransportOptions};
+pub use port::PortSecurity;
 pub use stats::Totals;
 pub use subsystem::Namespace;
 pub use target::Target;

@@ -17,7 +17,7 @@ use cryptfold_nvmf_spec::fabrics::{Connect, ConnectData, ConnectReject, ipo};
 use cryptfold_nvmf_spec::log::{
     AddressFamily, AnaState, DiscoveryEntry, DiscoveryHeader, SubsystemType, sectype, treq,
 };
-use cryptfold_nvmf_spec::{Cntlid, Nqn, Nsid, nqn};
+use cryptfold_nvmf_spec::{Cntlid, Nqn, Nsid, Qid, nqn};
 use cryptfold_reactor::{self as reactor, Handle};
 use uuid::Uuid;
 use zerocopy::IntoBytes;
@@ -25,12 +25,13 @@ use zerocopy::IntoBytes;
 use crate::budget::{Hosts, Place};
 use crate::controller::events::EventKind;
 use crate::controller::{Controller, Host, NewController, QueueRef};
+use crate::generated::GeneratedKeys;
 use crate::group::{Group, LOAD_CONNECTION, Seat};
 use crate::info::{
     ControllerInfo, DiscoveryFilter, HostInfo, ListenerInfo, NsInfo, PollGroupStats, QpairInfo, Referral,
     SubsystemInfo,
 };
-use crate::port::Port;
+use crate::port::{Port, PortSecurity};
 use crate::stats::Totals;
 use crate::subsystem::{Listener, Subsystem, locked, unique};
 use crate::wire::{TcpWire, TlsPeer, Wire};
@@ -72,6 +73,7 @@ pub(crate) struct Shared {
     /// Connections now.
     pub connections: AtomicU32,
     pub hosts: Hosts,
+    pub generated: GeneratedKeys,
     state: Mutex<State>,
 }
 
@@ -82,6 +84,8 @@ pub(crate) struct NewQueue<'a> {
     pub port: &'a Arc<Port>,
     pub options: &'a Arc<TransportOptions>,
     pub queue: QueueRef,
+    /// What TLS says about the host.
+    pub tls: Option<&'a TlsPeer>,
 }
 
 impl Shared {
@@ -113,10 +117,32 @@ impl Shared {
         self.find(subnqn)?.access(hostnqn).psk.map(|k| k.key)
     }
 
-    /// Why TLS (or that there is none) keeps this host from connecting.
-    pub fn tls_refuses(&self, names: &Names, tls: Option<&TlsPeer>) -> Option<&'static str> {
-        let has_key = self.psk(&names.subsystem, &names.host).is_some();
-        TlsPeer::refuses(tls, &names.host, &names.subsystem, has_key)
+    /// Whether a host of a subsystem has a DH-HMAC-CHAP secret.
+    pub fn authenticates(&self, subnqn: &str, hostnqn: &str) -> bool {
+        self.find(subnqn).is_some_and(|s| s.access(hostnqn).dhchap.is_some())
+    }
+
+    /// Why TLS (or that there is none) keeps this host from connecting a queue at this port.
+    pub fn tls_refuses(
+        &self,
+        names: &Names,
+        tls: Option<&TlsPeer>,
+        port: &Port,
+        qid: Qid,
+    ) -> Option<&'static str> {
+        let subsystem = self.find(&names.subsystem);
+        let access = subsystem.as_ref().map(|s| s.access(&names.host)).unwrap_or_default();
+        let why = TlsPeer::refuses(tls, &names.host, &names.subsystem, access.psk.is_some());
+        // Who asks what there is to be found has nothing to be kept secret.
+        let secret = subsystem.is_some_and(|s| !s.discovery);
+        let demanded = port.security == PortSecurity::Concatenation && tls.is_none() && secret;
+        match why {
+            None if demanded && !qid.is_admin() => Some("I/O queues come with TLS at this port"),
+            None if demanded && access.dhchap.is_none() => {
+                Some("at this port a host without TLS has to authenticate, and it has no DH-HMAC-CHAP key")
+            }
+            why => why,
+        }
     }
 
     /// Gives an accepted socket to the least loaded reactor.
@@ -156,6 +182,12 @@ impl Shared {
         if !qid.is_admin() {
             let controller = subsystem.tables().controllers.get(&names.cntlid.0).cloned();
             let controller = controller.ok_or(ConnectReject::Data(ipo::CNTLID))?;
+            let generated = n.tls.and_then(|t| t.generated.as_deref());
+            // A queue is as secure as the association, by its own key.
+            let fits = generated.is_none_or(|identity| self.generated.is_used(identity, &controller));
+            if !fits || n.tls.is_none() && controller.has_tls() {
+                return Err(ConnectReject::Host);
+            }
             controller.attach(qid, &host, n.queue)?;
             return Ok((controller, place));
         }
@@ -176,6 +208,12 @@ impl Shared {
             })
         });
         let controller = made.ok_or(ConnectReject::Busy)?;
+        if let Some(identity) = n.tls.and_then(|t| t.generated.as_deref())
+            && !self.generated.claim(identity, &controller)
+        {
+            subsystem.remove_controller(controller.cntlid);
+            return Err(ConnectReject::Host);
+        }
         tracing::info!("{}: controller {} for {}", subsystem.nqn(), controller.cntlid, controller.host.nqn);
         Ok((controller, place))
     }
@@ -209,10 +247,12 @@ impl Shared {
                 let entry = DiscoveryEntry::tcp(SubsystemType::Nvm, family, &traddr, &trsvcid, port.id, name);
                 if let Some(mut entry) = entry {
                     entry.asqsz = asqsz.into();
-                    if port.secure {
-                        entry.treq = treq::SECURE_REQUIRED;
-                        entry.tsas[0] = sectype::TLS13;
-                    }
+                    (entry.treq, entry.tsas[0]) = match port.security {
+                        PortSecurity::None => (entry.treq, sectype::NONE),
+                        PortSecurity::Tls => (treq::SECURE_REQUIRED, sectype::TLS13),
+                        // TLS need not be there from the start. Hosts understand that they are to concatenate.
+                        PortSecurity::Concatenation => (treq::SECURE_NOT_REQUIRED, sectype::TLS13),
+                    };
                     entry.treq |= treq::DISABLE_SQ_FLOW_CONTROL;
                     entries.push(entry);
                 }
@@ -273,6 +313,7 @@ impl Target {
             generation: AtomicU64::new(0),
             connections: AtomicU32::new(0),
             hosts: Hosts::default(),
+            generated: GeneratedKeys::default(),
             state: Mutex::new(State {
                 transport: None,
                 subsystems: vec![Subsystem::new(discovery, true)],
@@ -355,6 +396,7 @@ impl Target {
         let devices: Vec<_> =
             subsystem.nsids().into_iter().filter_map(|n| subsystem.remove_ns(n).ok()).collect();
         subsystem.tables().listeners.clear();
+        self.shared.generated.wipe(nqn, None);
         self.shared.state().subsystems.retain(|s| !Arc::ptr_eq(s, &subsystem));
         self.close_unused_ports();
         self.shared.discovery_changed();
@@ -420,19 +462,19 @@ impl Target {
     /// # Errors
     /// Unknown subsystem, no transport, listens there already, or the system's refusal (port in use).
     pub fn add_listener(&self, nqn: &str, addr: &ListenAddr) -> Result<ListenAddr, TargetError> {
-        self.listen(nqn, addr, false)
+        self.add_secure_listener(nqn, addr, PortSecurity::None)
     }
 
-    /// As [`Target::add_listener`], for TLS only: hosts need a key (`psk`), the one of the host and subsystem of their
-    /// Connect.
+    /// As [`Target::add_listener`], with what of TLS is spoken there.
     ///
     /// # Errors
-    /// As [`Target::add_listener`]; the port is one without TLS already, or the other way round.
-    pub fn add_tls_listener(&self, nqn: &str, addr: &ListenAddr) -> Result<ListenAddr, TargetError> {
-        self.listen(nqn, addr, true)
-    }
-
-    fn listen(&self, nqn: &str, addr: &ListenAddr, secure: bool) -> Result<ListenAddr, TargetError> {
+    /// As [`Target::add_listener`]; the port is used otherwise already.
+    pub fn add_secure_listener(
+        &self,
+        nqn: &str,
+        addr: &ListenAddr,
+        security: PortSecurity,
+    ) -> Result<ListenAddr, TargetError> {
         let subsystem = self.subsystem(nqn)?;
         let port = {
             let mut s = self.running()?;
@@ -440,13 +482,13 @@ impl Target {
                 return Err(TargetError::NoTransport("TCP".into()));
             }
             match s.ports.iter().find(|p| p.port.addr == *addr && addr.port != 0) {
-                Some(p) if p.port.secure != secure => {
-                    let now = if secure { "without TLS" } else { "for TLS only" };
+                Some(p) if p.port.security != security => {
+                    let now = p.port.security.name();
                     let why = format!("{addr} is used {now} already; choose another trsvcid");
                     return Err(TargetError::Invalid("secure_channel", why));
                 }
                 Some(p) => p.port.clone(),
-                None => self.bind(&mut s, addr, secure)?,
+                None => self.bind(&mut s, addr, security)?,
             }
         };
         self.join_port(&subsystem, &port)?;
@@ -462,7 +504,7 @@ impl Target {
         let port = {
             let mut s = self.running()?;
             let known = s.ports.iter().find(|p| p.port.addr == *addr).map(|p| p.port.clone());
-            known.unwrap_or_else(|| add_port(&mut s, addr.clone(), None, false))
+            known.unwrap_or_else(|| add_port(&mut s, addr.clone(), None, PortSecurity::None))
         };
         self.join_port(&subsystem, &port)
     }
@@ -493,7 +535,12 @@ impl Target {
         Ok(())
     }
 
-    fn bind(&self, s: &mut State, addr: &ListenAddr, secure: bool) -> Result<Arc<Port>, TargetError> {
+    fn bind(
+        &self,
+        s: &mut State,
+        addr: &ListenAddr,
+        security: PortSecurity,
+    ) -> Result<Arc<Port>, TargetError> {
         let what = || format!("listen on {addr}");
         let hint = |e: &std::io::Error| match e.kind() {
             std::io::ErrorKind::AddrInUse => "stop what listens there, or choose another trsvcid",
@@ -506,7 +553,7 @@ impl Target {
         socket.set_nonblocking(true).map_err(fail)?;
         let actual = ListenAddr { ip: addr.ip, port: socket.local_addr().map_err(fail)?.port() };
         let key = unique();
-        let port = add_port(s, actual, Some(key), secure);
+        let port = add_port(s, actual, Some(key), security);
         let (id, listening) = (self.shared.id, port.clone());
         let first = self.shared.seats.first().ok_or(TargetError::Stopped)?;
         first.handle.send(move || {
@@ -675,6 +722,7 @@ impl Target {
         if subsystem.tables().hosts.remove(host).is_none() {
             return Err(TargetError::NoHost { nqn: nqn.into(), host: host.into() });
         }
+        self.shared.generated.wipe(nqn, Some(host));
         self.shared.discovery_changed();
         if subsystem.tables().allow_any_host {
             return Ok(());
@@ -701,6 +749,11 @@ impl Target {
     /// Memory that is set aside for the data of hosts' commands now, bytes.
     pub fn buffer_bytes(&self) -> u64 {
         self.shared.hosts.used()
+    }
+
+    /// Keys for TLS that DH-HMAC-CHAP has generated and that are not wiped yet.
+    pub fn generated_keys(&self) -> usize {
+        self.shared.generated.count()
     }
 
     /// Listeners of a subsystem.
@@ -891,8 +944,8 @@ impl Drop for Target {
     }
 }
 
-fn add_port(s: &mut State, addr: ListenAddr, key: Option<u64>, secure: bool) -> Arc<Port> {
-    let port = Arc::new(Port { id: s.next_port, addr, secure });
+fn add_port(s: &mut State, addr: ListenAddr, key: Option<u64>, security: PortSecurity) -> Arc<Port> {
+    let port = Arc::new(Port { id: s.next_port, addr, security });
     s.next_port = s.next_port.wrapping_add(1);
     s.ports.push(Listening { port: port.clone(), key });
     port
@@ -948,7 +1001,7 @@ fn describe(s: &Subsystem) -> SubsystemInfo {
             .iter()
             .map(|g| (*g, l.ana.get(g).copied().unwrap_or(AnaState::Optimized)))
             .collect(),
-        secure: l.port.secure,
+        security: l.port.security,
     };
     let host = |(nqn, a): (&String, &HostAccess)| HostInfo {
         nqn: nqn.clone(),

@@ -1,9 +1,10 @@
-//! TLS over a wire: the session of `nvmf-tls` between a connection and its stream, and where it finds keys.
+//! TLS over a wire: the session of `nvmf-tls` between a connection and its stream, and where it finds keys; and wires whose hosts
+//! begin with TLS or without it.
 //!
 //! The handshake happens inside of receiving: until it is done a wire gives nothing and takes nothing, and the connection is
 //! where a plain one waits for ICReq, under the same deadline.
 
-use std::cell::RefCell;
+use std::cell::{Cell, OnceCell, RefCell};
 use std::io::{self, IoSlice, IoSliceMut};
 use std::net::Shutdown;
 use std::os::fd::AsFd;
@@ -27,6 +28,8 @@ pub struct TlsPeer {
     pub subsystem: String,
     /// Cipher suite, when proven.
     pub cipher: String,
+    /// The identity of a key that DH-HMAC-CHAP has generated, if it is one.
+    pub generated: Option<String>,
 }
 
 impl TlsPeer {
@@ -48,12 +51,21 @@ impl TlsPeer {
 }
 
 /// The keys of a target's hosts, as they are at the moment of a handshake.
-pub(crate) struct TargetKeys(pub Weak<Shared>);
+pub(crate) struct TargetKeys {
+    pub target: Weak<Shared>,
+    /// Generated ones as well.
+    pub generated: bool,
+}
 
 impl Keys for TargetKeys {
     fn find(&self, identity: &str) -> Option<TlsPsk> {
         let claimed = Identity::parse(identity)?;
-        let psk = self.0.upgrade()?.psk(claimed.subsystem, claimed.host)?;
+        let target = self.target.upgrade()?;
+        if claimed.generated {
+            let may = self.generated && target.authenticates(claimed.subsystem, claimed.host);
+            return target.generated.find(identity).filter(|_| may);
+        }
+        let psk = target.psk(claimed.subsystem, claimed.host)?;
         let names = Names { host: claimed.host.into(), subsystem: claimed.subsystem.into() };
         psk.find(&names, identity)
     }
@@ -84,6 +96,110 @@ impl TlsWire {
     }
 }
 
+/// A wire whose first byte was looked at, and is given out again.
+struct Peeked {
+    first: Cell<Option<u8>>,
+    below: Box<dyn Wire>,
+}
+
+impl Wire for Peeked {
+    fn recv(&self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        let Some(first) = self.first.get() else { return self.below.recv(bufs) };
+        // A first receive has one buffer. What follows comes with the byte: less than there is room for means that there is no more.
+        let Some(buf) = bufs.first_mut().filter(|b| !b.is_empty()) else { return Ok(0) };
+        let (head, rest) = buf.split_at_mut(1);
+        let more = match self.below.recv(&mut [IoSliceMut::new(rest)]) {
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => 0,
+            other => other?,
+        };
+        head[0] = first;
+        self.first.set(None);
+        Ok(1 + more)
+    }
+    fn send(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.below.send(bufs)
+    }
+    fn shutdown(&self, how: Shutdown) {
+        self.below.shutdown(how);
+    }
+    fn descriptor(&self) -> Option<Rc<dyn AsFd>> {
+        self.below.descriptor()
+    }
+    fn on_ready(&self, wake: Wake) {
+        self.below.on_ready(wake);
+    }
+}
+
+/// Whether a stream that begins so is TLS: a handshake record, or the alert of somebody who gives up.
+fn is_tls(first: u8) -> bool {
+    // Types of records (RFC 8446 section 5.1); ICReq begins with 0 (NVMe/TCP 1.0 section 3.6.2.2).
+    matches!(first, 21 | 22)
+}
+
+/// A wire with TLS or without it, as its host begins.
+pub(crate) struct EitherWire {
+    /// Until the first byte has come.
+    below: RefCell<Option<Box<dyn Wire>>>,
+    keys: Arc<dyn Keys>,
+    known: OnceCell<Box<dyn Wire>>,
+}
+
+impl EitherWire {
+    pub fn new(below: Box<dyn Wire>, keys: Arc<dyn Keys>) -> EitherWire {
+        EitherWire { below: RefCell::new(Some(below)), keys, known: OnceCell::new() }
+    }
+
+    /// The wire as the host began. `None`: the stream has ended before.
+    fn known(&self) -> io::Result<Option<&dyn Wire>> {
+        if let Some(wire) = self.known.get() {
+            return Ok(Some(&**wire));
+        }
+        let mut waiting = self.below.borrow_mut();
+        let Some(below) = waiting.take() else { return Ok(None) };
+        let mut first = [0];
+        match below.recv(&mut [IoSliceMut::new(&mut first)]) {
+            Ok(1) => {}
+            other => {
+                *waiting = Some(below);
+                return other.map(|_| None);
+            }
+        }
+        let peeked = Box::new(Peeked { first: Cell::new(Some(first[0])), below });
+        let wire: Box<dyn Wire> =
+            if is_tls(first[0]) { Box::new(TlsWire::new(peeked, self.keys.clone())?) } else { peeked };
+        Ok(Some(&**self.known.get_or_init(|| wire)))
+    }
+
+    /// The wire, or what is below as long as the host has not begun.
+    fn any<T>(&self, f: impl FnOnce(&dyn Wire) -> T) -> Option<T> {
+        match self.known.get() {
+            Some(wire) => Some(f(&**wire)),
+            None => self.below.borrow().as_deref().map(f),
+        }
+    }
+}
+
+impl Wire for EitherWire {
+    fn recv(&self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        self.known()?.map_or(Ok(0), |wire| wire.recv(bufs))
+    }
+    fn send(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.known.get().map_or(Err(io::ErrorKind::WouldBlock.into()), |wire| wire.send(bufs))
+    }
+    fn shutdown(&self, how: Shutdown) {
+        self.any(|wire| wire.shutdown(how));
+    }
+    fn descriptor(&self) -> Option<Rc<dyn AsFd>> {
+        self.any(|wire| wire.descriptor())?
+    }
+    fn on_ready(&self, wake: Wake) {
+        self.any(|wire| wire.on_ready(wake));
+    }
+    fn tls(&self) -> Option<TlsPeer> {
+        self.known.get()?.tls()
+    }
+}
+
 impl Wire for TlsWire {
     fn recv(&self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
         self.session.borrow_mut().recv(&RawWire(&*self.below), bufs)
@@ -111,6 +227,7 @@ impl Wire for TlsWire {
             host: names.map(|n| n.host.to_owned()).unwrap_or_default(),
             subsystem: names.map(|n| n.subsystem.to_owned()).unwrap_or_default(),
             cipher: session.cipher().unwrap_or_default().to_owned(),
+            generated: text.filter(|_| names.is_some_and(|n| n.generated)).map(str::to_owned),
         })
     }
 }

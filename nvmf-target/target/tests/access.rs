@@ -2,9 +2,9 @@
 
 mod common;
 
-use common::{Client, HOST, NQN, Rig, read_sqe, wait};
+use common::{Client, HOST, NQN, Rig, auth_receive, auth_send, read_sqe, wait};
 use cryptfold_bdev_malloc::MallocOptions;
-use cryptfold_nvmf_auth::{DhGroup, Entropy, HashId, Host, HostNext, Names, Offer, Secret};
+use cryptfold_nvmf_auth::{Concat, DhGroup, Entropy, HashId, Host, HostNext, Names, Offer, Secret};
 use cryptfold_nvmf_spec::auth::{self, Failure};
 use cryptfold_nvmf_spec::fabrics::{Authentication, ConnectResult, PropertyCommand};
 use cryptfold_nvmf_spec::identify::Cns;
@@ -145,16 +145,6 @@ fn challenged(rig: &Rig) -> Client {
     c
 }
 
-fn auth_send(c: &mut Client, message: &[u8]) -> Status {
-    let sqe = Sqe::from_view(&Authentication::send(Cid(0), message.len() as u32));
-    c.run(sqe, message, &[]).0.status().code()
-}
-
-fn auth_receive(c: &mut Client, len: u32) -> (Status, Vec<u8>) {
-    let (cqe, data) = c.run(Sqe::from_view(&Authentication::receive(Cid(0), len)), &[], &[]);
-    (cqe.status().code(), data)
-}
-
 fn closed(c: &mut Client) {
     assert_eq!(c.recv(), common::Pdu::Closed);
 }
@@ -188,7 +178,7 @@ fn nothing_goes_before_authentication() {
 fn lies_in_messages_end_the_connection() {
     let rig = secured(TransportOptions::default());
     let (_other_admin, mut other_io) = host(&rig, OTHER);
-    let negotiate = auth::negotiate(3, 0, HashId::ALL, NULL);
+    let negotiate = auth::negotiate(3, Concat::None, HashId::ALL, NULL);
     let failure = |why| auth::failure(false, 3, why);
     let starts = |data: &[u8], message: &[u8]| data.starts_with(message);
 
@@ -244,7 +234,7 @@ fn prove(c: &mut Client) {
     let names = Names { host: HOST.into(), subsystem: NQN.into() };
     let key = Secret::new(&[7; 32], None).expect("32 bytes");
     let entropy = Entropy::draw(|bytes| bytes.fill(5));
-    let (mut host, mut message) = Host::start(names, key, None, Offer::default(), 3);
+    let (mut host, mut message) = Host::start(names, key, None, Offer::default(), Concat::None, 3);
     loop {
         assert_eq!(auth_send(c, &message), Status::SUCCESS);
         match host.receive(&auth_receive(c, 4096).1, &entropy) {
@@ -288,7 +278,7 @@ fn silence_and_sudden_ends_while_authenticating() {
     let rig = secured(TransportOptions { auth_timeout_ms: 600, ..Default::default() });
     let mut silent = challenged(&rig);
     let mut half = challenged(&rig);
-    let message = auth::negotiate(3, 0, HashId::ALL, DhGroup::ALL);
+    let message = auth::negotiate(3, Concat::None, HashId::ALL, DhGroup::ALL);
     half.submit(&Sqe::from_view(&Authentication::send(Cid(9), message.len() as u32)), &message);
     closed(&mut silent);
     // Its message may have come too late on a slow machine.
@@ -298,12 +288,12 @@ fn silence_and_sudden_ends_while_authenticating() {
     // Gone while the exponentiation is under way elsewhere.
     for _ in 0..50 {
         let mut c = challenged(&rig);
-        let message = auth::negotiate(3, 0, HashId::ALL, &[DhGroup::Ffdhe4096]);
+        let message = auth::negotiate(3, Concat::None, HashId::ALL, &[DhGroup::Ffdhe4096]);
         let sqe = Sqe::from_view(&Authentication::send(Cid(9), message.len() as u32));
         c.submit(&sqe, &message);
     }
     rig.wait_empty();
     let mut c = challenged(&rig);
-    assert_eq!(auth_send(&mut c, &auth::negotiate(3, 0, HashId::ALL, NULL)), Status::SUCCESS);
+    assert_eq!(auth_send(&mut c, &auth::negotiate(3, Concat::None, HashId::ALL, NULL)), Status::SUCCESS);
     assert_eq!(auth_receive(&mut c, 4096).1[..2], [1, 1], "still there");
 }

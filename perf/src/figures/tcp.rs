@@ -8,7 +8,7 @@ use std::time::Duration;
 use cryptfold_bdev::{Queue, Registry};
 use cryptfold_nvmf_initiator::{ConnectOptions, Controller, HashId, Psk, TlsKey, Version};
 use cryptfold_nvmf_target::{
-    HostAccess, ListenAddr, Named, NsOptions, SubsystemOptions, Target, TransportOptions,
+    HostAccess, ListenAddr, Named, NsOptions, PortSecurity, SubsystemOptions, Target, TransportOptions,
 };
 use cryptfold_reactor::Handle;
 
@@ -92,7 +92,7 @@ fn target(registry: &Arc<Registry>, reactor: &Handle) -> Result<(Target, Ports),
     let any = std::net::SocketAddr::from(([127, 0, 0, 1], 0)).into();
     let ports = Ports {
         plain: target.add_listener(NQN, &any).map_err(text)?,
-        tls: target.add_tls_listener(NQN, &any).map_err(text)?,
+        tls: target.add_secure_listener(NQN, &any, PortSecurity::Tls).map_err(text)?,
     };
     for hash in [HashId::Sha256, HashId::Sha384] {
         let (host, key) = key(hash)?;

@@ -392,7 +392,12 @@ pub fn auth_message(rng: &mut Rng) -> Command {
         return c;
     }
     let mut message = match rng.below(6) {
-        0..3 => auth::negotiate(3, 0, HashId::ALL, pick(rng, &[&[DhGroup::Null][..], DhGroup::ALL])),
+        0..3 => auth::negotiate(
+            3,
+            pick(rng, auth::Concat::ALL),
+            HashId::ALL,
+            pick(rng, &[&[DhGroup::Null][..], DhGroup::ALL]),
+        ),
         3 => auth::success2(3),
         4 => auth::failure(true, 3, Failure::Failed),
         _ => {

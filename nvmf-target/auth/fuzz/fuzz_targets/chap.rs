@@ -5,7 +5,7 @@
 #![no_main]
 
 use cryptfold_nvmf_auth::{
-    Controller, DhGroup, Entropy, HashId, Host, HostNext, Names, Offer, Progress, Secret,
+    Concat, Controller, DhGroup, Entropy, HashId, Host, HostNext, Names, Offer, Progress, Secret,
 };
 use cryptfold_nvmf_spec::auth::{FromController, FromHost, Reply};
 use libfuzzer_sys::fuzz_target;
@@ -28,9 +28,12 @@ fuzz_target!(|bytes: &[u8]| {
     let Some((switches, mut rest)) = bytes.split_first() else { return };
     let secret = |n: u8| Secret::new(&[n; 32], None).expect("32 bytes");
     let own = (switches & 1 != 0).then(|| secret(2));
-    let mut controller = Controller::new(names(), secret(1), own, offer());
+    let concat = Concat::ALL[usize::from(switches >> 1) % Concat::ALL.len()];
+    let mut controller = Controller::new(names(), secret(1), own, offer(), Concat::ALL);
     // The host of this fuzzer has another secret: whatever it says, it must not get in, nor believe the controller.
-    let (mut host, negotiate) = Host::start(names(), secret(3), Some(secret(4)), offer(), 7);
+    let theirs = (switches & 8 == 0).then(|| secret(4));
+    let asks = theirs.is_some();
+    let (mut host, negotiate) = Host::start(names(), secret(3), theirs, offer(), concat, 7);
     let mut answer = negotiate;
     let mut entropy = 1u8;
     let mut failed = None;
@@ -44,7 +47,9 @@ fuzz_target!(|bytes: &[u8]| {
                 let (message, tail) = tail.split_at(usize::from(*len).min(tail.len()));
                 rest = tail;
                 let _ = (FromHost::parse(message), FromController::parse(message));
-                let _ = Reply::parse(message, HashId::Sha256, DhGroup::Ffdhe2048);
+                for concat in Concat::ALL {
+                    let _ = Reply::parse(message, HashId::Sha256, DhGroup::Ffdhe2048, *concat);
+                }
                 controller.receive(message, &fresh);
             }
             1 => {
@@ -54,6 +59,7 @@ fuzz_target!(|bytes: &[u8]| {
                 if let Some(message) = controller.send() {
                     match host.receive(&message, &fresh) {
                         HostNext::Send(m) | HostNext::Failed(_, Some(m)) => answer = m,
+                        HostNext::Done if !asks => {}
                         HostNext::Finish(_) | HostNext::Done => panic!("the host believes a stranger"),
                         HostNext::Failed(_, None) => {}
                     }
@@ -71,6 +77,7 @@ fuzz_target!(|bytes: &[u8]| {
         }
         let now = controller.progress();
         assert!(!matches!(now, Progress::Done(..)), "a stranger is authenticated");
+        assert!(controller.take_key().is_none() && host.take_key().is_none(), "a stranger has a key");
         assert!(failed.is_none_or(|f| f == now), "a failure is final");
         if matches!(now, Progress::Failed(_)) {
             failed = Some(now);

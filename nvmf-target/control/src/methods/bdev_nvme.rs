@@ -122,6 +122,9 @@ params! {
         psk: Option<String>,
         /// Version of the TLS identity, 0 (as SPDK) or 1. Ours.
         psk_version: u8 = 0,
+        /// Secure channel concatenation: authenticates without TLS (`dhchap_key`), and comes back with TLS by the key that this
+        /// generates. Without `psk`. Ours.
+        secure_concatenation: bool = false,
         /// Devices at most.
         max_bdevs: u32 = 128,
         /// Key of the keyring that this host proves itself with.
@@ -388,7 +391,8 @@ fn saved(p: &Attach, hostnqn: &str) -> Value {
         "fabrics_connect_timeout_us": p.fabrics_connect_timeout_us, "multipath": p.multipath.word(),
         "num_io_queues": p.num_io_queues, "ctrlr_loss_timeout_sec": p.ctrlr_loss_timeout_sec,
         "reconnect_delay_sec": p.reconnect_delay_sec, "fast_io_fail_timeout_sec": p.fast_io_fail_timeout_sec,
-        "psk": p.psk, "psk_version": p.psk.as_ref().map(|_| p.psk_version), "max_bdevs": p.max_bdevs,
+        "psk": p.psk, "psk_version": p.psk.as_ref().map(|_| p.psk_version),
+        "secure_concatenation": p.secure_concatenation.then_some(true), "max_bdevs": p.max_bdevs,
         "dhchap_key": p.dhchap_key, "dhchap_ctrlr_key": p.dhchap_ctrlr_key,
     });
     Value::Object(object(all))
@@ -443,6 +447,11 @@ fn attach_tcp(c: &Control, p: Attach) -> RpcResult {
     };
     let psk = ring_key(c, "psk", p.psk.clone(), Psk::parse)?;
     connect.tls = psk.map(|n| TlsKey { psk: n.key, version });
+    connect.concat = p.secure_concatenation;
+    if connect.concat && (connect.tls.is_some() || connect.credentials.is_none()) {
+        let why = "secure_concatenation: needs dhchap_key, and no psk";
+        return Err(RpcError::params(why));
+    }
     let retries = defaults.get("bdev_retry_count").and_then(Value::as_i64).unwrap_or(3);
     let attachment = AttachOptions {
         name: p.name.clone(),

@@ -2,8 +2,8 @@
 
 use cryptfold_nvmf_auth::{DhGroup, HashId, Offer, Psk, Secret};
 use cryptfold_nvmf_target::{
-    AnaState, DiscoveryFilter, HostAccess, HostInfo, ListenAddr, Named, NsOptions, Referral, SubsystemInfo,
-    SubsystemOptions, Target, TargetError, TransportOptions,
+    AnaState, DiscoveryFilter, HostAccess, HostInfo, ListenAddr, Named, NsOptions, PortSecurity, Referral,
+    SubsystemInfo, SubsystemOptions, Target, TargetError, TransportOptions,
 };
 use serde_json::{Map, Value, json};
 use uuid::Uuid;
@@ -181,7 +181,7 @@ params! {
         connect_timeout_ms: u32 = TransportOptions::default().connect_timeout_ms,
         /// Milliseconds in which a host has to authenticate. Ours.
         auth_timeout_ms: u32 = TransportOptions::default().auth_timeout_ms,
-        /// Milliseconds in which a host has to send data that it was asked for, and to take some of what it is sent. Ours.
+        /// Milliseconds in which a host has to send data that it was asked for or the other half of a fused operation, and to take some of what it is sent. Ours.
         r2t_timeout_ms: u32 = TransportOptions::default().r2t_timeout_ms,
         /// Connections of all hosts. Ours.
         max_connections: u32 = TransportOptions::default().max_connections,
@@ -265,6 +265,9 @@ params! {
         listen_address: Address,
         /// TLS only: hosts need a key (`psk` of `nvmf_subsystem_add_host`).
         secure_channel: bool = false,
+        /// Secure channel concatenation: hosts authenticate without TLS (`dhchap_key` of `nvmf_subsystem_add_host`), and come back with
+        /// TLS by the key that this generates. Without TLS there is no I/O. Hosts with a `psk` come with TLS at once. Ours.
+        secure_concatenation: bool = false,
         /// ANA state of all groups there.
         ana_state: Option<Ana>,
         /// No effect.
@@ -367,7 +370,7 @@ params! {
         dhchap_key: Option<String>,
         /// Key of the keyring that the controller authenticates with where the host asks.
         dhchap_ctrlr_key: Option<String>,
-        /// Key of the keyring for TLS (`NVMeTLSkey-1:...`): the host connects at listeners with `secure_channel`, and only there.
+        /// Key of the keyring for TLS (`NVMeTLSkey-1:...`): the host connects with TLS, at listeners with `secure_channel` or `secure_concatenation`, and only there.
         psk: Option<String>,
     }
     /// `nvmf_subsystem_set_keys`.
@@ -884,8 +887,16 @@ fn add_ns(c: &Control, p: AddNs) -> RpcResult {
 fn add_listener(c: &Control, p: AddListener) -> RpcResult {
     let t = c.target()?;
     let (name, addr) = (nqn(&p.nqn), p.listen_address.parse()?);
-    let bound =
-        if p.secure_channel { t.add_tls_listener(name, &addr)? } else { t.add_listener(name, &addr)? };
+    let security = match (p.secure_channel, p.secure_concatenation) {
+        (false, false) => PortSecurity::None,
+        (true, false) => PortSecurity::Tls,
+        (false, true) => PortSecurity::Concatenation,
+        (true, true) => {
+            let why = "secure_concatenation: true was given, and secure_channel, which lets nobody in without TLS; choose one";
+            return Err(RpcError::params(why));
+        }
+    };
+    let bound = t.add_secure_listener(name, &addr, security)?;
     if let Some(state) = p.ana_state.filter(|s| *s != Ana::Optimized)
         && let Err(e) = t.set_ana_state(name, &bound, state.state(), None)
     {
@@ -902,7 +913,8 @@ fn get_listeners(c: &Control, p: Subsystem) -> RpcResult {
         let states: Vec<Value> =
             l.ana_states.iter().map(|(g, s)| json!({"ana_group": g, "ana_state": ana_word(*s)})).collect();
         let first = l.ana_states.first().map_or("optimized", |(_, s)| ana_word(*s));
-        json!({"address": address(&l.addr), "secure_channel": l.secure, "ana_state": first, "ana_states": states})
+        json!({"address": address(&l.addr), "secure_channel": l.security == PortSecurity::Tls,
+            "secure_concatenation": l.security == PortSecurity::Concatenation, "ana_state": first, "ana_states": states})
     };
     Ok(all.iter().map(one).collect())
 }
@@ -1012,8 +1024,10 @@ pub fn config(c: &Control) -> Vec<(String, Value)> {
         }
         for l in &s.listeners {
             let mut p = json!({"nqn": name, "listen_address": address(&l.addr)});
-            if l.secure {
-                p["secure_channel"] = true.into();
+            match l.security {
+                PortSecurity::None => {}
+                PortSecurity::Tls => p["secure_channel"] = true.into(),
+                PortSecurity::Concatenation => p["secure_concatenation"] = true.into(),
             }
             add("nvmf_subsystem_add_listener", p);
             for (group, state) in l.ana_states.iter().filter(|(_, s)| *s != AnaState::Optimized) {

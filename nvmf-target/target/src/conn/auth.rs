@@ -4,7 +4,12 @@
 //! else before) or a later one (the host proves again who it is while commands flow). Whatever fails ends the
 //! connection, after the failure message has been sent, and is written to the audit log.
 
-use cryptfold_nvmf_auth::{Controller as Machine, DhGroup, Entropy, Failure, HashId, Names, Progress};
+use std::sync::Arc;
+use std::time::Duration;
+
+use cryptfold_nvmf_auth::{
+    Concat, Controller as Machine, DhGroup, Entropy, Failure, HashId, Names, Progress, TlsPsk,
+};
 use cryptfold_nvmf_spec::fabrics::Authentication;
 use cryptfold_nvmf_spec::pdu::ADMIN_CAPSULE_DATA_BYTES;
 use cryptfold_nvmf_spec::{Sqe, Status};
@@ -16,6 +21,8 @@ use super::state::{Event, State};
 use super::{Conn, Inner};
 use crate::access::off_reactor;
 use crate::audit;
+use crate::group::Group;
+use crate::port::PortSecurity;
 
 /// Longest message that is taken or asked for, bytes; the Linux host asks for as much.
 pub(super) const MAX_MESSAGE_BYTES: u32 = 4096;
@@ -114,10 +121,31 @@ impl Conn {
         let access = subsystem.access(&controller.host.nqn);
         let names = Names { host: controller.host.nqn.clone(), subsystem: subsystem.nqn().into() };
         let offer = self.group.upgrade()?.target.offer();
-        Some(Box::new(Machine::new(names, access.dhchap?.key, access.dhchap_ctrlr.map(|k| k.key), offer)))
+        let (host, own) = (access.dhchap?.key, access.dhchap_ctrlr.map(|k| k.key));
+        Some(Box::new(Machine::new(names, host, own, offer, self.concatenation(inner))))
     }
 
-    fn auth_received(&self, inner: &mut Inner, index: u16, machine: Box<Machine>) {
+    /// What the host may want of secure channel concatenation on this queue.
+    fn concatenation(&self, inner: &Inner) -> &'static [Concat] {
+        let admin = inner.queue.as_ref().is_some_and(|q| q.qid.is_admin());
+        let tls = inner.wire.as_ref().and_then(|w| w.tls());
+        match (self.port.security, tls) {
+            (PortSecurity::Concatenation, None) if admin => &[Concat::New],
+            (PortSecurity::Concatenation, Some(t)) if admin && t.generated.is_some() => {
+                &[Concat::None, Concat::Replace]
+            }
+            _ => &[Concat::None],
+        }
+    }
+
+    /// Whether the host has to come back with TLS, and may do no more here than the preparations that hosts make on an Admin Queue.
+    pub(super) fn is_provisional(&self, inner: &Inner) -> bool {
+        self.port.security == PortSecurity::Concatenation
+            && inner.wire.as_ref().is_some_and(|w| w.tls().is_none())
+            && inner.queue.as_ref().is_some_and(|q| !q.controller.is_discovery())
+    }
+
+    fn auth_received(&self, inner: &mut Inner, index: u16, mut machine: Box<Machine>) {
         inner.auth = Auth::Idle;
         match machine.progress() {
             Progress::Failed(why @ Failure::Failed) => {
@@ -126,8 +154,8 @@ impl Conn {
             }
             Progress::Failed(why) => self.auth_failed(inner, index, Status::COMMAND_SEQUENCE_ERROR, why),
             Progress::Done(hash, group) => {
+                self.authenticated(inner, hash, group, machine.take_key());
                 self.complete(inner, index, Status::SUCCESS, 0);
-                self.authenticated(inner, hash, group);
             }
             Progress::Receive | Progress::Send => {
                 inner.auth = Auth::Running(machine);
@@ -160,20 +188,44 @@ impl Conn {
         target[message.len()..].fill(0);
         self.complete_read(inner, index, SgList::from(data));
         match machine.progress() {
-            Progress::Done(hash, group) => self.authenticated(inner, hash, group),
+            Progress::Done(hash, group) => self.authenticated(inner, hash, group, machine.take_key()),
             Progress::Failed(why) => self.auth_over(inner, why),
             Progress::Receive | Progress::Send => inner.auth = Auth::Running(machine),
         }
     }
 
-    fn authenticated(&self, inner: &mut Inner, hash: HashId, group: DhGroup) {
-        let Some(queue) = &inner.queue else { return };
+    /// `key` was generated for TLS. What tells the host of it is sent after this.
+    fn authenticated(&self, inner: &mut Inner, hash: HashId, group: DhGroup, key: Option<TlsPsk>) {
+        let (Some(queue), Some(group_here)) = (&inner.queue, self.group.upgrade()) else { return };
+        if let Some(key) = key {
+            let target = &group_here.target;
+            if self.is_provisional(inner) {
+                self.expire_later(key.identity.clone(), &group_here);
+                target.generated.add(key, self.id);
+            } else {
+                // It ends with the controller, which this queue keeps: it is there.
+                target.generated.replace(key, &queue.controller);
+            }
+        }
         queue.stats.authenticated(hash, group);
         tracing::debug!("{}: {} authenticated", self.peer, queue.controller.host.nqn);
         if self.state.get() == State::Authenticating {
             self.advance(inner, Event::Authenticated);
             self.ready_queue(inner);
         }
+    }
+
+    /// A key that no controller uses in the time that an authentication may take is wiped.
+    fn expire_later(&self, identity: String, group: &Group) {
+        let target = Arc::downgrade(&group.target);
+        let limit = Duration::from_millis(self.options.auth_timeout_ms.into());
+        reactor::spawn_local(async move {
+            reactor::sleep(limit).await;
+            if let Some(target) = target.upgrade() {
+                target.generated.expire(&identity);
+            }
+        })
+        .detach();
     }
 
     fn auth_failed(&self, inner: &mut Inner, index: u16, status: Status, why: Failure) {

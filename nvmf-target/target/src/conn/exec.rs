@@ -10,7 +10,7 @@ use cryptfold_nvmf_spec::opcode::FABRICS;
 use cryptfold_nvmf_spec::pdu::build::{self, DataPart};
 use cryptfold_nvmf_spec::pdu::{Digest, MAX_HDR_BYTES};
 use cryptfold_nvmf_spec::sqe::Fuse;
-use cryptfold_nvmf_spec::{Cqe, Status};
+use cryptfold_nvmf_spec::{Cqe, Qid, Status};
 use cryptfold_reactor as reactor;
 use cryptfold_reactor::memory::SgList;
 use zerocopy::FromBytes;
@@ -23,6 +23,7 @@ use crate::controller::events::Report;
 use crate::controller::{Answer, QueueRef};
 use crate::io::{self, Plan};
 use crate::later::Later;
+use crate::port::PortSecurity;
 use crate::reservation::Access;
 use crate::stats::QueueStats;
 use crate::subsystem::NsChannel;
@@ -99,10 +100,10 @@ impl Conn {
     }
 
     /// Whether a Connect fits what TLS has proven, and why not.
-    fn tls_refuses(&self, data: &ConnectData, tls: Option<&TlsPeer>) -> Option<&'static str> {
+    fn tls_refuses(&self, data: &ConnectData, qid: Qid, tls: Option<&TlsPeer>) -> Option<&'static str> {
         let names = data.names().ok()?;
         let both = Names { host: names.hostnqn.into(), subsystem: names.subnqn.into() };
-        let why = self.group.upgrade()?.target.tls_refuses(&both, tls)?;
+        let why = self.group.upgrade()?.target.tls_refuses(&both, tls, &self.port, qid)?;
         audit::refused(&self.peer, names.hostnqn, names.subnqn, "tls", why);
         Some(why)
     }
@@ -117,7 +118,7 @@ impl Conn {
         };
         let (Some(group), Some(conn)) = (self.group.upgrade(), self.reference()) else { return };
         let tls = inner.wire.as_ref().and_then(|w| w.tls());
-        if let Some(why) = self.tls_refuses(data, tls.as_ref()) {
+        if let Some(why) = self.tls_refuses(data, command.qid(), tls.as_ref()) {
             tracing::warn!("{}: {why}", self.peer);
             let (status, dw0) = ConnectReject::Host.completion();
             return self.complete(inner, index, status, dw0.into());
@@ -125,15 +126,21 @@ impl Conn {
         let stats = Arc::new(QueueStats::default());
         // Below 65,536 entries: Connect checks SQSIZE against the limits before it is used.
         let size = u32::from(command.sqsize.get()) + 1;
-        let cipher = tls.map(|t| t.cipher);
+        let cipher = tls.as_ref().map(|t| t.cipher.clone());
         let queue = QueueRef { conn, stats: stats.clone(), size, peer: self.peer.clone(), cipher };
-        let new = NewQueue { command, data, port: &self.port, options: &self.options, queue };
+        let tls = tls.as_ref();
+        let new = NewQueue { command, data, port: &self.port, options: &self.options, queue, tls };
         match group.target.connect(new) {
             Ok((controller, place)) => {
                 inner.place = Some(place);
                 let no_flow_control = command.cattr().no_sq_flow_control() != 0;
                 let cntlid = controller.cntlid;
-                let authenticate = controller.subsystem.access(&controller.host.nqn).dhchap.is_some();
+                // Who has a generated key has authenticated for it.
+                let proven = tls.is_some_and(|t| t.generated.is_some());
+                let authenticate =
+                    !proven && controller.subsystem.access(&controller.host.nqn).dhchap.is_some();
+                let concatenate =
+                    authenticate && tls.is_none() && self.port.security == PortSecurity::Concatenation;
                 let queue = Queue {
                     controller,
                     qid: command.qid(),
@@ -145,7 +152,7 @@ impl Conn {
                 self.connected(inner, queue, authenticate);
                 let sqhd = if no_flow_control { SQHD_NO_FLOW_CONTROL } else { 1 };
                 let result = ConnectResult::default().with_cntlid(cntlid.0.into());
-                let result = result.with_atr(authenticate.into()).0;
+                let result = result.with_atr(authenticate.into()).with_ascr(concatenate.into()).0;
                 self.respond(inner, index, Status::SUCCESS, result.into(), sqhd);
             }
             Err(reject) => {

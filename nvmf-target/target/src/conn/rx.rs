@@ -2,7 +2,7 @@
 
 use std::io::IoSliceMut;
 
-use cryptfold_nvmf_spec::opcode::{Direction, FABRICS};
+use cryptfold_nvmf_spec::opcode::{Admin, Direction, FABRICS};
 use cryptfold_nvmf_spec::pdu::build::{self, Format};
 use cryptfold_nvmf_spec::pdu::{
     ADMIN_CAPSULE_DATA_BYTES, Digest, Event as PduEvent, Fes, Header, Limits, MAX_HDR_BYTES, Pdu, Term, field,
@@ -52,6 +52,13 @@ const R2T_BYTES: u32 = 128 << 10;
 /// Where the R2T ends that asks for the byte at `at` of `total`.
 fn r2t_end(at: u32, total: u32) -> u32 {
     (at / R2T_BYTES + 1).saturating_mul(R2T_BYTES).min(total)
+}
+
+/// Whether an admin command only asks: what a host may do without TLS that will come back with it.
+fn prepares(opcode: u8) -> bool {
+    use Admin::*;
+    let all = [Identify, GetLogPage, GetFeatures, KeepAlive, AsyncEventRequest, Abort];
+    all.iter().any(|o| *o as u8 == opcode)
 }
 
 /// A violation that ends the connection.
@@ -304,6 +311,9 @@ impl Conn {
             };
         }
         if queue.qid.is_admin() {
+            if self.is_provisional(inner) && !prepares(sqe.opcode) {
+                return Err(Status::AUTHENTICATION_REQUIRED.with_dnr());
+            }
             let direction = queue.controller.admin_direction(&sqe)?;
             return transfer::decode(&sqe, direction, capsule_bytes, limits);
         }

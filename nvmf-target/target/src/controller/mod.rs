@@ -251,6 +251,11 @@ impl Controller {
         true
     }
 
+    /// Whether its admin queue has TLS.
+    pub(crate) fn has_tls(&self) -> bool {
+        self.state().queues.get(&0).is_some_and(|admin| admin.cipher.is_some())
+    }
+
     /// An I/O queue wants to join.
     pub(crate) fn attach(&self, qid: Qid, host: &Host, queue: QueueRef) -> Result<(), ConnectReject> {
         if self.is_discovery() {
@@ -291,6 +296,9 @@ impl Controller {
         let last = s.queues.is_empty();
         drop(s);
         if qid.is_admin() {
+            if let Some(target) = self.target.upgrade() {
+                target.generated.ended(self);
+            }
             self.delete();
         }
         if last {

@@ -12,7 +12,10 @@ use std::time::Duration;
 
 use cryptfold_bdev::Registry;
 use cryptfold_bdev_malloc::MallocOptions;
-use cryptfold_nvmf_spec::fabrics::{Cattr, Connect, ConnectData, Disconnect, PropertyCommand};
+use cryptfold_nvmf_auth::TlsPsk;
+use cryptfold_nvmf_spec::fabrics::{
+    Authentication, Cattr, Connect, ConnectData, Disconnect, PropertyCommand,
+};
 use cryptfold_nvmf_spec::log::{GetLogPage, Lid};
 use cryptfold_nvmf_spec::opcode::{Admin, Io};
 use cryptfold_nvmf_spec::pdu::build::{self, DataPart, Format};
@@ -21,6 +24,7 @@ use cryptfold_nvmf_spec::property::{Cc, Property};
 use cryptfold_nvmf_spec::sqe::{Fuse, RwControl};
 use cryptfold_nvmf_spec::{Cid, Cntlid, Cqe, Nqn, Nsid, Qid, Sgl, Sqe, Status, Ttag, nqn};
 use cryptfold_nvmf_target::{ListenAddr, NsOptions, SubsystemOptions, Target, TransportOptions};
+use cryptfold_nvmf_tls::{Raw, Session};
 use cryptfold_reactor::{IdlePolicy, MemoryConfig, Runtime, RuntimeConfig};
 
 pub const NQN: &str = "nqn.2024-01.io.cryptfold:test";
@@ -156,8 +160,21 @@ pub enum Pdu {
     Closed,
 }
 
+/// A blocking socket under TLS.
+struct Blocking<'a>(&'a TcpStream);
+
+impl Raw for Blocking<'_> {
+    fn read(&self, buf: &mut [u8]) -> std::io::Result<usize> {
+        (&mut &*self.0).read(buf)
+    }
+    fn write(&self, buf: &[u8]) -> std::io::Result<usize> {
+        (&mut &*self.0).write(buf)
+    }
+}
+
 pub struct Client {
     pub stream: TcpStream,
+    tls: Option<Session>,
     parser: Parser,
     pub format: Format,
     input: Vec<u8>,
@@ -180,6 +197,7 @@ impl Client {
         stream.set_write_timeout(Some(PATIENCE)).expect("time-out");
         Client {
             stream,
+            tls: None,
             parser: Parser::new(Role::Host),
             format: Format::default(),
             input: Vec::new(),
@@ -192,9 +210,22 @@ impl Client {
         }
     }
 
+    /// With TLS by this key, after the handshake. The error is that of the handshake.
+    pub fn secure(addr: SocketAddr, key: &TlsPsk) -> std::io::Result<Client> {
+        let mut c = Client::raw(addr);
+        let mut session = Session::client(key).expect("a key that can be used");
+        while !session.handshake(&Blocking(&c.stream))? {}
+        c.tls = Some(session);
+        Ok(c.greet(false, false))
+    }
+
     /// After ICReq and ICResp.
     pub fn open(addr: SocketAddr, hdgst: bool, ddgst: bool) -> Client {
-        let mut c = Client::raw(addr);
+        Client::raw(addr).greet(hdgst, ddgst)
+    }
+
+    fn greet(self, hdgst: bool, ddgst: bool) -> Client {
+        let mut c = self;
         let mut buf = [0; 128];
         let n = build::ic_req(&mut buf, 0, hdgst, ddgst, 0).expect("it fits");
         c.send(&buf[..n]);
@@ -207,12 +238,23 @@ impl Client {
     }
 
     pub fn send(&mut self, bytes: &[u8]) {
-        self.stream.write_all(bytes).expect("the target takes it");
+        let raw = Blocking(&self.stream);
+        match &mut self.tls {
+            None => self.stream.write_all(bytes).expect("the target takes it"),
+            Some(session) => {
+                let sent = session.send(&raw, &[std::io::IoSlice::new(bytes)]);
+                assert_eq!(sent.expect("the target takes it"), bytes.len());
+            }
+        }
     }
 
     fn fill(&mut self) -> bool {
         let mut buf = [0; 65_536];
-        match self.stream.read(&mut buf) {
+        let got = match &mut self.tls {
+            None => self.stream.read(&mut buf),
+            Some(session) => session.recv(&Blocking(&self.stream), &mut [std::io::IoSliceMut::new(&mut buf)]),
+        };
+        match got {
             Ok(0) => false,
             Ok(n) => {
                 self.input.extend_from_slice(&buf[..n]);
@@ -462,6 +504,18 @@ pub fn fused(mut sqe: Sqe, cid: Cid, fuse: Fuse) -> Sqe {
 pub fn pattern(lba: u64, blocks: u32, seed: u8) -> Vec<u8> {
     let byte = |i: usize| (i as u64 / 512 + lba) as u8 ^ (i as u8).wrapping_mul(31) ^ seed;
     (0..blocks as usize * 512).map(byte).collect()
+}
+
+/// Sends a message of authentication in the capsule.
+pub fn auth_send(c: &mut Client, message: &[u8]) -> Status {
+    let sqe = Sqe::from_view(&Authentication::send(Cid(0), message.len() as u32));
+    c.run(sqe, message, &[]).0.status().code()
+}
+
+/// Fetches one, of so many bytes at most.
+pub fn auth_receive(c: &mut Client, len: u32) -> (Status, Vec<u8>) {
+    let (cqe, data) = c.run(Sqe::from_view(&Authentication::receive(Cid(0), len)), &[], &[]);
+    (cqe.status().code(), data)
 }
 
 pub const DISCOVERY: &str = nqn::DISCOVERY;
