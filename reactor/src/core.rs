@@ -10,10 +10,10 @@
 use crate::clock::{Nanos, machine_now};
 use crate::handle::{PollerCounters, Remote, Shared};
 use crate::random::{self, Rng};
-use crate::ring::Ring;
+use crate::ring::{Ring, RingUnavailable, WideRing, WideRingError};
 use crate::timer::Timers;
 use async_task::{Runnable, Task};
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, OnceCell, RefCell};
 use std::collections::VecDeque;
 use std::ptr::null;
 use std::rc::Rc;
@@ -82,6 +82,8 @@ pub(crate) enum Source {
 pub(crate) struct Core {
     pub(crate) shared: Arc<Shared>,
     pub(crate) ring: Option<Rc<Ring>>,
+    /// Once there is a client for it.
+    pub(crate) wide: OnceCell<Rc<WideRing>>,
     source: Source,
     ready: RefCell<VecDeque<Runnable>>,
     deferred: RefCell<VecDeque<Box<dyn Deferred>>>,
@@ -130,6 +132,7 @@ impl Core {
         Core {
             shared,
             ring,
+            wide: OnceCell::new(),
             source,
             ready: RefCell::default(),
             deferred: RefCell::default(),
@@ -137,6 +140,14 @@ impl Core {
             pollers: RefCell::default(),
             tasks: Rc::default(),
         }
+    }
+
+    pub(crate) fn wide_ring(&self) -> Result<Rc<WideRing>, WideRingError> {
+        if let Some(wide) = self.wide.get() {
+            return Ok(wide.clone());
+        }
+        let wide = Rc::new(self.ring.as_ref().ok_or(RingUnavailable)?.widened()?);
+        Ok(self.wide.get_or_init(|| wide).clone())
     }
 
     #[inline]

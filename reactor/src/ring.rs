@@ -1,25 +1,27 @@
-//! One io_uring per reactor thread, owned by the reactor.
+//! The io_uring of a reactor thread, owned by the reactor; and, from the first client on that needs it, a second one with wide
+//! entries (128 and 32 bytes), for commands that do not fit the usual ones.
 //!
 //! Entries are queued by [`ClientGuard::submit`] and handed to the kernel once per turn of the loop. Completions come back
-//! through [`RingClient::complete`] on the same core.
+//! through [`RingClient::complete`] on the same core. A reactor sleeps in its first ring; the second one wakes it through its
+//! eventfd, which is switched on for that time only.
 //!
 //! Invariants:
-//! - The ring is used only by the thread that made it (it asks for SINGLE_ISSUER).
+//! - A ring is used only by the thread that made it (it asks for SINGLE_ISSUER).
 //! - A client with entries in flight is kept alive by the ring until the last one has completed; without, it is not, so a
 //!   client may own its guard.
 //! - The high half of `user_data` is the client's slot, the low half its token. Slot 0 is the ring's own.
 
 use crate::core;
 use crate::memory::{self, Buf, SLAB_BYTES};
-use io_uring::squeue::Entry;
 use io_uring::types::{CancelBuilder, Fd, SubmitArgs, Timespec};
-use io_uring::{Builder, IoUring, cqueue, opcode};
+use io_uring::{Builder, IoUring, cqueue, opcode, squeue};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::RawFd;
 use std::rc::{Rc, Weak};
+use std::sync::atomic::{Ordering, fence};
 use std::time::{Duration, Instant};
 
 /// Completions taken from the ring at once.
@@ -49,17 +51,40 @@ struct Slot {
     in_flight: Cell<u32>,
 }
 
+/// The second ring can not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum WideRingError {
+    /// There is no ring at all.
+    #[error(transparent)]
+    Unavailable(#[from] RingUnavailable),
+    /// The kernel refuses entries of 128 and 32 bytes.
+    #[error("an io_uring with wide entries: {0} (Linux 5.19 or later has them)")]
+    Refused(#[from] io::Error),
+}
+
 /// A client's right to submit. Completions of what is in flight are still delivered after it is dropped.
-pub struct ClientGuard {
-    ring: Rc<Ring>,
+pub struct ClientGuard<S = squeue::Entry, C = cqueue::Entry>
+where
+    S: squeue::EntryMarker,
+    C: cqueue::EntryMarker,
+{
+    ring: Rc<Ring<S, C>>,
     slot: Rc<Slot>,
     id: u32,
 }
 
-pub(crate) struct Ring {
-    io: IoUring,
+/// A right to submit entries of 128 bytes.
+pub type WideGuard = ClientGuard<squeue::Entry128, cqueue::Entry32>;
+pub(crate) type WideRing = Ring<squeue::Entry128, cqueue::Entry32>;
+
+pub(crate) struct Ring<S = squeue::Entry, C = cqueue::Entry>
+where
+    S: squeue::EntryMarker,
+    C: cqueue::EntryMarker,
+{
+    io: IoUring<S, C>,
     /// Entries that found the submission queue full while the kernel took none.
-    overflow: RefCell<VecDeque<Entry>>,
+    overflow: RefCell<VecDeque<S>>,
     /// Index 0 is the ring's own and stays None.
     slots: RefCell<Vec<Option<Rc<Slot>>>>,
     wake_fd: RawFd,
@@ -71,34 +96,34 @@ pub(crate) struct Ring {
 /// Registers a client with the ring of this core. The ring keeps `client` alive only while entries are in flight.
 pub fn register(client: Rc<dyn RingClient>) -> Result<ClientGuard, RingUnavailable> {
     let ring = core::try_with(|core| core.ring.clone()).flatten().ok_or(RingUnavailable)?;
-    let slot =
-        Rc::new(Slot { client: Rc::downgrade(&client), busy: RefCell::new(None), in_flight: Cell::new(0) });
-    let mut slots = ring.slots.borrow_mut();
-    let free = slots.iter().skip(1).position(Option::is_none).map(|index| index + 1);
-    let id = free.unwrap_or_else(|| {
-        slots.push(None);
-        slots.len() - 1
-    });
-    slots[id] = Some(slot.clone());
-    drop(slots);
-    Ok(ClientGuard { ring, slot, id: id as u32 })
+    Ok(ring.admit(&client))
+}
+
+/// Registers a client with the ring of wide entries of this core, which is made for the first.
+///
+/// # Errors
+/// No ring here, or the kernel has none with such entries.
+pub fn register_wide(client: Rc<dyn RingClient>) -> Result<WideGuard, WideRingError> {
+    let ring = core::try_with(|core| core.wide_ring()).ok_or(RingUnavailable)??;
+    Ok(ring.admit(&client))
 }
 
 /// Hands everything queued on this core to the kernel now, rather than at the end of the turn.
 pub fn flush_submissions() {
-    core::try_with(|core| core.ring.as_ref().map(|ring| ring.flush()));
+    core::try_with(|core| {
+        core.ring.iter().for_each(|ring| ring.flush());
+        core.wide.get().iter().for_each(|ring| ring.flush());
+    });
 }
 
 /// The index under which the memory of `buf` is registered with this core's ring, for READ_FIXED, WRITE_FIXED and
 /// SEND_ZC. None: use the plain operation.
 #[inline]
 pub fn fixed_buffer_index(buf: &Buf) -> Option<u16> {
-    let slab = buf.slab_index()?;
-    let registered = core::try_with(|core| core.ring.as_ref().map(|ring| ring.fixed_slabs.get()))??;
-    ((slab as usize) < registered).then_some(slab)
+    core::try_with(|core| core.ring.as_ref().and_then(|ring| ring.fixed_buffer_index(buf)))?
 }
 
-impl ClientGuard {
+impl<S: squeue::EntryMarker, C: cqueue::EntryMarker> ClientGuard<S, C> {
     /// Queues an entry; its `user_data` is replaced. No allocation unless the kernel refuses entries.
     ///
     /// # Safety
@@ -107,14 +132,15 @@ impl ClientGuard {
     ///
     /// # Panics
     /// If the client no longer exists.
-    pub unsafe fn submit(&self, token: u32, entry: Entry) {
+    pub unsafe fn submit(&self, token: u32, mut entry: S) {
         if self.slot.in_flight.get() == 0 {
             let client = self.slot.client.upgrade().expect("the ring client was dropped before its guard");
             *self.slot.busy.borrow_mut() = Some(client);
         }
         self.slot.in_flight.set(self.slot.in_flight.get() + 1);
+        entry.set_user_data(self.user_data(token));
         // SAFETY: by this function's contract.
-        unsafe { self.ring.push(entry.user_data(self.user_data(token))) };
+        unsafe { self.ring.push(entry) };
     }
 
     /// The `user_data` of entry `token`, for operations that name another entry.
@@ -126,7 +152,13 @@ impl ClientGuard {
     pub fn cancel(&self, token: u32) {
         let entry = opcode::AsyncCancel::new(self.user_data(token)).build().user_data(IGNORE);
         // SAFETY: a cancel names no memory and no descriptor.
-        unsafe { self.ring.push(entry) };
+        unsafe { self.ring.push(entry.into()) };
+    }
+
+    /// As [`fixed_buffer_index`], with the ring of this guard.
+    #[inline]
+    pub fn fixed_buffer_index(&self, buf: &Buf) -> Option<u16> {
+        self.ring.fixed_buffer_index(buf)
     }
 
     /// Entries submitted and not finished.
@@ -135,7 +167,7 @@ impl ClientGuard {
     }
 }
 
-impl Drop for ClientGuard {
+impl<S: squeue::EntryMarker, C: cqueue::EntryMarker> Drop for ClientGuard<S, C> {
     fn drop(&mut self) {
         if self.slot.in_flight.get() == 0 {
             self.ring.slots.borrow_mut()[self.id as usize] = None;
@@ -146,6 +178,23 @@ impl Drop for ClientGuard {
 impl Ring {
     /// `entries`: size of the submission queue; the completion queue has four times as many.
     pub(crate) fn new(entries: u32, wake_fd: RawFd, fixed_buffers: bool) -> io::Result<Ring> {
+        let ring = Ring::with(entries, wake_fd, fixed_buffers)?;
+        ring.arm_wake();
+        ring.flush();
+        Ok(ring)
+    }
+
+    /// A ring of wide entries beside this one, which wakes the reactor through this one's eventfd.
+    pub(crate) fn widened(&self) -> io::Result<WideRing> {
+        let ring = Ring::with(self.io.params().sq_entries(), self.wake_fd, self.registering.get())?;
+        ring.io.submitter().register_eventfd(self.wake_fd)?;
+        ring.stay_awake();
+        Ok(ring)
+    }
+}
+
+impl<S: squeue::EntryMarker, C: cqueue::EntryMarker> Ring<S, C> {
+    fn with(entries: u32, wake_fd: RawFd, fixed_buffers: bool) -> io::Result<Ring<S, C>> {
         let ring = Ring {
             io: build(entries)?,
             overflow: RefCell::default(),
@@ -165,20 +214,53 @@ impl Ring {
         {
             ring.registering.set(true);
         }
-        ring.arm_wake();
-        ring.flush();
         Ok(ring)
+    }
+
+    fn admit(self: Rc<Self>, client: &Rc<dyn RingClient>) -> ClientGuard<S, C> {
+        let client = Rc::downgrade(client);
+        let slot = Rc::new(Slot { client, busy: RefCell::new(None), in_flight: Cell::new(0) });
+        let mut slots = self.slots.borrow_mut();
+        let free = slots.iter().skip(1).position(Option::is_none).map(|index| index + 1);
+        let id = free.unwrap_or_else(|| {
+            slots.push(None);
+            slots.len() - 1
+        });
+        slots[id] = Some(slot.clone());
+        drop(slots);
+        ClientGuard { ring: self, slot, id: id as u32 }
+    }
+
+    #[inline]
+    fn fixed_buffer_index(&self, buf: &Buf) -> Option<u16> {
+        buf.slab_index().filter(|slab| usize::from(*slab) < self.fixed_slabs.get())
+    }
+
+    /// From now on completions wake the reactor, if this is the second ring. True: some are there already.
+    pub(crate) fn may_wake(&self) -> bool {
+        self.flush();
+        // SAFETY: the only view of the completion queue at this time.
+        unsafe { self.io.completion_shared() }.enable_eventfd();
+        // Whatever the kernel adds before it sees that is seen here.
+        fence(Ordering::SeqCst);
+        self.has_completions()
+    }
+
+    /// Completions no longer wake the reactor, which looks for them itself.
+    pub(crate) fn stay_awake(&self) {
+        // SAFETY: the only view of the completion queue at this time.
+        unsafe { self.io.completion_shared() }.disable_eventfd();
     }
 
     /// One poll for all wake-ups: each write to the eventfd posts a completion, so its counter is never read.
     fn arm_wake(&self) {
         let poll = opcode::PollAdd::new(Fd(self.wake_fd), libc::POLLIN as u32).multi(true).build();
         // SAFETY: names no memory; the eventfd belongs to `Shared`, which the core keeps longer than the ring.
-        unsafe { self.push(poll.user_data(WAKE)) };
+        unsafe { self.push(poll.user_data(WAKE).into()) };
     }
 
     /// SAFETY: as [`ClientGuard::submit`].
-    unsafe fn push(&self, entry: Entry) {
+    unsafe fn push(&self, entry: S) {
         if !self.overflow.borrow().is_empty() || !self.try_push(&entry) {
             self.flush();
             if !self.overflow.borrow().is_empty() || !self.try_push(&entry) {
@@ -187,7 +269,7 @@ impl Ring {
         }
     }
 
-    fn try_push(&self, entry: &Entry) -> bool {
+    fn try_push(&self, entry: &S) -> bool {
         // SAFETY: single-threaded and no other view of the submission queue exists; the entry's memory is guaranteed by
         // the contract of `submit`.
         unsafe { self.io.submission_shared().push(entry).is_ok() }
@@ -232,12 +314,12 @@ impl Ring {
     pub(crate) fn turn(&self) -> (usize, usize) {
         self.flush();
         self.register_slab();
-        let mut buffer = [const { MaybeUninit::<cqueue::Entry>::uninit() }; REAP_BATCH];
+        let mut buffer = [const { MaybeUninit::<C>::uninit() }; REAP_BATCH];
         // SAFETY: the only view of the completion queue; it ends, and frees the entries, before clients run.
         let batch = unsafe { self.io.completion_shared() }.fill(&mut buffer);
         let own = batch.iter().filter(|entry| entry.user_data() >> 32 == u64::from(OWN_SLOT)).count();
         for entry in batch.iter() {
-            self.deliver(entry);
+            self.deliver(&entry.clone().into());
         }
         (batch.len(), batch.len() - own)
     }
@@ -336,7 +418,7 @@ impl Ring {
             }
             let cancel = opcode::AsyncCancel2::new(CancelBuilder::any()).build().user_data(IGNORE);
             // SAFETY: a cancel names no memory and no descriptor.
-            unsafe { self.push(cancel) };
+            unsafe { self.push(cancel.into()) };
             self.sleep(Some(Duration::from_millis(10)));
             while self.turn().0 > 0 {}
         }
@@ -344,16 +426,18 @@ impl Ring {
     }
 }
 
+type Setup<S, C> = fn(&mut Builder<S, C>) -> &mut Builder<S, C>;
+
 /// The best ring the kernel offers: task work only when this thread enters the kernel, no inter-processor interrupts.
-fn build(entries: u32) -> io::Result<IoUring> {
-    let attempts: [fn(&mut Builder) -> &mut Builder; 3] = [
+fn build<S: squeue::EntryMarker, C: cqueue::EntryMarker>(entries: u32) -> io::Result<IoUring<S, C>> {
+    let attempts: [Setup<S, C>; 3] = [
         |b| b.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag().setup_submit_all(),
         |b| b.setup_single_issuer().setup_coop_taskrun().setup_taskrun_flag().setup_submit_all(),
         |b| b,
     ];
     let mut result = Err(io::Error::from_raw_os_error(libc::EINVAL));
     for options in attempts {
-        let mut builder = IoUring::builder();
+        let mut builder = IoUring::<S, C>::builder();
         options(builder.setup_cqsize(entries.saturating_mul(4)).setup_clamp().dontfork());
         result = builder.build(entries);
         match &result {

@@ -278,7 +278,11 @@ impl Loop<'_> {
         let core = self.core;
         let local = core.run_deferred(DEFERRED_BATCH) + core.run_ready_and_remote(READY_BATCH, REMOTE_FIRST);
         let remote = core.run_remote(REMOTE_BATCH);
-        let (completions, clients) = self.ring.turn();
+        let (mut completions, mut clients) = self.ring.turn();
+        if let Some(wide) = core.wide.get() {
+            let (all, of_clients) = wide.turn();
+            (completions, clients) = (completions + all, clients + of_clients);
+        }
         let polled = core.run_pollers();
         let now = core.now();
         let fired = core.fire_timers(now);
@@ -315,11 +319,13 @@ impl Loop<'_> {
         let found = self.core.has_work()
             || shared.closing.load(Ordering::Relaxed)
             || limit == Some(Duration::ZERO)
-            || self.ring.has_completions();
+            || self.ring.has_completions()
+            || self.core.wide.get().is_some_and(|wide| wide.may_wake());
         if !found {
             shared.sleeps.add(1);
             self.ring.sleep(limit);
         }
+        self.core.wide.get().iter().for_each(|wide| wide.stay_awake());
         shared.sleeping.store(false, Ordering::Relaxed);
         let now = self.core.now();
         shared.idle_ns.add((now - self.last).as_nanos() as u64);
@@ -344,11 +350,13 @@ fn tear_down(core: &Core, ring: &Rc<Ring>) {
         }
         std::thread::yield_now();
     }
-    let drained = catch_unwind(AssertUnwindSafe(|| ring.drain())).unwrap_or(false);
+    let wide = core.wide.get();
+    let drained = catch_unwind(AssertUnwindSafe(|| ring.drain() & wide.is_none_or(|wide| wide.drain())))
+        .unwrap_or(false);
     if !drained {
         // The kernel may still write to the clients' memory: never free it.
         tracing::error!("reactor {}: I/O is still in flight; its memory is left to the kernel", shared.id);
-        std::mem::forget(ring.clone());
+        std::mem::forget((ring.clone(), wide.cloned()));
     }
     let _ = catch_unwind(AssertUnwindSafe(|| core.drop_everything()));
     shared.closed.store(true, Ordering::SeqCst);

@@ -1,7 +1,7 @@
 //! Reactors on real threads: wake-ups, sleep, timers, stop, and the ring.
 
 use cryptfold_reactor::memory::{self, Buf, MemoryConfig};
-use cryptfold_reactor::ring::{self, ClientGuard, RingClient};
+use cryptfold_reactor::ring::{self, ClientGuard, RingClient, WideGuard};
 use cryptfold_reactor::{
     Handle, IdlePolicy, Poller, ReactorGone, Runtime, RuntimeConfig, SleepVerdict, StartError, current, now,
     register_poller, sleep, spawn_local, sync::oneshot, timeout, yield_now,
@@ -456,11 +456,74 @@ fn stop_takes_back_what_is_in_flight() {
     });
 }
 
+/// The second ring: its completions wake a reactor that sleeps in the first, early ones and such that come long after.
+#[test]
+fn the_wide_ring_wakes_its_reactor() {
+    #[derive(Default)]
+    struct Wide {
+        guard: RefCell<Option<WideGuard>>,
+        waiting: RefCell<HashMap<u32, (oneshot::Sender<i32>, Buf)>>,
+    }
+    impl RingClient for Wide {
+        fn complete(&self, token: u32, result: i32, _flags: u32) {
+            let waiting = self.waiting.borrow_mut().remove(&token);
+            let _ = waiting.expect("each once").0.send(result);
+        }
+    }
+    impl Wide {
+        fn read(&self, token: u32, fd: Fd) -> oneshot::Receiver<i32> {
+            let mut buf = Buf::alloc(1);
+            let entry = opcode::Read::new(fd, buf.get_mut().unwrap().as_mut_ptr(), 1).build();
+            let (sender, receiver) = oneshot::channel();
+            self.waiting.borrow_mut().insert(token, (sender, buf));
+            // SAFETY: `waiting` keeps the memory until completion; the test keeps the descriptor.
+            unsafe { self.guard.borrow().as_ref().unwrap().submit(token, entry.into()) };
+            receiver
+        }
+    }
+    within(Duration::from_secs(60), || {
+        let (reader, mut writer) = std::io::pipe().unwrap();
+        let runtime = runtime(1, IdlePolicy::Interrupt);
+        let (ready, go) = mpsc::channel();
+        let writes = std::thread::spawn(move || {
+            for () in go {
+                writer.write_all(b"x").unwrap();
+            }
+        });
+        let sleeps = runtime.handles()[0].clone();
+        runtime.handles()[0]
+            .block_on(move || async move {
+                let wide = Rc::new(Wide::default());
+                *wide.guard.borrow_mut() = Some(ring::register_wide(wide.clone()).unwrap());
+                let fd = Fd(reader.as_raw_fd());
+                for n in 0..200 {
+                    let result = wide.read(n, fd);
+                    if n % 2 == 0 {
+                        // Nothing else is to do: the reactor sleeps before the byte is written.
+                        let before = sleeps.stats().sleeps;
+                        while sleeps.stats().sleeps == before {
+                            sleep(Duration::from_micros(20)).await;
+                        }
+                    }
+                    ready.send(()).unwrap();
+                    assert_eq!(result.await, Ok(1));
+                }
+                wide.read(1000, fd);
+                assert_eq!(wide.guard.borrow().as_ref().unwrap().in_flight(), 1);
+            })
+            .unwrap();
+        // With one in flight: it is cancelled.
+        runtime.stop();
+        writes.join().unwrap();
+    });
+}
+
 #[test]
 fn no_ring_outside_of_a_reactor_thread() {
     assert!(ring::register(Rc::new(Files::default())).is_err());
     cryptfold_reactor::Sim::new(1).run(|| async {
         assert!(ring::register(Rc::new(Files::default())).is_err());
+        assert!(ring::register_wide(Rc::new(Files::default())).is_err());
         assert_eq!(ring::fixed_buffer_index(&Buf::alloc(10)), None);
         ring::flush_submissions();
     });
