@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 
 use crate::bus::Bus;
 use crate::controller::{Controller, NvmeError, Options, lock};
+use crate::identity::text;
 use crate::lifecycle::State;
-use crate::namespace::text;
 use crate::pci::{self, Function};
 use crate::vfio::VfioBus;
 

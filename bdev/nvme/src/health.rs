@@ -13,7 +13,7 @@ use zerocopy::{FromBytes, FromZeros, IntoBytes};
 use crate::admin::AdminError;
 use crate::controller::{Controller, NvmeError};
 use crate::home::Home;
-use crate::namespace::text;
+use crate::identity::text;
 
 /// Entries of the error log that are read, at most (a page of memory).
 const ERRORS: u8 = 64;

@@ -212,7 +212,7 @@ impl Home {
             self.admin.identify("Identify Controller", Cns::Controller, 0, limit).await?;
         let before = self.controller.identity();
         if before.sn != [0; 20] && before.sn != id.sn {
-            return Err(NvmeError::Another(crate::namespace::text(&id.sn)));
+            return Err(NvmeError::Another(crate::identity::text(&id.sn)));
         }
         self.aborts.set((id.acl.saturating_add(1), 0));
         self.controller.set_identity(&id);

@@ -35,6 +35,7 @@ mod drives;
 mod elsewhere;
 mod health;
 mod home;
+pub mod identity;
 mod lifecycle;
 mod namespace;
 mod pair;

@@ -3,13 +3,12 @@
 use std::rc::Rc;
 use std::sync::{Arc, Weak};
 
-use cryptfold_bdev::{Bdev, BdevError, Device, DeviceInfo, Io, Op, OpSet, Queue, Removal, Status};
+use cryptfold_bdev::{Bdev, BdevError, Device, DeviceInfo, Io, Queue, Removal, Status};
 use cryptfold_nvmf_spec::Nsid;
 use cryptfold_nvmf_spec::Sqe;
 use cryptfold_nvmf_spec::features::{Fid, VolatileWriteCache};
 use cryptfold_nvmf_spec::identify::{
-    Cns, DescriptorList, IdentifyController, NamespaceId, NamespaceIdentify, NamespaceList, NvmController,
-    nsfeat, oncs,
+    Cns, DescriptorList, NamespaceIdentify, NamespaceList, NvmController, oncs,
 };
 use cryptfold_nvmf_spec::opcode::{Admin, Io as Opcode};
 use cryptfold_nvmf_spec::property::Vs;
@@ -18,30 +17,17 @@ use cryptfold_reactor as reactor;
 use reactor::SgList;
 use reactor::sync::oneshot;
 use serde_json::{Value, json};
-use uuid::Uuid;
 use zerocopy::little_endian::U32;
 
 use crate::controller::{Controller, NvmeError, lock};
 use crate::home::Home;
+use crate::identity::{Common, Target, text};
 use crate::pair::Pair;
 use crate::remote;
-use crate::request::{MAX_TRANSFER_BYTES, Owner, Request, Target};
+use crate::request::{MAX_TRANSFER_BYTES, Owner, Request};
 
 /// Namespaces of one controller that become devices, at most.
 const MAX_NAMESPACES: usize = 1024;
-
-/// Text of an Identify field, without the padding.
-pub(crate) fn text(field: &[u8]) -> String {
-    String::from_utf8_lossy(field).trim_matches(['\0', ' ']).to_string()
-}
-
-/// What the namespaces of a controller have in common.
-struct Common {
-    id: Box<IdentifyController>,
-    write_cache: bool,
-    /// Blocks are this many bytes' worth at most in one Write Zeroes; `None`: as many as the field holds.
-    max_zeroes_bytes: Option<u64>,
-}
 
 /// A namespace's device.
 struct Namespace {
@@ -64,18 +50,12 @@ impl Home {
                 write_cache = VolatileWriteCache(cqe.dw0.get()).0 & 1 != 0;
             }
         }
-        let mut max_zeroes_bytes = None;
+        let mut nvm: Option<Box<NvmController>> = None;
         if id.ver.get() >= Vs::V1_4.0 {
-            let nvm: Result<Box<NvmController>, _> =
-                self.admin.identify("Identify NVM Controller", Cns::CsController, 0, limit).await;
             // Not everybody of that version has it.
-            if let Ok(nvm) = nvm
-                && nvm.wzsl != 0
-            {
-                max_zeroes_bytes = Some(4096u64.checked_shl(nvm.wzsl.into()).unwrap_or(u64::MAX));
-            }
+            nvm = self.admin.identify("Identify NVM Controller", Cns::CsController, 0, limit).await.ok();
         }
-        Ok(Common { id, write_cache, max_zeroes_bytes })
+        Ok(Common::new(id, write_cache, nvm.as_deref()))
     }
 
     /// Compares the active namespaces with the devices that there are: makes, resizes and removes devices.
@@ -164,53 +144,6 @@ impl Controller {
     }
 }
 
-/// The largest aligned power of two of blocks that is never torn by a power failure (NVM 1.0 section 2.1.4).
-fn atomic_blocks(controller: &IdentifyController, id: &NamespaceIdentify) -> u32 {
-    let own = id.nsfeat & nsfeat::ATOMICS != 0;
-    let unit = if own && id.nawupf.get() != 0 { id.nawupf.get() } else { controller.awupf.get() };
-    let mut blocks = prev_power_of_two(u32::from(unit) + 1);
-    if id.nabspf.get() != 0 {
-        // Boundaries that are no multiples of what they are to hold tear it.
-        let boundary = u32::from(id.nabspf.get()) + 1;
-        blocks = blocks.min(1 << boundary.trailing_zeros());
-        if id.nabo.get() != 0 {
-            blocks = blocks.min(1 << id.nabo.get().trailing_zeros());
-        }
-    }
-    blocks
-}
-
-fn prev_power_of_two(n: u32) -> u32 {
-    1 << n.max(1).ilog2()
-}
-
-/// A namespace's identity: its UUID, NGUID or EUI64, or one made of the serial number.
-fn uuid_of(
-    controller: &IdentifyController,
-    nsid: Nsid,
-    id: &NamespaceIdentify,
-    ids: Option<&DescriptorList>,
-) -> Uuid {
-    let mut found = None;
-    for entry in ids.into_iter().flat_map(DescriptorList::iter) {
-        match entry {
-            NamespaceId::Uuid(uuid) if uuid != [0; 16] => return Uuid::from_bytes(uuid),
-            NamespaceId::Nguid(nguid) if nguid != [0; 16] => found = Some(nguid),
-            _ => {}
-        }
-    }
-    if let Some(nguid) = found.or((id.nguid != [0; 16]).then_some(id.nguid)) {
-        return Uuid::from_bytes(nguid);
-    }
-    // FNV-1a, 128 bits: stable, and different for different drives.
-    let mut hash: u128 = 0x6c62_272e_07bb_0142_62b8_2175_6295_c58d;
-    let seed = [&controller.sn[..], &controller.mn, &id.eui64, &nsid.0.to_le_bytes()];
-    for byte in seed.into_iter().flatten() {
-        hash = (hash ^ u128::from(*byte)).wrapping_mul(0x0000_0000_0100_0000_0000_0000_0000_013b);
-    }
-    uuid::Builder::from_custom_bytes(hash.to_be_bytes()).into_uuid()
-}
-
 impl Namespace {
     fn new(
         controller: &Arc<Controller>,
@@ -219,53 +152,10 @@ impl Namespace {
         id: Box<NamespaceIdentify>,
         ids: Option<&DescriptorList>,
     ) -> Result<Namespace, NvmeError> {
-        let bytes = id.block_bytes().filter(|b| (512..=4096).contains(b)).ok_or_else(|| {
-            NvmeError::Unsupported(format!(
-                "blocks of 2^{} bytes; 512 to 4096 are possible",
-                id.format().lbads
-            ))
-        })?;
-        if id.format().ms.get() != 0 {
-            return Err(NvmeError::Unsupported(format!(
-                "{} bytes of metadata in each block; format the namespace without",
-                id.format().ms
-            )));
-        }
         let name = format!("{}n{}", controller.name, nsid);
-        let mut info = DeviceInfo::new(name, "NVMe disk", bytes, id.nsze.get());
-        info.uuid = uuid_of(&common.id, nsid, &id, ids);
-        let features = common.id.oncs.get();
-        for (bit, op) in [
-            (oncs::COMPARE, Op::Compare),
-            (oncs::DSM, Op::Unmap),
-            (oncs::WRITE_ZEROES, Op::WriteZeroes),
-            (oncs::WRITE_UNCORRECTABLE, Op::WriteUncorrectable),
-        ] {
-            if features & bit != 0 {
-                info.ops = info.ops.with(op);
-            }
-        }
-        debug_assert!(info.ops.intersect(OpSet::of(&[Op::Read, Op::Write, Op::Flush])).has(Op::Flush));
-        info.write_cache = common.write_cache;
-        info.atomic_blocks = atomic_blocks(&common.id, &id);
-        if id.nsfeat & nsfeat::OPTIMAL_IO != 0 {
-            info.optimal_io_blocks = u32::from(id.npwg.get()) + 1;
-        } else if id.noiob.get() != 0 {
-            info.optimal_io_blocks = id.noiob.get().into();
-        }
-        // The driver goes round what a controller can not reach, so nothing is required of buffers.
-        info.buffer_align_bytes = 4;
-        info.read_only = id.nsattr & 1 != 0;
-        let shift = bytes.trailing_zeros();
-        // MDTS 0: no limit. Memory pages are 4 KiB (CAP.MPSMIN was checked).
-        let transfer = common.id.max_transfer_bytes(0).unwrap_or(u64::MAX).min(MAX_TRANSFER_BYTES);
-        let zeroes = common.max_zeroes_bytes.unwrap_or(u64::MAX) >> shift;
-        let target = Target {
-            nsid,
-            block_shift: shift,
-            max_blocks: (transfer >> shift).clamp(1, 1 << 16) as u32,
-            max_zeroes: zeroes.clamp(1, 1 << 16) as u32,
-        };
+        let (info, target) = common
+            .device((name, "NVMe disk"), nsid, &id, ids, MAX_TRANSFER_BYTES)
+            .map_err(NvmeError::Unsupported)?;
         Ok(Namespace { info, target, controller: Arc::downgrade(controller), identify: id })
     }
 }
@@ -365,40 +255,5 @@ impl Queue for LocalQueue {
 
     fn abort(&self, tag: u64) -> bool {
         self.pair.abort(tag)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use zerocopy::little_endian::U16;
-
-    #[test]
-    fn atomic_units() {
-        let (mut c, mut n) = (IdentifyController::default(), NamespaceIdentify::default());
-        assert_eq!(atomic_blocks(&c, &n), 1);
-        c.awupf = U16::new(7);
-        assert_eq!(atomic_blocks(&c, &n), 8);
-        // The namespace's own count, rounded down to a power of two.
-        (n.nsfeat, n.nawupf) = (nsfeat::ATOMICS, U16::new(22));
-        assert_eq!(atomic_blocks(&c, &n), 16);
-        // A boundary every 12 blocks tears every aligned 8; an offset of 2 every aligned 4.
-        n.nabspf = U16::new(11);
-        assert_eq!(atomic_blocks(&c, &n), 4);
-        n.nabo = U16::new(2);
-        assert_eq!(atomic_blocks(&c, &n), 2);
-    }
-
-    #[test]
-    fn identities() {
-        let (mut c, mut n) = (IdentifyController::default(), NamespaceIdentify::default());
-        c.sn = *b"S1                  ";
-        let plain = uuid_of(&c, Nsid(1), &n, None);
-        assert_eq!(plain, uuid_of(&c, Nsid(1), &n, None));
-        assert_ne!(plain, uuid_of(&c, Nsid(2), &n, None));
-        n.nguid = [7; 16];
-        assert_eq!(uuid_of(&c, Nsid(1), &n, None), Uuid::from_bytes([7; 16]));
-        let list = DescriptorList::new(&[NamespaceId::Nguid([8; 16]), NamespaceId::Uuid([9; 16])]);
-        assert_eq!(uuid_of(&c, Nsid(1), &n, Some(&list)), Uuid::from_bytes([9; 16]));
     }
 }

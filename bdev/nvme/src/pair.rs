@@ -23,7 +23,8 @@ use zerocopy::little_endian::U16;
 use crate::bus::{ALL_ONES, Bus, reg};
 use crate::controller::{Controller, Notice};
 use crate::dma::DmaBuf;
-use crate::request::{self, PAGE_BYTES, Request, Target};
+use crate::identity::{Target, status_of};
+use crate::request::{self, PAGE_BYTES, Request};
 use crate::ring::Ring;
 use crate::wake::Doze;
 
@@ -85,12 +86,6 @@ pub(crate) struct Pair {
     this: Weak<Pair>,
     doze: Doze,
     closed: Event,
-}
-
-/// A completion's status as a device's.
-pub(crate) fn status_of(wire: Wire) -> Status {
-    let status = Status::new((wire.0 >> 8) as u8 & 7, wire.sc());
-    if wire.dnr() { status.do_not_retry() } else { status }
 }
 
 impl Pair {

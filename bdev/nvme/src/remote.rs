@@ -11,7 +11,7 @@ use cryptfold_bdev::{Complete, Frame, Io, Op, Queue, Status};
 use cryptfold_reactor::{self as reactor, Handle, SgList};
 
 use crate::controller::Controller;
-use crate::request::Target;
+use crate::identity::Target;
 
 struct RemoteQueue {
     id: u64,

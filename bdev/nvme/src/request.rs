@@ -10,17 +10,17 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use cryptfold_bdev::{Io, Op, Status};
-use cryptfold_nvmf_spec::dsm::{DsmCdw11, DsmRange};
-use cryptfold_nvmf_spec::opcode::Io as Opcode;
+use cryptfold_nvmf_spec::dsm::DsmRange;
 use cryptfold_nvmf_spec::sgl::ID_LAST_SEGMENT;
-use cryptfold_nvmf_spec::sqe::{Psdt, RwControl};
-use cryptfold_nvmf_spec::{Nsid, Sgl, Sqe};
+use cryptfold_nvmf_spec::sqe::Psdt;
+use cryptfold_nvmf_spec::{Sgl, Sqe};
 use cryptfold_reactor::memory::{Buf, SgList};
 use cryptfold_reactor::sync::oneshot;
 use zerocopy::little_endian::{U32, U64};
 
 use crate::bus;
 use crate::dma::DmaBuf;
+use crate::identity::{Target, command};
 
 /// Memory page size that controllers are configured for, bytes (CC.MPS = 0).
 pub(crate) const PAGE_BYTES: u64 = 4096;
@@ -28,18 +28,6 @@ pub(crate) const PAGE_BYTES: u64 = 4096;
 pub(crate) const MAX_TRANSFER_BYTES: u64 = 1 << 20;
 /// SGL descriptors in a list page.
 const MAX_DESCRIPTORS: usize = PAGE_BYTES as usize / 16;
-
-/// A namespace, as commands need it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Target {
-    pub nsid: Nsid,
-    /// Log2 of the bytes in a block.
-    pub block_shift: u32,
-    /// Blocks of one command that moves data.
-    pub max_blocks: u32,
-    /// Blocks of one Write Zeroes.
-    pub max_zeroes: u32,
-}
 
 /// Who waits for a command.
 pub(crate) enum Owner {
@@ -167,12 +155,7 @@ pub(crate) fn requests(
     fits: impl Fn(&SgList) -> bool,
     mut each: impl FnMut(Request),
 ) {
-    let limit = u64::from(match io.op {
-        Op::WriteZeroes => target.max_zeroes,
-        Op::WriteUncorrectable => 1 << 16,
-        Op::Unmap => u32::MAX,
-        _ => target.max_blocks,
-    });
+    let limit = target.limit(io.op);
     if io.op == Op::Read {
         if io.data.is_empty() && io.blocks <= limit {
             io.data = Buf::alloc((io.blocks << target.block_shift) as usize).into();
@@ -256,35 +239,6 @@ fn split(
     }
     *split.io.borrow_mut() = Some(io);
     parts.into_iter().for_each(&mut each);
-}
-
-/// The command for a part of an I/O (NVM 1.0 section 3.2), and the range if it is a Dataset Management.
-#[inline]
-fn command(target: &Target, io: &Io, lba: u64, blocks: u64) -> (Sqe, Option<(u64, u32)>) {
-    let opcode = match io.op {
-        Op::Read => Opcode::Read,
-        Op::Write => Opcode::Write,
-        Op::Compare => Opcode::Compare,
-        Op::WriteZeroes => Opcode::WriteZeroes,
-        Op::WriteUncorrectable => Opcode::WriteUncorrectable,
-        Op::Unmap => Opcode::DatasetManagement,
-        // What the device does not announce does not get here.
-        _ => Opcode::Flush,
-    };
-    let mut sqe = Sqe::new(opcode as u8);
-    sqe.nsid = U32::new(target.nsid.0);
-    match io.op {
-        Op::Flush => {}
-        Op::Unmap => {
-            sqe.cdw11 = U32::new(DsmCdw11::default().with_ad(1).0);
-            return (sqe, Some((lba, blocks as u32)));
-        }
-        _ => {
-            let fua = io.fua && matches!(io.op, Op::Write | Op::WriteZeroes);
-            sqe.set_rw(lba, blocks as u32, RwControl::default().with_fua(fua.into()));
-        }
-    }
-    (sqe, None)
 }
 
 /// The data can not be described to the controller as it lies.
