@@ -54,6 +54,16 @@ stop() {
     kill -TERM "$target"
     wait "$target" || fail "the target did not end well: $(tail -n 5 "$work/target.log")"
 }
+# serve NQN SERIAL BDEV...: a subsystem with these namespaces.
+serve() {
+    run call nvmf_create_subsystem "{\"nqn\": \"$1\", \"allow_any_host\": true, \"serial_number\": \"$2\"}"
+    local bdev
+    for bdev in "${@:3}"; do
+        run call nvmf_subsystem_add_ns "{\"nqn\": \"$1\", \"namespace\": {\"bdev_name\": \"$bdev\"}}"
+    done
+    run call nvmf_subsystem_add_listener "{\"nqn\": \"$1\", \"listen_address\":
+        {\"trtype\": \"TCP\", \"adrfam\": \"IPv4\", \"traddr\": \"127.0.0.1\", \"trsvcid\": \"4420\"}}"
+}
 # config NAME ADDRESS [CALL...]: a configuration with one drive attached as NAME.
 config() {
     local name=$1 at=$2
@@ -61,6 +71,18 @@ config() {
     printf '{"subsystems": [{"subsystem": "bdev", "config": [
         {"method": "bdev_nvme_attach_controller", "params": {"name": "%s", "trtype": "PCIe", "traddr": "%s"}}' "$name" "$at"
     [ $# -eq 0 ] || printf ',\n%s' "$@"
+    printf ']}]}\n'
+}
+# node BLOCK: the character device of that namespace.
+node() { echo "/dev/ng${1#/dev/nvme}"; }
+# through NAME NODE...: a configuration with namespaces that the kernel passes commands through to.
+through() {
+    printf '{"subsystems": [{"subsystem": "bdev", "config": ['
+    while [ $# -gt 0 ]; do
+        printf '{"method": "bdev_uring_create", "params": {"name": "%s", "filename": "%s"}}' "$1" "$2"
+        shift 2
+        [ $# -eq 0 ] || printf ', '
+    done
     printf ']}]}\n'
 }
 # refuses TEXT COMMAND...: has to fail and to say so.
@@ -83,6 +105,8 @@ mkdir -p /tmp/mnt
 run mkfs.ext4 -qF "$d2"
 run mount "$d2" /tmp/mnt
 refuses "mounted on /tmp/mnt; nothing was changed" "$setup" bind "$one"
+through G "$(node "$d2")" >"$work/through.json"
+refuses "$d2 is mounted, or otherwise in use" "$perf" bdev --config "$work/through.json" --bdev G
 run umount /tmp/mnt
 run addpart "$d2" 1 2048 65536
 refuses "partitioned" "$setup" bind "$one"
@@ -92,6 +116,40 @@ holder=$!
 within 60 test -e "$work/held"
 refuses "in use" "$setup" bind "$one"
 kill "$holder"; wait "$holder" 2>/dev/null
+pass
+
+step "commands passed through by the kernel's driver"
+run dd if=/dev/urandom of="$work/sample" bs=1M count=2 status=none
+through G1 "$(node "$d1")" G2 "$(node "$d2")" G3 "$(node "$(block PCIE3 1)")" >"$work/through.json"
+for load in "G1 --cores 0,1 --bs 4k" "G2 --cores 0,1 --bs 4k" "G2 --cores 0 --bs 1m"; do
+    # shellcheck disable=SC2086 # options
+    load "$work/through.json" $load --iodepth 8 --rw randrw --size 16m --runtime 1 --verify >"$work/perf.log" ||
+        fail "$load: $(tail -n 20 "$work/perf.log")"
+done
+load "$work/through.json" G3 --iodepth 4 --bs 4k --rw read --size 1m --runtime 1 >"$work/perf.log" || fail "good sectors: $(tail -n 5 "$work/perf.log")"
+load "$work/through.json" G3 --iodepth 4 --bs 4k --rw read --size 2m --runtime 1 >"$work/perf.log" && fail "no error was reported"
+grep -qi 'unrecovered' "$work/perf.log" || fail "$(tail -n 5 "$work/perf.log")"
+run dd if="$work/sample" of="$d2" bs=1M oflag=direct status=none
+start -c "$work/through.json" --cores 0,1
+run call nvmf_create_transport '{"trtype": "TCP"}'
+serve nqn.2026-01.io.cryptfold:through THROUGH G1 G2
+call bdev_get_bdevs '{"name": "G1"}' | grep -q '"kind": *"nvme_passthrough"' || fail "no word of passing through"
+refuses busy mount "$d2" /tmp/mnt
+# sample write|compare NSID: 2 MiB from the beginning of the namespace on, by our own initiator.
+sample() { timeout 60 "$perf" image "$1" --traddr 127.0.0.1 --subnqn nqn.2026-01.io.cryptfold:through --nsid "$2" --file "$work/sample" --cores 1; }
+run sample compare 2
+run sample write 1
+dd if="$d1" bs=1M count=2 iflag=direct status=none | cmp - "$work/sample" || fail "the kernel's block layer reads other bytes"
+# A pool flushes, deallocates and wants its writes durable; its audit reads it the same way.
+run call nvmf_delete_subsystem '{"nqn": "nqn.2026-01.io.cryptfold:through"}'
+run call bdev_lvol_create_lvstore '{"bdev_name": "G1", "lvs_name": "through"}'
+run call bdev_lvol_create '{"lvs_name": "through", "lvol_name": "v", "size_in_mib": 16}'
+serve nqn.2026-01.io.cryptfold:through THROUGH through/v
+run sample write 1
+run sample compare 1
+stop
+run "$binary" pool check "$(node "$d1")" --data
+run blkdiscard -fz "$d1"
 pass
 
 step "bound to vfio-pci behind the IOMMU"
@@ -124,16 +182,6 @@ config N "$one" >"$work/plain.json"
 start -c "$work/plain.json" --cores 0,1
 raw=nqn.2026-01.io.cryptfold:raw
 run call nvmf_create_transport '{"trtype": "TCP"}'
-# serve NQN SERIAL BDEV...: a subsystem with these namespaces.
-serve() {
-    run call nvmf_create_subsystem "{\"nqn\": \"$1\", \"allow_any_host\": true, \"serial_number\": \"$2\"}"
-    local bdev
-    for bdev in "${@:3}"; do
-        run call nvmf_subsystem_add_ns "{\"nqn\": \"$1\", \"namespace\": {\"bdev_name\": \"$bdev\"}}"
-    done
-    run call nvmf_subsystem_add_listener "{\"nqn\": \"$1\", \"listen_address\":
-        {\"trtype\": \"TCP\", \"adrfam\": \"IPv4\", \"traddr\": \"127.0.0.1\", \"trsvcid\": \"4420\"}}"
-}
 serve "$raw" RAW Nn1 Nn2
 run modprobe nvme-tcp
 connect() { run nvme connect -t tcp -a 127.0.0.1 -s 4420 -n "$1" -i 2 -l 600 -c 1; }

@@ -21,6 +21,7 @@ pub(crate) struct Backing {
     /// What O_DIRECT wants of addresses, offsets and lengths; 1 without O_DIRECT.
     pub align_bytes: usize,
     pub direct: bool,
+    pub block_device: bool,
 }
 
 impl Backing {
@@ -62,7 +63,15 @@ impl Backing {
         // File systems answer 512 or the page size here (statx DIOALIGN); 4096 suits all of them.
         let align_bytes =
             if direct { if block_device { logical_block_bytes as usize } else { 512 } } else { 1 };
-        Ok(Backing { file, path: path.into(), size_bytes, logical_block_bytes, align_bytes, direct })
+        Ok(Backing {
+            file,
+            path: path.into(),
+            size_bytes,
+            logical_block_bytes,
+            align_bytes,
+            direct,
+            block_device,
+        })
     }
 
     pub fn fd(&self) -> RawFd {
@@ -82,7 +91,7 @@ fn end_of(file: &File) -> std::io::Result<u64> {
 
 /// Two targets on one file would destroy it: an advisory lock for the life of the descriptor. The kernel takes down the
 /// ring of a process that was killed, with its last I/O, after the process is gone: the lock is awaited for that time.
-fn lock(file: &File, path: &Path, shared: bool) -> Result<(), BdevError> {
+pub(crate) fn lock(file: &File, path: &Path, shared: bool) -> Result<(), BdevError> {
     let attempt = || if shared { file.try_lock_shared() } else { file.try_lock() };
     let begin = Instant::now();
     let mut result = attempt();

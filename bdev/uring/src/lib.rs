@@ -1,4 +1,5 @@
-//! Files and block devices through io_uring.
+//! Files and block devices through io_uring; and, with the generic character device of an NVMe namespace (`/dev/ng0n1`), the
+//! namespace itself: [`nvme`].
 //!
 //! Opened with O_DIRECT where the file system allows it. Reads land in buffers of the reactor's pools, which are
 //! registered with the ring where possible; writes go from where the data lies (a vector of pieces), except pieces
@@ -6,6 +7,7 @@
 //! FUA is RWF_DSYNC, flush is fdatasync, unmap punches a hole, write-zeroes zeroes the range in place.
 
 mod file;
+mod nvme;
 mod queue;
 
 use std::path::{Path, PathBuf};
@@ -23,7 +25,7 @@ use file::Backing;
 pub struct UringOptions {
     /// Name in the registry.
     pub name: String,
-    /// File or block device.
+    /// File, block device, or (of `bdev_uring_create`) character device of an NVMe namespace.
     pub filename: PathBuf,
     /// Bytes in a block; the device's own (512 for files) when not given.
     pub block_size_bytes: Option<u32>,
@@ -31,7 +33,7 @@ pub struct UringOptions {
     pub uuid: Option<Uuid>,
     /// Open for reading only.
     pub read_only: bool,
-    /// Whether unmap punches holes (files) or discards (block devices).
+    /// Whether unmap punches holes (files), discards (block devices) or deallocates (namespaces).
     pub unmap: bool,
     /// The RPC that made it, for the saved configuration: `bdev_uring_create` or `bdev_aio_create`.
     pub method: &'static str,
@@ -41,16 +43,20 @@ struct Uring {
     info: DeviceInfo,
     backing: Arc<Backing>,
     filename: PathBuf,
+    unmap: bool,
     method: &'static str,
 }
 
-/// Opens a file or block device.
+/// Opens a file, a block device or a namespace's character device.
 ///
 /// # Errors
-/// No such file, no permission, in use by somebody else, an impossible block size, an empty file, name taken.
+/// No such file, no permission, in use by somebody else, an impossible block size or format, an empty file, name taken.
 pub fn create(registry: &Arc<Registry>, options: UringOptions) -> Result<Arc<Bdev>, BdevError> {
     if registry.get(&options.name).is_ok() {
         return Err(BdevError::Exists(options.name));
+    }
+    if options.method == "bdev_uring_create" && nvme::is_character_device(&options.filename) {
+        return nvme::create(registry, options);
     }
     let backing = Backing::open(&options.filename, options.read_only)?;
     let bs = options.block_size_bytes.unwrap_or(backing.logical_block_bytes);
@@ -79,8 +85,8 @@ pub fn create(registry: &Arc<Registry>, options: UringOptions) -> Result<Arc<Bde
     info.write_cache = true;
     info.buffer_align_bytes = backing.align_bytes as u32;
     info.read_only = options.read_only;
-    let device =
-        Uring { info, backing: Arc::new(backing), filename: options.filename, method: options.method };
+    let UringOptions { filename, unmap, method, .. } = options;
+    let device = Uring { info, backing: Arc::new(backing), filename, unmap, method };
     registry.register(Arc::new(device))
 }
 
@@ -90,11 +96,15 @@ pub fn create(registry: &Arc<Registry>, options: UringOptions) -> Result<Arc<Bde
 /// Unknown, or no file behind it; the file can not be examined.
 pub fn rescan(registry: &Registry, name: &str) -> Result<(), BdevError> {
     let bdev = registry.get(name)?;
-    let Some(device) = bdev.device().as_ref().as_any().downcast_ref::<Uring>() else {
+    let device = bdev.device().as_ref().as_any();
+    let blocks = if let Some(file) = device.downcast_ref::<Uring>() {
+        file.backing.current_size_bytes()? / u64::from(bdev.block_size_bytes())
+    } else if let Some(namespace) = device.downcast_ref::<nvme::Passthrough>() {
+        namespace.blocks()?
+    } else {
         return Err(BdevError::Invalid(format!("{name} is no uring or aio bdev")));
     };
-    let bytes = device.backing.current_size_bytes()?;
-    bdev.set_blocks(bytes / u64::from(bdev.block_size_bytes()));
+    bdev.set_blocks(blocks);
     Ok(())
 }
 
@@ -112,6 +122,7 @@ impl Device for Uring {
         let mut all = json!({});
         all[key] = json!({
             "filename": path_text(&self.filename),
+            "kind": if self.backing.block_device { "block_device" } else { "file" },
             "block_size_override": true,
             "readonly": self.info.read_only,
             "direct": self.backing.direct,
@@ -120,17 +131,28 @@ impl Device for Uring {
     }
 
     fn config(&self) -> Vec<(String, Value)> {
-        let mut params = json!({
-            "name": self.info.name,
-            "filename": path_text(&self.filename),
-            "block_size": self.info.block_size_bytes,
-            "uuid": self.info.uuid.to_string(),
-        });
-        if self.info.read_only {
-            params["readonly"] = true.into();
-        }
-        vec![(self.method.into(), params)]
+        saved(self.method, &self.info, &self.filename, self.unmap)
     }
+}
+
+/// The call that makes a device again.
+fn saved(method: &str, info: &DeviceInfo, filename: &Path, unmap: bool) -> Vec<(String, Value)> {
+    let mut params = json!({
+        "name": info.name,
+        "filename": path_text(filename),
+        "block_size": info.block_size_bytes,
+        "uuid": info.uuid.to_string(),
+    });
+    if info.read_only {
+        params["readonly"] = true.into();
+    }
+    // Each where it is not what the call takes by itself.
+    match (method, unmap) {
+        ("bdev_aio_create", true) => params["fallocate"] = true.into(),
+        ("bdev_uring_create", false) => params["unmap"] = false.into(),
+        _ => {}
+    }
+    vec![(method.into(), params)]
 }
 
 fn path_text(p: &Path) -> String {

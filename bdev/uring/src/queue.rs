@@ -1,4 +1,4 @@
-//! One core's end of a file: a fixed set of slots, one per operation in the ring. This is the crate's only module
+//! One core's end of a file: a fixed set of slots, one per operation in the ring. One of the crate's modules
 //! with unsafe code.
 //!
 //! Invariant: while an entry is in the ring, its slot owns the buffers and the vector that the entry names, and the
@@ -120,7 +120,7 @@ impl UringQueue {
         let len = io.blocks * self.block_size_bytes;
         Ok(match io.op {
             Op::Read => {
-                slot.iov = vector(&mut slot.data, slot.done, true)?;
+                slot.iov = vector(&mut slot.data, slot.done, usize::MAX, true)?;
                 match (&slot.iov[..], fixed(&slot.data)) {
                     ([one], Some(index)) => {
                         opcode::ReadFixed::new(fd, one.iov_base.cast(), one.iov_len as u32, index)
@@ -135,7 +135,7 @@ impl UringQueue {
             }
             Op::Write => {
                 let flags = if io.fua { libc::RWF_DSYNC } else { 0 };
-                slot.iov = vector(&mut slot.data, slot.done, false)?;
+                slot.iov = vector(&mut slot.data, slot.done, usize::MAX, false)?;
                 match (&slot.iov[..], fixed(&slot.data)) {
                     ([one], Some(index)) => opcode::WriteFixed::new(
                         fd,
@@ -259,7 +259,7 @@ fn fixed(data: &SgList) -> Option<u16> {
 }
 
 /// One aligned buffer with the bytes of all pieces.
-fn gather(data: SgList) -> Buf {
+pub(crate) fn gather(data: SgList) -> Buf {
     let mut all = Buf::alloc(data.len_bytes());
     if let Some(bytes) = all.get_mut() {
         data.copy_to_slice(bytes);
@@ -267,9 +267,13 @@ fn gather(data: SgList) -> Buf {
     all
 }
 
-/// The pieces from byte `done` on, for the kernel. A read needs buffers that nobody else sees.
-fn vector(data: &mut SgList, done: usize, into: bool) -> Result<Vec<libc::iovec>, Status> {
-    let mut skip = done;
+/// The pieces of `len` bytes (or what there is) from byte `skip` on, for the kernel. A read needs buffers that nobody else sees.
+pub(crate) fn vector(
+    data: &mut SgList,
+    mut skip: usize,
+    mut len: usize,
+    into: bool,
+) -> Result<Vec<libc::iovec>, Status> {
     let mut iov = Vec::with_capacity(data.segments().len());
     for piece in data.segments_mut() {
         if into && piece.get_mut().is_none() {
@@ -279,8 +283,13 @@ fn vector(data: &mut SgList, done: usize, into: bool) -> Result<Vec<libc::iovec>
             skip -= piece.len();
             continue;
         }
+        if len == 0 {
+            break;
+        }
         let base = piece.as_ptr().wrapping_add(skip).cast_mut().cast();
-        iov.push(libc::iovec { iov_base: base, iov_len: piece.len() - skip });
+        let iov_len = (piece.len() - skip).min(len);
+        iov.push(libc::iovec { iov_base: base, iov_len });
+        len -= iov_len;
         skip = 0;
     }
     Ok(iov)

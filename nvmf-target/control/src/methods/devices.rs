@@ -148,7 +148,7 @@ params! {
     pub struct UringCreate {
         /// Name.
         name: String,
-        /// File or block device.
+        /// File, block device, or a namespace's character device (/dev/ng0n1): NVMe commands past the block layer.
         filename: String,
         /// Bytes in a block; the device's own, or 512 for files, when not given.
         block_size: Option<u32>,
@@ -156,7 +156,7 @@ params! {
         uuid: Option<Uuid>,
         /// Refuse writes. Ours.
         readonly: bool = false,
-        /// Unmap punches holes or discards. Ours.
+        /// Unmap punches holes, discards or deallocates. Ours.
         unmap: bool = true,
     }
     /// `bdev_delay_create`.
@@ -257,7 +257,7 @@ pub fn methods() -> Vec<Method> {
         rescan("bdev_aio_rescan"),
         Method::new(
             "bdev_uring_create",
-            "A file or block device through io_uring. Replies its name.",
+            "A file, block device or NVMe namespace through io_uring. Replies its name.",
             uring_create,
         ),
         delete("bdev_uring_delete", "bdev_uring_create"),
