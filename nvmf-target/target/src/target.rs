@@ -122,6 +122,11 @@ impl Shared {
         self.find(subnqn).is_some_and(|s| s.access(hostnqn).dhchap.is_some())
     }
 
+    /// Whether a host may connect to a subsystem through this port.
+    pub fn admits(&self, subnqn: &str, hostnqn: &str, port: &Arc<Port>) -> bool {
+        self.find(subnqn).is_some_and(|s| s.admits(hostnqn, port))
+    }
+
     /// Why TLS (or that there is none) keeps this host from connecting a queue at this port.
     pub fn tls_refuses(
         &self,

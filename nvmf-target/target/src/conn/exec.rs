@@ -160,7 +160,11 @@ impl Conn {
                 if reject == ConnectReject::Host
                     && let Ok(names) = data.names()
                 {
-                    audit::refused(&self.peer, names.hostnqn, names.subnqn, "host list", "not in it");
+                    let (method, why) = match group.target.admits(names.subnqn, names.hostnqn, &self.port) {
+                        false => ("host list", "not in it"),
+                        true => ("tls", "the association has another key, or the key is another's"),
+                    };
+                    audit::refused(&self.peer, names.hostnqn, names.subnqn, method, why);
                 }
                 let (status, dw0) = reject.completion();
                 self.complete(inner, index, status, dw0.into());
