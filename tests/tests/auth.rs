@@ -53,13 +53,20 @@ fn rig() -> Rig {
     cryptfold_bdev_malloc::create(&registry, disk).expect("a RAM disk");
     let target = Arc::new(Target::new(registry, &runtime.handles()[1..]));
     // Nothing in the capsule: Fabrics commands have their room all the same.
-    let transport = TransportOptions { in_capsule_data_size: 0, ..Default::default() };
+    // No deadline that a starved machine could miss.
+    let transport = TransportOptions {
+        in_capsule_data_size: 0,
+        connect_timeout_ms: 300_000,
+        auth_timeout_ms: 300_000,
+        ..Default::default()
+    };
     target.create_transport("TCP", transport).expect("transport");
     target.create_subsystem(SubsystemOptions::new(NQN)).expect("subsystem");
     target.add_ns(NQN, &NsOptions { bdev_name: "disk".into(), ..Default::default() }).expect("namespace");
     let any = ListenAddr::parse("TCP", Some("IPv4"), "127.0.0.1", "0").expect("an address");
     let port = target.add_listener(NQN, &any).expect("a free port").port;
-    let options = ConnectOptions::new("127.0.0.1", port.to_string(), NQN);
+    let mut options = ConnectOptions::new("127.0.0.1", port.to_string(), NQN);
+    (options.connect_timeout, options.io_timeout) = (Duration::from_secs(300), Duration::from_secs(300));
     let access = HostAccess { dhchap: named(1), dhchap_ctrlr: named(2), ..Default::default() };
     target.add_host(NQN, &options.hostnqn, access).expect("a new host");
     Rig { target, options, host: runtime.handles()[0].clone(), _runtime: runtime }

@@ -28,6 +28,11 @@ fn port(rig: &Rig, security: PortSecurity) -> SocketAddr {
     rig.target.add_secure_listener(NQN, &any, security).expect("a free port").socket_addr()
 }
 
+/// No deadline that a starved machine could miss.
+fn patient() -> TransportOptions {
+    TransportOptions { connect_timeout_ms: 300_000, auth_timeout_ms: 300_000, ..Default::default() }
+}
+
 /// HOST has secret 7 and asks for the controller's, 9; OTHER has secret 8. Returns the port for concatenation.
 fn rig(options: TransportOptions) -> (Rig, SocketAddr) {
     let rig = Rig::with(2, IdlePolicy::Interrupt, options);
@@ -92,7 +97,7 @@ fn unknown(port: SocketAddr, key: &TlsPsk) {
 
 #[test]
 fn a_key_opens_one_association_and_ends_with_it() {
-    let (rig, port) = rig(TransportOptions::default());
+    let (rig, port) = rig(patient());
     for (host, byte) in [(HOST, 7), (OTHER, 8)] {
         let mut first = plain(port, host);
         let key = new_key(&mut first, byte);
@@ -162,7 +167,7 @@ fn a_key_opens_one_association_and_ends_with_it() {
 
 #[test]
 fn whoever_does_it_wrong_gets_no_key() {
-    let (rig, port) = rig(TransportOptions::default());
+    let (rig, port) = rig(patient());
     let refused = |byte, concat, why| {
         let mut c = plain(port, OTHER);
         assert_eq!(prove(&mut c, byte, concat), Err(why));
@@ -208,7 +213,7 @@ fn whoever_does_it_wrong_gets_no_key() {
 
 #[test]
 fn keys_that_nobody_uses_are_wiped() {
-    let (rig, port) = rig(TransportOptions::default());
+    let (rig, port) = rig(patient());
     let mut c = plain(port, HOST);
     let (old, new) = (new_key(&mut c, 7), new_key(&mut c, 7));
     unknown(port, &old);
@@ -222,7 +227,7 @@ fn keys_that_nobody_uses_are_wiped() {
     rig.target.delete_subsystem(NQN).expect("it ends");
     assert_eq!(rig.target.generated_keys(), 0);
     // Far more than an authentication takes.
-    let (rig, port) = self::rig(TransportOptions { auth_timeout_ms: 5000, ..Default::default() });
+    let (rig, port) = self::rig(TransportOptions { auth_timeout_ms: 10_000, ..patient() });
     let key = new_key(&mut plain(port, HOST), 7);
     wait(|| rig.target.generated_keys() == 0);
     unknown(port, &key);
