@@ -3,6 +3,8 @@
 //! Every change is a journal record and durable before it is reported done. What goes on from other volumes, and
 //! deleting, is in [`crate::snapshots`].
 
+mod binding;
+
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -384,6 +386,7 @@ fn volume_info(pool: &str, shard: &Shard, v: &Volume) -> VolumeInfo {
         parent: shard.parent(v).map(|parent| parent.record.name.clone()),
         clones: shard.children(v).iter().map(|child| child.record.name.clone()).collect(),
         compression: v.record.compression.map(|c| c.to_string()),
+        host_key: v.host_key().map(<[u8]>::to_vec),
         logical_bytes: 4096 * v.shown_blocks(),
         zero_bytes: v.special * 4096,
         exclusive_bytes: exclusive * 4096,

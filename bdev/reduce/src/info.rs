@@ -287,6 +287,8 @@ pub struct VolumeInfo {
     pub clones: Vec<String>,
     /// Its own compression setting.
     pub compression: Option<String>,
+    /// Record of the key that its host had encrypted it with, if what is stored is decrypted. Its content is who wrote it's.
+    pub host_key: Option<Vec<u8>>,
     /// Mapped bytes, zero and pattern blocks included. Of a clone: without what it has from its snapshot. Of a snapshot: when
     /// it was taken.
     pub logical_bytes: u64,

@@ -696,6 +696,32 @@ impl PoolManager {
         self.volume(pool, &info.uuid.to_string())
     }
 
+    /// Records which key the host has encrypted a volume with (none: it is stored as it comes), durably, if nothing is stored in
+    /// it from byte `from` on. Whether it was. Snapshots and clones inherit the record; theirs does not change. Nobody may
+    /// write there meanwhile.
+    ///
+    /// # Errors
+    /// There is no such volume; the record is empty or too long; the pool takes no writes.
+    pub fn set_host_key(
+        &self,
+        pool: &str,
+        volume: &str,
+        from: u64,
+        record: Option<Vec<u8>>,
+    ) -> Result<bool, PoolError> {
+        let id = self.volume(pool, volume)?.id;
+        self.on_home(&self.find(pool)?, move |pool| async move { pool.set_host_key(id, from, record).await })
+    }
+
+    /// Whether nothing is stored in a volume from byte `from` on. Snapshots and clones are never empty.
+    ///
+    /// # Errors
+    /// There is no such volume; the pool's device fails.
+    pub fn is_empty_behind(&self, pool: &str, volume: &str, from: u64) -> Result<bool, PoolError> {
+        let id = self.volume(pool, volume)?.id;
+        self.on_home(&self.find(pool)?, move |pool| async move { pool.is_empty_behind(id, from).await })
+    }
+
     fn reregister(
         &self,
         pool: &PoolRef,

@@ -228,12 +228,12 @@ impl Pool {
         self.update(&record)
     }
 
-    fn record_of(&self, id: VolumeId) -> Result<VolumeRecord, Status> {
+    pub(crate) fn record_of(&self, id: VolumeId) -> Result<VolumeRecord, Status> {
         let shard = self.shard.borrow();
         shard.volume(id).map(|v| v.record.clone()).map_err(|_| Status::INVALID_NAMESPACE)
     }
 
-    fn update(&self, record: &VolumeRecord) -> Result<(), Status> {
+    pub(crate) fn update(&self, record: &VolumeRecord) -> Result<(), Status> {
         let bytes = record.encode().map_err(|error| {
             tracing::error!(pool = %self.name(), %error, "a volume's record can not be encoded");
             Status::INTERNAL_ERROR

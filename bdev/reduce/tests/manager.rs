@@ -395,3 +395,53 @@ fn a_device_goes_while_its_pool_is_opened() {
     manager.shutdown();
     runtime.stop();
 }
+
+/// The record of a host's key changes only while nothing is stored behind the header, survives, and is inherited.
+#[test]
+fn the_record_of_a_hosts_key_goes_with_what_is_stored_under_it() {
+    let runtime = runtime(1);
+    let registry = Registry::new();
+    support::RamDisk::create(&registry, "ram", 64 * MIB);
+    let manager = PoolManager::new(registry.clone(), runtime.handles().to_vec());
+    manager.create("ram", "p", &options()).unwrap();
+    manager.create_volume("p", &volume("v", 16 * MIB)).unwrap();
+    let set = |volume: &str, from, record: Option<&[u8]>| {
+        manager.set_host_key("p", volume, from, record.map(<[u8]>::to_vec)).unwrap()
+    };
+    let of = |volume: &str| manager.volume("p", volume).unwrap().host_key;
+    let header = 2 * MIB + 4096;
+    write(&runtime, &registry, 0, "p/v", 512, 1);
+    assert!(!set("v", 2 * MIB - 4096, Some(b"early")), "its last block is stored");
+    assert_eq!(of("v"), None);
+    let empty = |from| manager.is_empty_behind("p", "v", from).unwrap();
+    assert!(!empty(0) && !empty(2 * MIB - 4096) && empty(2 * MIB) && empty(1 << 40));
+    assert!(set("v", header, Some(b"first")) && set("v", header, Some(b"second")));
+    assert!(manager.set_host_key("p", "v", header, Some(Vec::new())).is_err());
+
+    // Stored under it now: it stays, through a crash's replay, a checkpoint and in what is derived.
+    write(&runtime, &registry, 0, "p/v", 600, 1);
+    assert!(!set("v", header, None) && !set("v", header, Some(b"third")));
+    manager.snapshot_volume("p", "v", "then").unwrap();
+    manager.clone_volume("p", "then", "twin").unwrap();
+    manager.close("p").unwrap();
+    manager.open("ram", &key(), Some(16 * MIB)).unwrap().unwrap();
+    for name in ["v", "then", "twin"] {
+        assert_eq!(of(name).as_deref(), Some(&b"second"[..]), "{name}");
+    }
+    assert!(!set("twin", 8 * MIB, None), "a clone has what its snapshot has");
+    assert!(!set("then", 8 * MIB, None), "a snapshot has what its volume has");
+
+    // Given up: free for another one.
+    let registry2 = registry.clone();
+    let given_up = runtime.handles()[0].block_on(move || async move {
+        let channel = registry2.open("p/v", Access::ReadWrite, |_| ()).unwrap().channel().unwrap();
+        channel.unmap(header / 4096, 3000).await.unwrap();
+    });
+    given_up.unwrap();
+    assert!(set("v", header, None));
+    assert_eq!((of("v"), of("then").as_deref()), (None, Some(&b"second"[..])));
+    verify(&runtime, &registry, 0, "p/v", 512, 1);
+    assert!(manager.check("p", true).unwrap().is_clean());
+    manager.shutdown();
+    runtime.stop();
+}
