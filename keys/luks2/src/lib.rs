@@ -21,6 +21,7 @@ mod binary;
 mod json;
 mod proof;
 
+use aws_lc_rs::digest;
 use thiserror::Error;
 use uuid::Uuid;
 
@@ -132,6 +133,30 @@ pub struct Payload {
     pub key_bytes: Option<u32>,
     /// Proves the volume key.
     pub digest: KeyDigest,
+}
+
+impl Payload {
+    /// SHA-256 of where the payload lies, how it is numbered and what proves its key: as long as this is the same, the same
+    /// bytes mean the same. A host changes it by no passphrase, label, token or UUID.
+    pub fn identity(&self) -> [u8; 32] {
+        let s = &self.segment;
+        let d = &self.digest;
+        let mut sum = digest::Context::new(&digest::SHA256);
+        sum.update(b"LUKS2 payload");
+        // No size is a number that no size is: sizes are multiples of 512.
+        for n in [s.offset_bytes, s.size_bytes.unwrap_or(u64::MAX), s.iv_tweak, s.sector_bytes.into()] {
+            sum.update(&n.to_le_bytes());
+        }
+        sum.update(&[d.hash as u8]);
+        sum.update(&d.iterations.to_le_bytes());
+        for part in [&d.salt, &d.value] {
+            sum.update(&(part.len() as u64).to_le_bytes());
+            sum.update(part);
+        }
+        let mut identity = [0; 32];
+        identity.copy_from_slice(sum.finish().as_ref());
+        identity
+    }
 }
 
 /// A valid header.

@@ -10,13 +10,13 @@ use thiserror::Error;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Hash {
     /// SHA-1: headers that once were LUKS1.
-    Sha1,
+    Sha1 = 1,
     /// SHA-256.
-    Sha256,
+    Sha256 = 2,
     /// SHA-384.
-    Sha384,
+    Sha384 = 3,
     /// SHA-512.
-    Sha512,
+    Sha512 = 4,
 }
 
 impl Hash {

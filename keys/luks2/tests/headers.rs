@@ -71,6 +71,32 @@ fn a_good_header() {
 }
 
 #[test]
+fn a_payload_is_another_one_when_its_place_its_numbering_or_its_digest_is() {
+    let of = |change: &dyn Fn(&mut Value)| {
+        let mut json = good();
+        change(&mut json);
+        header(&json).payload(Place::Attached, DEVICE).unwrap().identity()
+    };
+    let same = of(&|_| {});
+    assert_eq!(of(&|j| j["keyslots"]["1"] = j["keyslots"]["0"].clone()), same);
+    assert_eq!(of(&|j| j["tokens"]["0"] = json!({"type": "t", "keyslots": []})), same);
+    let mut seen = vec![same];
+    for (path, value) in [
+        ("/segments/0/offset", json!("20971520")),
+        ("/segments/0/size", json!("8388608")),
+        ("/segments/0/iv_tweak", json!("8")),
+        ("/segments/0/sector_size", json!(4096)),
+        ("/digests/0/iterations", json!(1001)),
+        ("/digests/0/salt", json!("c2FsdA==")),
+        ("/digests/0/digest", json!("qo7Dyin8yWDVmfh8FOjtJrcJM0ddq9KiOFJQ5X21Q0A=")),
+    ] {
+        let other = of(&|j| *j.pointer_mut(path).unwrap() = value.clone());
+        assert!(!seen.contains(&other), "{path}");
+        seen.push(other);
+    }
+}
+
+#[test]
 fn what_is_refused_and_why() {
     let with = |path: &'static str, v: Value| refusal(|j| *j.pointer_mut(path).unwrap() = v);
     let add = |path: &'static str, name: &'static str, v: Value| {
