@@ -160,28 +160,14 @@ impl Device for Hostcrypt {
 
     fn open_queue(self: Arc<Self>) -> Result<Rc<dyn Queue>, BdevError> {
         let o = &self.options;
-        let queue = Rc::new(HostcryptQueue {
-            gate: o.key.clone(),
-            epoch: Cell::new(0),
-            context: RefCell::new(Err(Status::NAMESPACE_NOT_READY)),
-            watch: RefCell::new(None),
-            numbering: Numbering {
-                origin: o.payload_offset_bytes,
-                first: o.iv_offset,
-                step_bytes: SECTOR_BYTES,
-                unit_bytes: o.sector_size_bytes as usize,
-            },
-            block_bytes: u64::from(self.info.block_size_bytes),
-            ratio: self.ratio,
+        let shape = Shape {
+            payload_offset_bytes: o.payload_offset_bytes,
+            iv_offset: o.iv_offset,
+            sector_size_bytes: o.sector_size_bytes,
             key_id: o.key_id,
-            reports_unmapped: self.info.reports_unmapped,
-            base: self.base.channel()?,
-        });
-        queue.look().map_err(|e| BdevError::NoResources(e.to_string()))?;
-        if !o.key.is_fixed() {
-            *queue.watch.borrow_mut() = Some(watch(&queue));
-        }
-        Ok(queue)
+        };
+        let queue = HostcryptQueue::open(self.base.channel()?, &self.info, self.ratio, shape, &o.key);
+        queue.map(|q| q as Rc<dyn Queue>).map_err(|e| BdevError::NoResources(e.to_string()))
     }
 
     fn destruct(&self) {
@@ -225,7 +211,21 @@ impl Hostcrypt {
     }
 }
 
-struct HostcryptQueue {
+/// The host's layer: where it begins, how it is numbered, which key's it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shape {
+    /// Where the payload begins, a multiple of the block size.
+    pub payload_offset_bytes: u64,
+    /// Number of its first 512-byte sector.
+    pub iv_offset: u64,
+    /// Bytes in a data unit.
+    pub sector_size_bytes: u32,
+    /// For [`Io::host_key`].
+    pub key_id: u16,
+}
+
+/// The layer on one core. A block of `info` is `ratio` blocks of the base.
+pub(crate) struct HostcryptQueue {
     base: Channel,
     gate: Arc<KeyGate>,
     /// The gate's epoch that `context` belongs to.
@@ -258,6 +258,41 @@ fn watch(queue: &Rc<HostcryptQueue>) -> reactor::Task<()> {
 }
 
 impl HostcryptQueue {
+    /// Over a channel of the base.
+    ///
+    /// # Errors
+    /// The cipher can not be set up.
+    pub(crate) fn open(
+        base: Channel,
+        info: &DeviceInfo,
+        ratio: u64,
+        shape: Shape,
+        gate: &Arc<KeyGate>,
+    ) -> Result<Rc<HostcryptQueue>, crate::engine::EngineError> {
+        let queue = Rc::new(HostcryptQueue {
+            gate: gate.clone(),
+            epoch: Cell::new(0),
+            context: RefCell::new(Err(Status::NAMESPACE_NOT_READY)),
+            watch: RefCell::new(None),
+            numbering: Numbering {
+                origin: shape.payload_offset_bytes,
+                first: shape.iv_offset,
+                step_bytes: SECTOR_BYTES,
+                unit_bytes: shape.sector_size_bytes as usize,
+            },
+            block_bytes: u64::from(info.block_size_bytes),
+            ratio,
+            key_id: shape.key_id,
+            reports_unmapped: info.reports_unmapped,
+            base,
+        });
+        queue.look()?;
+        if !gate.is_fixed() {
+            *queue.watch.borrow_mut() = Some(watch(&queue));
+        }
+        Ok(queue)
+    }
+
     /// Takes over what the gate says now.
     #[cold]
     fn look(&self) -> Result<(), crate::engine::EngineError> {

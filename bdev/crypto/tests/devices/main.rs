@@ -3,3 +3,4 @@
 mod common;
 mod crypto;
 mod hostcrypt;
+mod luks;
