@@ -2,6 +2,8 @@
 //!
 //! It is real: without it these tests fail, they are not passed over.
 
+pub mod cryptsetup;
+
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};

@@ -1,66 +1,19 @@
 //! Headers and ciphertext of the real `cryptsetup`, in user space, on files: read, proven and decrypted by ours.
 
-use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::path::Path;
 
 use cryptfold_bdev_crypto::engine::{Direction, XtsContext, XtsKey};
+use cryptfold_keys_tests::cryptsetup::Host;
 use cryptfold_luks2::{DEFAULT_MAX_ITERATIONS, Header, MAX_AREA_BYTES, Payload, Place, ProofError, Refusal};
-use tempfile::TempDir;
 
 const MIB: u64 = 1 << 20;
 
-struct Host {
-    dir: TempDir,
-    key: Vec<u8>,
+fn header_of(host: &Host, name: &str) -> Header {
+    Header::parse(&start_of(&host.path(name))).unwrap().expect("a header")
 }
 
-impl Host {
-    /// A host with a random volume key, which is also the passphrase of its keyslots.
-    fn new(key_bytes: usize) -> Host {
-        let dir = tempfile::tempdir().unwrap();
-        let mut key = vec![0; key_bytes];
-        std::io::Read::read_exact(&mut std::fs::File::open("/dev/urandom").unwrap(), &mut key).unwrap();
-        std::fs::write(dir.path().join("key"), &key).unwrap();
-        Host { dir, key }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(name)
-    }
-
-    /// A file of this size: text of our own sources, then zeros.
-    fn file(&self, name: &str, size: u64) -> Vec<u8> {
-        let mut content = include_str!("luks2.rs").repeat(40).into_bytes();
-        content.resize(size as usize, 0);
-        std::fs::write(self.path(name), &content).unwrap();
-        content
-    }
-
-    fn cryptsetup(&self, args: &str) {
-        let mut command = Command::new("cryptsetup");
-        command.env("PATH", format!("{}:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default()));
-        let done =
-            command.args(args.split_whitespace()).current_dir(self.dir.path()).stdin(Stdio::null()).output();
-        let done = done.unwrap_or_else(|e| panic!("cryptsetup: {e} (scripts/setup-deps kmip)"));
-        assert!(done.status.success(), "cryptsetup {args}: {}", String::from_utf8_lossy(&done.stderr));
-    }
-
-    /// What every format and encryption says: our key, and a keyslot that costs little.
-    fn common(&self) -> String {
-        let bits = self.key.len() * 8;
-        format!(
-            "-q --type luks2 --key-size {bits} --volume-key-file key --key-file key --pbkdf pbkdf2 \
-             --pbkdf-force-iterations 1000"
-        )
-    }
-
-    fn header(&self, name: &str) -> Header {
-        Header::parse(&start_of(&self.path(name))).unwrap().expect("a header")
-    }
-
-    fn size(&self, name: &str) -> u64 {
-        std::fs::metadata(self.path(name)).unwrap().len()
-    }
+fn size(host: &Host, name: &str) -> u64 {
+    std::fs::metadata(host.path(name)).unwrap().len()
 }
 
 fn start_of(path: &Path) -> Vec<u8> {
@@ -92,7 +45,7 @@ fn formatted_volumes() {
         host.cryptsetup(&format!(
             "luksFormat {common} --cipher aes-xts-plain64 --sector-size {sector} --hash {digest} --label vol disk"
         ));
-        let header = host.header("disk");
+        let header = header_of(&host, "disk");
         let payload = header.payload(Place::Attached, 32 * MIB).unwrap();
         assert_eq!((payload.segment.sector_bytes, payload.segment.offset_bytes), (sector, 16 * MIB));
         assert_eq!((payload.key_bytes, header.label.as_str()), (Some(bytes as u32), "vol"));
@@ -106,7 +59,7 @@ fn formatted_volumes() {
             .unwrap();
         host.cryptsetup("token import --json-file token disk");
         host.cryptsetup("config disk --label other");
-        let later = host.header("disk");
+        let later = header_of(&host, "disk");
         assert!(later.sequence > header.sequence && later.label == "other");
         assert_eq!(later.payload(Place::Attached, 32 * MIB).unwrap(), payload);
         assert_eq!(later.kmip_token().unwrap().unwrap().objects, ["77"]);
@@ -115,7 +68,7 @@ fn formatted_volumes() {
         host.cryptsetup(&format!(
             "luksFormat {common} --volume-key-file /dev/urandom --cipher aes-xts-plain64 disk"
         ));
-        let other = host.header("disk").payload(Place::Attached, 32 * MIB).unwrap();
+        let other = header_of(&host, "disk").payload(Place::Attached, 32 * MIB).unwrap();
         assert_ne!(other, payload);
         assert_eq!(other.digest.prove(&host.key, DEFAULT_MAX_ITERATIONS), Err(ProofError::WrongKey));
     }
@@ -133,7 +86,7 @@ fn encrypted_files_with_the_header_in_front() {
             "reencrypt --encrypt {common} --cipher aes-xts-plain64 --sector-size {sector} --reduce-device-size 32M disk"
         ));
         let device = std::fs::read(host.path("disk")).unwrap();
-        let payload = host.header("disk").payload(Place::Attached, device.len() as u64).unwrap();
+        let payload = header_of(&host, "disk").payload(Place::Attached, device.len() as u64).unwrap();
         assert_eq!(payload.segment.sector_bytes, sector);
         let data = decrypted(&device, &payload, &host.key);
         assert!(data[..plain.len()] == plain[..], "sector size {sector}");
@@ -152,9 +105,9 @@ fn encrypted_files_with_a_detached_header() {
         let device = std::fs::read(host.path("disk")).unwrap();
         assert!(device != plain);
         assert_eq!(Header::parse(&start_of(&host.path("disk"))), Ok(None), "the device has no header");
-        let header = host.header("header");
-        assert!(header.payload(Place::Attached, host.size("disk")).is_err());
-        let payload = header.payload(Place::Detached, host.size("disk")).unwrap();
+        let header = header_of(&host, "header");
+        assert!(header.payload(Place::Attached, size(&host, "disk")).is_err());
+        let payload = header.payload(Place::Detached, size(&host, "disk")).unwrap();
         assert_eq!((payload.segment.offset_bytes, payload.segment.sector_bytes), (0, sector));
         assert!(decrypted(&device, &payload, &host.key) == plain, "sector size {sector}");
     }
@@ -164,7 +117,7 @@ fn encrypted_files_with_a_detached_header() {
 fn what_the_tool_makes_and_we_refuse() {
     let host = Host::new(64);
     let common = host.common();
-    let payload = |name: &str| host.header(name).payload(Place::Attached, host.size(name));
+    let payload = |name: &str| header_of(&host, name).payload(Place::Attached, size(&host, name));
     host.file("begun", 56 * MIB);
     host.cryptsetup(&format!(
         "reencrypt --encrypt --init-only {common} --cipher aes-xts-plain64 --reduce-device-size 32M begun"

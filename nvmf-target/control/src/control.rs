@@ -24,6 +24,7 @@ use crate::keyring::Keyring;
 use crate::keys::KeyStore;
 use crate::kms::Kms;
 use crate::logging::LogControl;
+use crate::luks::Volumes;
 use crate::options::Options;
 use crate::pools::{Locked, Pools, Try};
 use crate::table::Table;
@@ -112,6 +113,8 @@ pub struct Control {
     pub(crate) keys: KeyStore,
     pub(crate) ring: Keyring,
     pub(crate) kms: Arc<Kms>,
+    /// Volumes on which hosts put LUKS.
+    pub(crate) luks: Volumes,
     /// Calls that need devices of locked pools.
     pub(crate) deferred: Deferred,
     pub(crate) options: Mutex<Options>,
@@ -152,6 +155,7 @@ impl Control {
             keys: KeyStore::default(),
             ring: Keyring::default(),
             kms: Arc::default(),
+            luks: Volumes::default(),
             deferred: Deferred::default(),
             me: me.clone(),
             options: Mutex::default(),
@@ -167,6 +171,11 @@ impl Control {
             retrying: AtomicBool::new(false),
             started: Instant::now(),
         })
+    }
+
+    /// For threads.
+    pub(crate) fn weak(&self) -> Weak<Control> {
+        self.me.clone()
     }
 
     /// The methods.
@@ -401,6 +410,9 @@ impl Handler for Control {
         let started = Instant::now();
         let result = self.table.call(self, method, params);
         self.look_for_new();
+        if method.starts_with("nvmf_") {
+            self.luks.recheck(self);
+        }
         let ms = started.elapsed().as_millis() as u64;
         match &result {
             Ok(_) => tracing::debug!(method, ms, "rpc"),

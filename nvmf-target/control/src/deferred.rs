@@ -17,6 +17,7 @@ const MAY_WAIT: &[&str] = &[
     "bdev_error_create",
     "bdev_examine",
     "bdev_hostcrypt_create",
+    "bdev_luks_create",
     "bdev_passthru_create",
     "bdev_set_qos_limit",
     "bdev_split_create",

@@ -14,6 +14,7 @@
 
 mod kek;
 mod key;
+mod proven;
 mod server;
 
 use std::sync::{Arc, Mutex};
@@ -26,6 +27,7 @@ use crate::jsonrpc::RpcError;
 
 pub use kek::KekError;
 pub use key::{KeyOptions, KeyView, OnEnd, Policy};
+pub use proven::Unproven;
 pub use server::{ServerOptions, ServerView};
 
 use key::Key;
@@ -127,7 +129,8 @@ impl Kms {
     /// Options of servers and of keys, for the configuration.
     pub fn options(&self) -> (Vec<ServerOptions>, Vec<KeyOptions>) {
         let servers = lock(&self.servers).clone();
-        let keys = servers.iter().flat_map(|s| s.keys()).map(|k| k.options.clone()).collect();
+        let keys = servers.iter().flat_map(|s| s.keys()).map(|k| k.options.clone());
+        let keys = keys.filter(|k| k.device.is_none()).collect();
         (servers.iter().map(|s| s.options.clone()).collect(), keys)
     }
 

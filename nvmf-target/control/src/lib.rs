@@ -18,6 +18,7 @@ pub mod keyring;
 pub mod keys;
 pub mod kms;
 pub mod logging;
+mod luks;
 mod methods;
 pub mod offline;
 mod options;

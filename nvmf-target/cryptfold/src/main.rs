@@ -7,6 +7,7 @@ mod cores;
 mod encryption;
 mod estimate;
 mod export;
+mod host;
 mod rpc;
 mod shell;
 mod signals;
@@ -56,6 +57,9 @@ enum Command {
     /// What opens the pools of a running target. Passwords come from a file, the terminal or standard input.
     #[command(subcommand)]
     Encryption(encryption::EncryptionCommand),
+    /// LUKS2 volumes whose keys are at a key server: a host's commands, and what a target makes of them.
+    #[command(subcommand)]
+    Host(host::HostCommand),
     /// Print a completion script for a shell.
     Completion(shell::CompletionArgs),
     /// Write manual pages.
@@ -103,6 +107,7 @@ fn main() -> ExitCode {
         Command::Pool(c) => rpc::pool(c),
         Command::Volume(c) => rpc::volume(c),
         Command::Encryption(c) => encryption::run(c),
+        Command::Host(c) => host::run(c),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

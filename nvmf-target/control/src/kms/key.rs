@@ -52,6 +52,8 @@ pub struct KeyOptions {
     pub objects: Vec<String>,
     /// What becomes of devices.
     pub policy: Policy,
+    /// The device that found it in its host's header; such a key is in no configuration. None: added by name.
+    pub device: Option<String>,
 }
 
 /// A key for people.
@@ -68,7 +70,7 @@ pub struct KeyView {
 }
 
 /// What the server says.
-enum Look {
+pub enum Look {
     Active,
     /// Not in use yet.
     NotYet(String),
@@ -78,12 +80,67 @@ enum Look {
 }
 
 /// How the key could not be had.
-enum FetchError {
+pub enum FetchError {
     NoAnswer(KmipError),
     /// It may come later.
     NotUsable(String),
     /// It must not be used.
     Fence(String),
+}
+
+/// The state of all objects: the worst one counts.
+pub fn look(client: &Client, options: &KeyOptions) -> Look {
+    let policy = &options.policy;
+    let mut worst = Look::Active;
+    for id in &options.objects {
+        let look = match client.get_attributes(id) {
+            Ok(found) => match found.state {
+                Some(State::Active) => Look::Active,
+                Some(s @ State::PreActive) => Look::NotYet(s.to_string()),
+                Some(s @ State::Deactivated) => Look::Ended(policy.deactivated, s.to_string()),
+                Some(s @ State::Compromised) => Look::Ended(policy.compromised, s.to_string()),
+                Some(s @ (State::Destroyed | State::DestroyedCompromised)) => {
+                    Look::Ended(policy.destroyed, s.to_string())
+                }
+                None => Look::NotYet("without a state".into()),
+            },
+            Err(e) => match e.refusal().map(|r| r.reason) {
+                Some(Reason::ITEM_NOT_FOUND | Reason::PERMISSION_DENIED) => {
+                    Look::Ended(policy.not_found, "not found".into())
+                }
+                Some(Reason::OBJECT_ARCHIVED) => Look::Ended(policy.deactivated, "archived".into()),
+                // Anything else says more about the server than about the key.
+                _ => Look::NoAnswer(e),
+            },
+        };
+        worst = match (worst, look) {
+            (Look::Ended(OnEnd::Fence, state), _) => Look::Ended(OnEnd::Fence, state),
+            (_, ended @ Look::Ended(OnEnd::Fence, _)) => ended,
+            (Look::NoAnswer(e), _) | (_, Look::NoAnswer(e)) => Look::NoAnswer(e),
+            (Look::NotYet(state), _) | (_, Look::NotYet(state)) => Look::NotYet(state),
+            (Look::Active, other) | (other, Look::Active) => other,
+            (ended, _) => ended,
+        };
+    }
+    worst
+}
+
+/// The key, from its object or its two halves.
+pub fn fetch(client: &Client, objects: &[String]) -> Result<Zeroizing<Vec<u8>>, FetchError> {
+    // Sized ahead: growing would leave a copy behind.
+    let mut whole = Zeroizing::new(Vec::with_capacity(MAX_KEY_BYTES));
+    for id in objects {
+        let object = client.get(id).map_err(|e| match e.is_unavailable() {
+            true => FetchError::NoAnswer(e),
+            false => FetchError::NotUsable(e.to_string()),
+        })?;
+        if whole.len() + object.key.len() > MAX_KEY_BYTES {
+            let what = format!("{} bytes and more; an XTS key has 32 or 64", whole.len() + object.key.len());
+            return Err(FetchError::NotUsable(what));
+        }
+        whole.extend_from_slice(object.key.expose());
+    }
+    Ok(whole)
 }
 
 #[derive(Default)]
@@ -110,6 +167,22 @@ impl Key {
             )));
         }
         Ok(Key { options, gate: KeyGate::waiting(), known: Mutex::default() })
+    }
+
+    /// A key that is active and has been fetched already.
+    pub fn fetched(options: KeyOptions, whole: &[u8]) -> Result<Key, RpcError> {
+        let xts = XtsKey::new(whole).map_err(|e| RpcError::params(e.to_string()))?;
+        let key = Key::new(options)?;
+        let state = State::Active.to_string();
+        *lock(&key.known) =
+            Known { state, reason: None, digest: Some(digest::digest(&digest::SHA256, whole)) };
+        key.gate.set(Access::Open(Arc::new(xts)));
+        Ok(key)
+    }
+
+    /// Whether this is its gate.
+    pub fn has_gate(&self, gate: &Arc<KeyGate>) -> bool {
+        Arc::ptr_eq(&self.gate, gate)
     }
 
     /// Devices hold the gate.
@@ -140,7 +213,7 @@ impl Key {
             self.forget();
             return None;
         }
-        match self.look(client) {
+        match look(client, &self.options) {
             Look::Active => self.use_it(client),
             Look::NotYet(state) => {
                 self.say(&state, Some(format!("the key is {state}")));
@@ -167,43 +240,6 @@ impl Key {
         Some(Err(e))
     }
 
-    /// The state of all objects: the worst one counts.
-    fn look(&self, client: &Client) -> Look {
-        let policy = &self.options.policy;
-        let mut worst = Look::Active;
-        for id in &self.options.objects {
-            let look = match client.get_attributes(id) {
-                Ok(found) => match found.state {
-                    Some(State::Active) => Look::Active,
-                    Some(s @ State::PreActive) => Look::NotYet(s.to_string()),
-                    Some(s @ State::Deactivated) => Look::Ended(policy.deactivated, s.to_string()),
-                    Some(s @ State::Compromised) => Look::Ended(policy.compromised, s.to_string()),
-                    Some(s @ (State::Destroyed | State::DestroyedCompromised)) => {
-                        Look::Ended(policy.destroyed, s.to_string())
-                    }
-                    None => Look::NotYet("without a state".into()),
-                },
-                Err(e) => match e.refusal().map(|r| r.reason) {
-                    Some(Reason::ITEM_NOT_FOUND | Reason::PERMISSION_DENIED) => {
-                        Look::Ended(policy.not_found, "not found".into())
-                    }
-                    Some(Reason::OBJECT_ARCHIVED) => Look::Ended(policy.deactivated, "archived".into()),
-                    // Anything else says more about the server than about the key.
-                    _ => Look::NoAnswer(e),
-                },
-            };
-            worst = match (worst, look) {
-                (Look::Ended(OnEnd::Fence, state), _) => Look::Ended(OnEnd::Fence, state),
-                (_, ended @ Look::Ended(OnEnd::Fence, _)) => ended,
-                (Look::NoAnswer(e), _) | (_, Look::NoAnswer(e)) => Look::NoAnswer(e),
-                (Look::NotYet(state), _) | (_, Look::NotYet(state)) => Look::NotYet(state),
-                (Look::Active, other) | (other, Look::Active) => other,
-                (ended, _) => ended,
-            };
-        }
-        worst
-    }
-
     /// Opens the gate, with the key fetched unless devices have it.
     fn use_it(&self, client: &Client) -> Option<Result<(), KmipError>> {
         if matches!(self.gate.access(), Access::Open(_)) {
@@ -228,20 +264,7 @@ impl Key {
     }
 
     fn fetch(&self, client: &Client) -> Result<Arc<XtsKey>, FetchError> {
-        // Sized ahead: growing would leave a copy behind.
-        let mut whole = Zeroizing::new(Vec::with_capacity(MAX_KEY_BYTES));
-        for id in &self.options.objects {
-            let object = client.get(id).map_err(|e| match e.is_unavailable() {
-                true => FetchError::NoAnswer(e),
-                false => FetchError::NotUsable(e.to_string()),
-            })?;
-            if whole.len() + object.key.len() > MAX_KEY_BYTES {
-                let what =
-                    format!("{} bytes and more; an XTS key has 32 or 64", whole.len() + object.key.len());
-                return Err(FetchError::NotUsable(what));
-            }
-            whole.extend_from_slice(object.key.expose());
-        }
+        let whole = fetch(client, &self.options.objects)?;
         let key = XtsKey::new(&whole).map_err(|e| FetchError::NotUsable(e.to_string()))?;
         let now = digest::digest(&digest::SHA256, &whole);
         let mut known = lock(&self.known);

@@ -98,7 +98,8 @@ pub fn methods() -> Vec<Method> {
                     destroyed: p.on_destroyed,
                     not_found: p.on_not_found,
                 };
-                c.kms.add_key(KeyOptions { name: p.name, server: p.server, objects: p.objects, policy })?;
+                let device = None;
+                c.kms.add_key(KeyOptions { name: p.name, server: p.server, objects: p.objects, policy, device })?;
                 Ok(json!(true))
             },
         )
@@ -177,7 +178,10 @@ fn key(c: &Control, k: &KeyView) -> Value {
     v["state"] = json!(k.state);
     v["access"] = json!(k.access);
     v["reason"] = json!(k.reason);
-    v["devices"] = json!(users(c, "kms_key_name", &k.options.name));
+    v["devices"] = match &k.options.device {
+        Some(device) => json!([device]),
+        None => json!(users(c, "kms_key_name", &k.options.name)),
+    };
     v
 }
 

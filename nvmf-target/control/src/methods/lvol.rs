@@ -394,7 +394,7 @@ fn find_store(c: &Control, p: Store) -> Result<(&Pools, PoolInfo), RpcError> {
 }
 
 /// A volume by UUID or alias.
-fn find_volume<'a>(c: &'a Control, name: &str) -> Result<(&'a Pools, VolumeInfo), RpcError> {
+pub fn find_volume<'a>(c: &'a Control, name: &str) -> Result<(&'a Pools, VolumeInfo), RpcError> {
     let pools = c.pools()?;
     let uuid = uuid::Uuid::parse_str(name).ok();
     let is =

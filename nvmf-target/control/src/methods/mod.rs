@@ -12,6 +12,7 @@ mod histogram;
 mod keyring;
 mod kms;
 mod log;
+mod luks;
 mod lvol;
 mod nvmf;
 mod options;
@@ -25,7 +26,7 @@ use crate::table::Method;
 
 pub(crate) use crypto::config as crypto_config;
 pub(crate) use keyring::config as keyring_config;
-pub(crate) use lvol::describe_check;
+pub(crate) use lvol::{describe_check, find_volume};
 pub(crate) use nvmf::{apply_options as apply_nvmf_options, config as nvmf_config};
 pub(crate) use options::sock_config;
 
@@ -58,6 +59,7 @@ pub fn all() -> Vec<Method> {
         crypto::methods(),
         keyring::methods(),
         kms::methods(),
+        luks::methods(),
         lvol::methods(),
         nvmf::methods(),
         options::methods(),
