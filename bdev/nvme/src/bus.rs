@@ -99,11 +99,14 @@ pub trait Bus: Send + Sync + 'static {
     /// Where the controller sees slab 0 of the arena.
     fn window(&self) -> u64;
 
-    /// Lets the controller see slabs 0 to `slabs`, each once and for good.
+    /// Lets the controller see slabs 0 to `slabs`, each once and for good. May take long: memory is pinned.
     ///
     /// # Errors
     /// The system refuses (limit on locked memory, no room in the window).
     fn map(&self, slabs: usize) -> Result<(), BusError>;
+
+    /// As [`Bus::map`], for a reactor, which does not wait in the system.
+    fn map_more(self: Arc<Self>, slabs: usize) -> Waiting<Result<(), BusError>>;
 
     /// Interrupt vectors.
     fn vectors(&self) -> u16;

@@ -15,7 +15,7 @@ use cryptfold_bdev::{Op, Status};
 use cryptfold_nvmf_spec::opcode::Direction;
 use cryptfold_nvmf_spec::{Cqe, status::Status as Wire};
 use cryptfold_reactor as reactor;
-use reactor::memory::{SgList, slab_count};
+use reactor::memory::slab_count;
 use reactor::sync::Event;
 use reactor::{Nanos, Poller, SleepVerdict};
 use zerocopy::little_endian::U16;
@@ -67,6 +67,15 @@ struct Inner {
     slots: Vec<Slot>,
     free: Vec<u16>,
     waiting: VecDeque<Request>,
+    /// Their data is in memory that the controller is about to be shown.
+    unseen: Vec<Request>,
+}
+
+/// Why a request was not sent.
+enum NotSent {
+    Failed(Status),
+    /// The controller does not see its data yet.
+    Unseen,
 }
 
 /// See the module's head.
@@ -110,6 +119,7 @@ impl Pair {
             slots: (0..slots).map(empty).collect(),
             free: (0..slots as u16).rev().collect(),
             waiting: VecDeque::new(),
+            unseen: Vec::new(),
         };
         let pair = Rc::new_cyclic(|this| Pair {
             window: bus.window(),
@@ -172,9 +182,12 @@ impl Pair {
 
     #[inline]
     fn send(&self, inner: &mut Inner, index: u16, mut request: Request) {
-        if let Err(status) = self.describe(index, &mut request) {
+        if let Err(why) = self.describe(index, &mut request) {
             inner.free.push(index);
-            return request.end(status);
+            return match why {
+                NotSent::Failed(status) => request.end(status),
+                NotSent::Unseen => self.show(inner, request),
+            };
         }
         let slot = &mut inner.slots[usize::from(index)];
         let generation = (slot.cid >> SLOT_BITS).wrapping_add(1);
@@ -194,7 +207,7 @@ impl Pair {
 
     /// Says in the command where its data is.
     #[inline]
-    fn describe(&self, index: u16, request: &mut Request) -> Result<(), Status> {
+    fn describe(&self, index: u16, request: &mut Request) -> Result<(), NotSent> {
         let index = usize::from(index);
         let (list, at) =
             (&self.lists[index / PAGES_PER_PIECE], index % PAGES_PER_PIECE * PAGE_BYTES as usize);
@@ -211,34 +224,39 @@ impl Pair {
             request.bounce(read);
             self.controller.counters.bounced.fetch_add(1, Ordering::Relaxed);
             request::describe(&mut request.sqe, &request.data, list, at, self.window, self.sgl)
-                .map_err(|_| Status::DATA_TRANSFER_ERROR)?;
+                .map_err(|_| NotSent::Failed(Status::DATA_TRANSFER_ERROR))?;
         }
-        self.see(&request.data)
-    }
-
-    /// Has the controller see the slabs that the data is in.
-    #[inline]
-    fn see(&self, data: &SgList) -> Result<(), Status> {
         let mapped = self.mapped.get();
-        if data.iter().all(|b| b.place().is_some_and(|p| usize::from(p.slab) < mapped)) {
-            return Ok(());
-        }
-        self.map_more()
+        let seen = request.data.iter().all(|b| b.place().is_some_and(|p| usize::from(p.slab) < mapped));
+        if seen { Ok(()) } else { Err(NotSent::Unseen) }
     }
 
+    /// Has the controller shown all memory that there is now, and sends the request then. The arena has grown: it is rare, pins
+    /// memory and takes long, so it happens elsewhere.
     #[cold]
-    fn map_more(&self) -> Result<(), Status> {
-        let slabs = slab_count();
-        match self.bus.map(slabs) {
-            Ok(()) => {
-                self.mapped.set(slabs);
-                Ok(())
-            }
-            Err(e) => {
-                tracing::error!("{}: I/O memory can not be mapped: {e}", self.controller.name);
-                Err(Status::INTERNAL_ERROR)
-            }
+    fn show(&self, inner: &mut Inner, request: Request) {
+        inner.unseen.push(request);
+        if inner.unseen.len() > 1 {
+            return;
         }
+        let (this, bus) = (self.this.clone(), self.bus.clone());
+        reactor::spawn_local(async move {
+            let slabs = slab_count();
+            let shown = bus.map_more(slabs).await;
+            let Some(pair) = this.upgrade() else { return };
+            let unseen = std::mem::take(&mut pair.inner.borrow_mut().unseen);
+            match shown {
+                Ok(()) => {
+                    pair.mapped.set(slabs.max(pair.mapped.get()));
+                    unseen.into_iter().for_each(|request| pair.submit(request));
+                }
+                Err(e) => {
+                    tracing::error!("{}: I/O memory can not be mapped: {e}", pair.controller.name);
+                    unseen.into_iter().for_each(|request| request.end(Status::INTERNAL_ERROR));
+                }
+            }
+        })
+        .detach();
     }
 
     fn reap(&self, limit: usize) -> usize {
@@ -410,7 +428,8 @@ impl Pair {
                 request.end(status);
             }
         }
-        std::mem::take(&mut inner.waiting).into_iter().for_each(|r| r.end(status));
+        let unsent = std::mem::take(&mut inner.waiting).into_iter().chain(std::mem::take(&mut inner.unseen));
+        unsent.for_each(|r| r.end(status));
     }
 
     /// After [`Pair::kill`] of a controller that is to be tried again: requests wait for that.
@@ -432,6 +451,10 @@ impl Pair {
         let found = inner.waiting.iter().position(|r| r.tag() == Some(tag));
         if let Some(request) = found.and_then(|i| inner.waiting.remove(i)) {
             request.end(Status::ABORTED_BY_REQUEST);
+            return true;
+        }
+        if let Some(found) = inner.unseen.iter().position(|r| r.tag() == Some(tag)) {
+            inner.unseen.remove(found).end(Status::ABORTED_BY_REQUEST);
             return true;
         }
         let sent = |s: &&Slot| s.request.as_ref().is_some_and(|r| r.tag() == Some(tag));

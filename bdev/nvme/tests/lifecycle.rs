@@ -139,6 +139,50 @@ fn load(m: &Rc<Machine>, rounds: u64, seed: u64) -> impl Future<Output = Vec<Str
     }
 }
 
+/// Memory that a drive does not see yet: what lies there waits until it does, is refused when it can not, and ends with the drive.
+#[test]
+fn memory_that_is_being_shown() {
+    for seed in 0..SEEDS {
+        machine(seed, 1, |m| async move {
+            ram(&m.registry, "ram", 4096, 1024);
+            let mut options = SimOptions::new("ram");
+            options.map_time = Duration::from_secs(2);
+            let drive = m.controller(options);
+            let controller = m.attach(&drive).await;
+            drive.inject(Fault::Unmappable, 1);
+            let c = m.open("Nn1");
+            let begin = now();
+            assert_eq!(write(&c, 1, 1).await, Err(Status::INTERNAL_ERROR));
+            assert!(now() - begin >= Duration::from_secs(2) && drive.commands() == 0);
+            drive.heal();
+            // A reset in the meantime, which is no concern of it.
+            let (a, b) = (c.clone(), c.clone());
+            let first = cryptfold_reactor::spawn_local(async move { write(&a, 1, 2).await });
+            let second = cryptfold_reactor::spawn_local(async move { write(&b, 2, 3).await });
+            sleep(Duration::from_millis(10)).await;
+            controller.reset().await.unwrap();
+            assert_eq!((first.await, second.await), (Ok(()), Ok(())));
+            assert!(holds(&c, 1, 2).await && holds(&c, 2, 3).await);
+            drop(c);
+            put_away(&controller, &drive).await;
+        });
+        machine(seed, 1, |m| async move {
+            ram(&m.registry, "ram", 4096, 1024);
+            let mut options = SimOptions::new("ram");
+            options.map_time = Duration::from_secs(100);
+            let drive = m.controller(options);
+            let controller = m.attach(&drive).await;
+            let (c, begin) = (m.open("Nn1"), now());
+            let waits = cryptfold_reactor::spawn_local(async move { write(&c, 1, 1).await });
+            sleep(Duration::from_millis(10)).await;
+            drive.inject(Fault::Remove, 1);
+            assert_eq!(waits.await, Err(Status::INVALID_NAMESPACE.do_not_retry()));
+            assert!(now() - begin < Duration::from_secs(50), "with the drive, not with the memory");
+            until("the drive is gone", || controller.state() == State::Gone).await;
+        });
+    }
+}
+
 /// A command that takes too long is aborted and sent again, without a reset.
 #[test]
 fn an_abort_that_helps() {

@@ -56,6 +56,8 @@ pub struct SimOptions {
     pub ready_after: Duration,
     /// Shortest and longest time of a command, beside what its device takes.
     pub latency: std::ops::Range<Duration>,
+    /// Time that it takes to show it memory that the arena has grown by.
+    pub map_time: Duration,
     /// ONCS.
     pub oncs: u16,
     /// Serial number.
@@ -77,6 +79,7 @@ impl SimOptions {
             stride: 0,
             ready_after: Duration::from_millis(3),
             latency: Duration::ZERO..Duration::from_micros(20),
+            map_time: Duration::from_micros(20),
             oncs: oncs::COMPARE | oncs::WRITE_UNCORRECTABLE | oncs::DSM | oncs::WRITE_ZEROES | oncs::VERIFY,
             serial: "SIM0001".into(),
             namespaces: vec![SimNamespace { nsid: 1, bdev: bdev.into() }],
@@ -130,6 +133,7 @@ pub(super) struct State {
     never_ready: bool,
     never_disabled: bool,
     fatal_when_enabled: bool,
+    unmappable: bool,
     pub stuck: bool,
     removed: bool,
     dma: bool,
@@ -179,6 +183,7 @@ impl SimController {
             never_ready: false,
             never_disabled: false,
             fatal_when_enabled: false,
+            unmappable: false,
             stuck: false,
             removed: false,
             dma: true,
@@ -226,6 +231,7 @@ impl SimController {
                 s.stuck = true;
             }
             Fault::Stuck => s.stuck = true,
+            Fault::Unmappable => s.unmappable = true,
             _ => {
                 s.removed = true;
                 s.epoch += 1;
@@ -237,6 +243,7 @@ impl SimController {
     pub fn heal(&self) {
         let mut s = self.state();
         (s.never_ready, s.never_disabled, s.fatal_when_enabled) = (false, false, false);
+        s.unmappable = false;
     }
 
     /// I/O commands fetched so far.
@@ -700,6 +707,18 @@ impl Bus for SimController {
     fn map(&self, slabs: usize) -> Result<(), BusError> {
         self.slabs.fetch_max(slabs, Ordering::AcqRel);
         Ok(())
+    }
+
+    fn map_more(self: Arc<Self>, slabs: usize) -> Waiting<Result<(), BusError>> {
+        Box::pin(async move {
+            let time = self.state().options.map_time;
+            reactor::sleep(time).await;
+            if self.state().unmappable {
+                let (what, reason) = ("I/O memory".into(), "no more of it".into());
+                return Err(BusError { what, reason, errno: libc::ENOMEM });
+            }
+            self.map(slabs)
+        })
     }
 
     fn vectors(&self) -> u16 {

@@ -19,6 +19,8 @@ pub enum Fault {
     Remove,
     /// Executes nothing any more, admin commands neither, until it is reset.
     Stuck,
+    /// It can be shown no more memory.
+    Unmappable,
     /// A command gets no completion; an Abort ends it.
     Drop,
     /// A command gets no completion, and an Abort does not find it.

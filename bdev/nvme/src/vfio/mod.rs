@@ -320,6 +320,10 @@ impl Bus for VfioBus {
         }
     }
 
+    fn map_more(self: Arc<Self>, slabs: usize) -> Waiting<Result<(), BusError>> {
+        elsewhere(move || self.map(slabs))
+    }
+
     fn vectors(&self) -> u16 {
         self.vectors.len() as u16
     }
