@@ -229,25 +229,13 @@ connect "$nqn"
 volume() { block P1 1; }
 within 60 volume
 run dd if="$work/sample" of="$(volume)" bs=1M seek=16 oflag=direct conv=fsync status=none
+call save_config >"$work/again.json" || fail "the configuration is not saved"
+grep -q "\"traddr\": *\"$one\"" "$work/again.json" || fail "the drive is not in the configuration: $(cat "$work/again.json")"
 timeout 300 dd if=/dev/urandom of="$(volume)" bs=64k seek=320 count=200 oflag=direct status=none 2>/dev/null &
 writer=$!
 sleep 2
 kill -KILL "$target"
 wait "$target" 2>/dev/null
-cat >"$work/again.json" <<JSON
-{"subsystems": [{"subsystem": "bdev", "config": [
-    {"method": "bdev_nvme_attach_controller", "params": {"name": "N", "trtype": "PCIe", "traddr": "$one"}},
-    {"method": "bdev_lvol_create_lvstore", "params": {"bdev_name": "Nn1", "lvs_name": "pool", "exist_ok": true}},
-    {"method": "bdev_hostcrypt_create", "params": {"base_bdev_name": "pool/encreduce", "name": "decrypted", "key_file": "$work/host.key", "sector_size": 512}}]},
-  {"subsystem": "nvmf", "config": [
-    {"method": "nvmf_create_transport", "params": {"trtype": "TCP"}},
-    {"method": "nvmf_create_subsystem", "params": {"nqn": "$nqn", "allow_any_host": true, "serial_number": "P1"}},
-    {"method": "nvmf_subsystem_add_ns", "params": {"nqn": "$nqn", "namespace": {"bdev_name": "pool/plain"}}},
-    {"method": "nvmf_subsystem_add_ns", "params": {"nqn": "$nqn", "namespace": {"bdev_name": "pool/encrypted"}}},
-    {"method": "nvmf_subsystem_add_ns", "params": {"nqn": "$nqn", "namespace": {"bdev_name": "decrypted"}}},
-    {"method": "nvmf_subsystem_add_listener", "params": {"nqn": "$nqn",
-      "listen_address": {"trtype": "TCP", "adrfam": "IPv4", "traddr": "127.0.0.1", "trsvcid": "4420"}}}]}]}
-JSON
 start -c "$work/again.json" --cores 0,1
 wait "$writer" || fail "the host's write did not survive the restart"
 dd if="$(volume)" bs=1M skip=16 count=2 iflag=direct status=none | cmp - "$work/sample" || fail "what the kernel had written is gone"

@@ -63,6 +63,20 @@ fn configure(t: &Target, dir: &Path, address: &str) {
     for name in ["m0", "m1", "m2"] {
         t.call("bdev_malloc_create", json!({"name": name, "num_blocks": 2048, "block_size": 4096}));
     }
+    let disk = dir.join("disk");
+    std::fs::File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&disk)
+        .unwrap()
+        .set_len(1 << 20)
+        .unwrap();
+    let disk = |unmap| json!({"name": "u0", "filename": disk, "block_size": 4096, "unmap": unmap});
+    t.call("bdev_uring_create", disk(false));
+    // Nothing is at that address; what was asked for stays.
+    let hotplug = json!({"enable": true, "period_us": 1_000_000, "allowed": ["ffff:fe:1f.7"]});
+    t.call("bdev_nvme_set_hotplug", hotplug);
     t.call("bdev_null_create", json!({"name": "n0", "num_blocks": 100, "block_size": 512}));
     t.call("bdev_error_create", json!({"base_name": "m1"}));
     let latency = json!({"name": "d0", "base_bdev_name": "EE_m1", "avg_read_latency": 1, "p99_read_latency": 2,
