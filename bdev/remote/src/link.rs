@@ -106,6 +106,33 @@ pub(crate) struct Link {
     state: Mutex<State>,
 }
 
+/// An association that is to be made anew.
+pub(crate) struct Renewal {
+    link: Arc<Link>,
+    before: Option<Arc<Connector>>,
+}
+
+impl Renewal {
+    pub fn begin(link: Arc<Link>) -> Renewal {
+        let before = link.up().map(|up| up.connector.clone());
+        link.signal.raise(RESET);
+        Renewal { link, before }
+    }
+
+    /// There is an association, and another one than before.
+    pub fn is_done(&self) -> bool {
+        match (self.link.up(), &self.before) {
+            (Some(up), Some(before)) => !Arc::ptr_eq(&up.connector, before),
+            (up, _) => up.is_some(),
+        }
+    }
+
+    /// What was there is over, whatever came after it.
+    pub fn is_past(&self) -> bool {
+        self.link.up().is_none() || self.is_done()
+    }
+}
+
 /// Why an association is over.
 enum End {
     Stop,

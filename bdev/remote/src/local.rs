@@ -14,7 +14,7 @@ use cryptfold_nvmf_spec::Nsid;
 use cryptfold_reactor::memory::SgList;
 use cryptfold_reactor::{self as reactor, Nanos};
 
-use crate::link::{Link, Up};
+use crate::link::{Link, Renewal, Up};
 use crate::remote::{Namespace, Remote};
 use crate::signal::{CHANGED, LOST};
 
@@ -22,6 +22,8 @@ use crate::signal::{CHANGED, LOST};
 const TICK: Duration = Duration::from_millis(20);
 /// An I/O that ended for a passing reason waits so long.
 const AGAIN: Duration = Duration::from_millis(100);
+/// Longest wait of a reset for an association.
+const RESET_LIMIT: Duration = Duration::from_secs(30);
 /// Status code type of path related errors (NVMe Base 2.0 section 3.3.3.2.4).
 const SCT_PATH: u8 = 3;
 
@@ -317,6 +319,9 @@ impl RemoteQueue {
 impl Queue for RemoteQueue {
     #[inline]
     fn submit(self: Rc<Self>, io: Box<Io>) {
+        if io.op == Op::Reset {
+            return self.reset(io);
+        }
         let bare = io.op == Op::Read && io.data.is_empty();
         self.send(io, if bare { BARE_READ } else { 0 });
     }
@@ -353,6 +358,29 @@ impl Complete for RemoteQueue {
 }
 
 impl RemoteQueue {
+    /// Makes all associations anew. I/O that is under way comes back with its connection and goes out again; one path that has come
+    /// back is enough.
+    #[cold]
+    fn reset(self: Rc<Self>, io: Box<Io>) {
+        let remote = self.local.remote.clone();
+        let renewals: Vec<Renewal> = remote.links().into_iter().map(Renewal::begin).collect();
+        reactor::spawn_local(async move {
+            let begin = reactor::now();
+            let status = loop {
+                if renewals.iter().all(Renewal::is_past) && renewals.iter().any(Renewal::is_done) {
+                    break Status::SUCCESS;
+                }
+                let too_long = Duration::from_nanos(reactor::now().0 - begin.0) >= RESET_LIMIT;
+                if too_long || self.ns.is_gone() || !remote.may_wait(self.ns.nsid, begin) {
+                    break Status::TRANSIENT_TRANSPORT_ERROR;
+                }
+                reactor::sleep(TICK).await;
+            };
+            io.finish(status);
+        })
+        .detach();
+    }
+
     #[cold]
     fn failed(self: Rc<Self>, mut io: Box<Io>, frame: Frame, status: Status) {
         let lost = self.path_failed(frame.lba, status);

@@ -1,5 +1,6 @@
 //! All remote controllers of a process, by name. For ordinary threads: calls block until what they ask for has happened.
 
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
@@ -8,10 +9,10 @@ use cryptfold_reactor::Handle;
 use serde_json::Value;
 
 use crate::RemoteError;
-use crate::link::{self, Address, Link, Phase};
+use crate::link::{self, Address, Link, Phase, Renewal};
 use crate::options::{AttachOptions, Multipath};
 use crate::remote::{Remote, locked};
-use crate::signal::{RESET, STOP};
+use crate::signal::STOP;
 
 /// How long a removal waits for I/O to drain; then connections are taken down, and what is under way fails.
 const DRAIN: Duration = Duration::from_secs(10);
@@ -36,17 +37,22 @@ pub struct PathFilter {
     pub trsvcid: Option<String>,
     /// Subsystem.
     pub subnqn: Option<String>,
+    /// Address of this host.
+    pub hostaddr: Option<IpAddr>,
 }
 
 impl PathFilter {
     fn is_everything(&self) -> bool {
-        self.traddr.is_none() && self.trsvcid.is_none() && self.subnqn.is_none()
+        self.traddr.is_none() && self.trsvcid.is_none() && self.subnqn.is_none() && self.hostaddr.is_none()
     }
 
     fn takes(&self, a: &Address) -> bool {
         let fits = |want: &Option<String>, have: &str| want.as_deref().is_none_or(|w| w == have);
         let o = &a.options;
-        fits(&self.traddr, &o.traddr) && fits(&self.trsvcid, &o.trsvcid) && fits(&self.subnqn, &o.subnqn)
+        fits(&self.traddr, &o.traddr)
+            && fits(&self.trsvcid, &o.trsvcid)
+            && fits(&self.subnqn, &o.subnqn)
+            && (self.hostaddr.is_none() || self.hostaddr == o.hostaddr)
     }
 }
 
@@ -72,6 +78,8 @@ pub struct LinkInfo {
     pub cntlid: Option<u16>,
     /// This host's name there.
     pub hostnqn: String,
+    /// This host's address there, if it was given.
+    pub hostaddr: Option<IpAddr>,
 }
 
 impl Remotes {
@@ -157,8 +165,11 @@ impl Remotes {
             traddr: Some(o.connect.traddr.clone()),
             trsvcid: Some(o.connect.trsvcid.clone()),
             subnqn: Some(o.connect.subnqn.clone()),
+            hostaddr: None,
         };
-        if links.iter().flat_map(|l| l.addresses()).any(|a| same.takes(&a)) {
+        // From another address of this host it is another path.
+        let is_same = |a: &Address| same.takes(a) && a.options.hostaddr == o.connect.hostaddr;
+        if links.iter().flat_map(|l| l.addresses()).any(|a| is_same(&a)) {
             return already("with the specified network path");
         }
         if remote.subnqn != o.connect.subnqn {
@@ -228,15 +239,12 @@ impl Remotes {
         if links.is_empty() {
             return Err(RemoteError::NoPath(name.into()));
         }
-        let before: Vec<_> = links.iter().map(|l| l.up().map(|u| u.connector.clone())).collect();
-        links.iter().for_each(|l| l.signal.raise(RESET));
-        let anew = || {
-            links.iter().zip(&before).all(|(l, old)| match (l.up(), old) {
-                (Some(up), Some(old)) => !Arc::ptr_eq(&up.connector, old),
-                (up, _) => up.is_some(),
-            })
-        };
-        if wait(anew) { Ok(()) } else { Err(RemoteError::NotConnected(name.into())) }
+        let renewals: Vec<Renewal> = links.into_iter().map(Renewal::begin).collect();
+        if wait(|| renewals.iter().all(Renewal::is_done)) {
+            Ok(())
+        } else {
+            Err(RemoteError::NotConnected(name.into()))
+        }
     }
 
     /// All of them, in order of attachment.
@@ -250,6 +258,7 @@ impl Remotes {
                 alternates: addresses[1..].iter().map(Address::json).collect(),
                 cntlid: l.up().map(|u| u.cntlid),
                 hostnqn: addresses[0].options.hostnqn.clone(),
+                hostaddr: addresses[0].options.hostaddr,
             }
         };
         let one = |r: &Arc<Remote>| ControllerInfo {

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use cryptfold_bdev::{BdevError, Device, DeviceInfo, Queue, Registry};
+use cryptfold_bdev::{BdevError, Device, DeviceInfo, Op, Queue, Registry};
 use cryptfold_nvmf_initiator::{AnaState, NamespaceInfo};
 use cryptfold_nvmf_spec::Nsid;
 use cryptfold_reactor::{self as reactor, Handle, Nanos};
@@ -226,7 +226,7 @@ impl Remote {
             none if none == [0; 16] => device.uuid,
             nguid => Uuid::from_bytes(nguid),
         });
-        device.ops = info.ops;
+        device.ops = info.ops.with(Op::Reset);
         device.write_cache = info.write_cache;
         device.atomic_blocks = info.atomic_blocks;
         device.read_only = info.read_only;

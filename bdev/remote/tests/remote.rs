@@ -36,7 +36,7 @@ fn runtime() -> Runtime {
 fn wait(what: &str, done: impl Fn() -> bool) {
     let begin = Instant::now();
     while !done() {
-        assert!(begin.elapsed() < Duration::from_secs(30), "not within 30 s: {what}");
+        assert!(begin.elapsed() < Duration::from_secs(180), "not within 180 s: {what}");
         std::thread::sleep(Duration::from_millis(2));
     }
 }
@@ -356,16 +356,12 @@ fn io_fails_in_time_and_controllers_are_given_up() {
     let (far, near) = (Far::new(), Near::new());
     let at = far.listen();
     let mut o = options(&at);
-    o.recovery = Recovery::new(15, 1, 1).expect("they fit");
+    o.recovery = Recovery::new(20, 1, 1).expect("they fit");
     near.attach(o).expect("attached");
     let load = Load::on(&near, "Farn1");
     far.target.remove_listener(NQN, &at).expect("it listens");
-    let begin = Instant::now();
-    let error = load.threads.iter().all(|t| {
-        wait("fast fail", || t.is_finished());
-        true
-    });
-    assert!(error && begin.elapsed() < Duration::from_secs(10), "{:?}", begin.elapsed());
+    // Long before the controller is given up, which takes its device away.
+    load.threads.iter().for_each(|t| wait("fast fail", || t.is_finished()));
     assert!(load.end().is_err_and(|e| e.contains(&Status::TRANSIENT_TRANSPORT_ERROR.to_string())));
     assert!(near.registry.get("Farn1").is_ok());
     wait("given up", || near.remotes.is_empty() && near.registry.get("Farn1").is_err());
@@ -499,4 +495,56 @@ fn keys_for_tls_and_authentication_count_at_every_connection() {
     wait("path back", || near.state(0) == "enabled");
     load.goes_on();
     load.end().expect("no error, no wrong byte");
+}
+
+/// Connections come from the address that is asked for; from two of them there are two paths. A reset of the device makes both
+/// associations anew, under I/O.
+#[test]
+fn paths_from_addresses_of_this_host_and_the_reset_operation() {
+    let far = Far::new();
+    let at = far.listen();
+    let near = Near::new();
+    let from = |last: u8| {
+        let mut o = options(&at);
+        o.connect.hostaddr = Some(std::net::IpAddr::from([127, 0, 0, last]));
+        o
+    };
+    near.attach(from(5)).expect("attaches");
+    near.attach(from(6)).expect("another path");
+    assert!(near.attach(from(6)).expect_err("the same again").to_string().contains("already exists"));
+    let mut six = from(5);
+    (six.name, six.connect.hostaddr) = ("Six".into(), Some("::1".parse().expect("an address")));
+    let why = near.attach(six).expect_err("no IPv6 there").to_string();
+    assert!(why.contains("no address that can be reached from ::1"), "{why}");
+    let peers = || {
+        let qpairs = far.target.qpairs(NQN).expect("the subsystem is there");
+        let address = |peer: &str| peer.rsplit_once(':').map(|(a, _)| a.to_string());
+        let mut all: Vec<String> = qpairs.iter().filter_map(|q| address(&q.peer_address)).collect();
+        all.sort();
+        all.dedup();
+        all
+    };
+    assert_eq!(peers(), ["127.0.0.5", "127.0.0.6"]);
+
+    let load = Load::on(&near, "Farn1");
+    let before: Vec<_> = near.remotes.list()[0].links.iter().map(|l| l.cntlid).collect();
+    let desc = near.registry.open("Farn1", Access::ReadWrite, |_| {}).expect("it is there");
+    let status = near.handles()[0]
+        .block_on(move || async move {
+            let channel = desc.channel().expect("a channel");
+            channel.io(Io::new(Op::Reset, 0, 0)).await.status()
+        })
+        .expect("the reactor lives");
+    assert_eq!(status, Status::SUCCESS);
+    wait("both paths are back", || (0..2).all(|n| near.state(n) == "enabled"));
+    let after: Vec<_> = near.remotes.list()[0].links.iter().map(|l| l.cntlid).collect();
+    assert!(before.iter().all(|id| !after.contains(id)), "{before:?} {after:?}");
+    load.goes_on();
+    load.end().expect("verified");
+    let filter =
+        PathFilter { hostaddr: Some("127.0.0.5".parse().expect("an address")), ..Default::default() };
+    near.remotes.detach("Far", &filter).expect("one path goes");
+    let left = &near.remotes.list()[0].links;
+    assert_eq!(left.len(), 1);
+    assert_eq!(left[0].hostaddr, Some("127.0.0.6".parse().expect("an address")));
 }

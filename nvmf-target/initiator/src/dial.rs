@@ -2,7 +2,7 @@
 
 use std::future::Future;
 use std::io::{self, Read, Write};
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll, Waker};
@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use cryptfold_nvmf_auth::TlsPsk;
 use cryptfold_nvmf_tls::{Raw, Session};
+use socket2::{Domain, Socket, Type};
 
 use crate::{ConnectOptions, Error, TcpWire, TlsWire, Wire};
 
@@ -26,6 +27,7 @@ pub trait Dial: Send + Sync {
 pub struct TcpDial {
     traddr: String,
     trsvcid: String,
+    from: Option<IpAddr>,
     address: String,
     limit: Duration,
     tls: Mutex<Option<TlsPsk>>,
@@ -37,6 +39,7 @@ impl TcpDial {
         TcpDial {
             traddr: options.traddr.clone(),
             trsvcid: options.trsvcid.clone(),
+            from: options.hostaddr,
             address: options.address(),
             limit: options.connect_timeout,
             tls: Mutex::new(options.tls_psk()),
@@ -52,11 +55,11 @@ impl TcpDial {
 impl Dial for TcpDial {
     fn dial(&self) -> Dialing<'_> {
         let (host, port) = (self.traddr.clone(), self.trsvcid.clone());
-        let (address, limit) = (self.address.clone(), self.limit);
+        let (address, limit, from) = (self.address.clone(), self.limit, self.from);
         let tls = self.tls.lock().unwrap_or_else(PoisonError::into_inner).clone();
         Box::pin(async move {
             let opened = off_reactor(move || {
-                let stream = connect(&host, &port, &address, limit)?;
+                let stream = connect((&host, &port), from, &address, limit)?;
                 let session = tls.map(|key| secure(&stream, &key, limit)).transpose();
                 let session = session.map_err(|e| Error::Connect { address, why: e.to_string() })?;
                 Ok((stream, session))
@@ -74,19 +77,40 @@ impl Dial for TcpDial {
     }
 }
 
-fn connect(host: &str, port: &str, address: &str, limit: Duration) -> Result<TcpStream, Error> {
+/// A connection to a host and port, from an address of ours if one is given.
+fn connect(
+    (host, port): (&str, &str),
+    from: Option<IpAddr>,
+    address: &str,
+    limit: Duration,
+) -> Result<TcpStream, Error> {
     let resolve = |why: String| Error::Resolve { address: address.to_owned(), why };
     let port: u16 = port.parse().map_err(|_| resolve(format!("\"{port}\" is no port")))?;
     let found: Vec<SocketAddr> =
         (host, port).to_socket_addrs().map_err(|e| resolve(e.to_string()))?.collect();
-    let mut why = "the name has no address".to_owned();
-    for target in found {
-        match TcpStream::connect_timeout(&target, limit) {
+    let mut why = match from {
+        Some(from) => format!("it has no address that can be reached from {from}"),
+        None => "the name has no address".to_owned(),
+    };
+    for target in found.into_iter().filter(|to| from.is_none_or(|from| from.is_ipv4() == to.is_ipv4())) {
+        match connect_from(from, target, limit) {
             Ok(stream) => return Ok(stream),
-            Err(e) => why = e.to_string(),
+            Err(e) => why = e,
         }
     }
     Err(Error::Connect { address: address.to_owned(), why })
+}
+
+fn connect_from(from: Option<IpAddr>, to: SocketAddr, limit: Duration) -> Result<TcpStream, String> {
+    let Some(from) = from else {
+        return TcpStream::connect_timeout(&to, limit).map_err(|e| e.to_string());
+    };
+    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).map_err(|e| e.to_string())?;
+    socket
+        .bind(&SocketAddr::new(from, 0).into())
+        .map_err(|e| format!("{from} as this host's address: {e}"))?;
+    socket.connect_timeout(&to.into(), limit).map_err(|e| format!("from {from}: {e}"))?;
+    Ok(socket.into())
 }
 
 /// A stream that still blocks, for as long as its time-out lets it.

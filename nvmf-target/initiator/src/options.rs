@@ -1,5 +1,6 @@
 //! How to connect.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use cryptfold_nvmf_auth::{Concat, Names, TlsPsk};
@@ -19,6 +20,8 @@ pub struct ConnectOptions {
     pub traddr: String,
     /// Target's service: a port.
     pub trsvcid: String,
+    /// The address of this host that connections come from; `None`: the system chooses.
+    pub hostaddr: Option<IpAddr>,
     /// The subsystem.
     pub subnqn: String,
     /// This host's name.
@@ -60,6 +63,7 @@ impl ConnectOptions {
         ConnectOptions {
             traddr: traddr.into(),
             trsvcid: trsvcid.into(),
+            hostaddr: None,
             subnqn: subnqn.into(),
             hostnqn: format!("{}{host}", cryptfold_nvmf_spec::nqn::UUID_PREFIX),
             hostid: *host.as_bytes(),

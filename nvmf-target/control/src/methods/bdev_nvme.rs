@@ -1,6 +1,7 @@
 //! Controllers of NVMe drives and subsystems as devices: `bdev_nvme_*`. What a transport does is behind one `match` on its
 //! type.
 
+use std::net::IpAddr;
 use std::time::Duration;
 
 use cryptfold_bdev_remote::{
@@ -92,9 +93,9 @@ params! {
         subnqn: Option<String>,
         /// This host's name; one that is drawn once per run when not given. For a further path, that of the first.
         hostnqn: Option<String>,
-        /// Only an empty string is possible: the system chooses.
-        hostaddr: Option<OnlyBlank>,
-        /// Only an empty string is possible: the system chooses.
+        /// IP address of this host that connections come from; the system chooses when empty or not given.
+        hostaddr: Option<String>,
+        /// Only an empty string is possible: each queue's connection needs a port of its own, and the system chooses them.
         hostsvcid: Option<OnlyBlank>,
         /// No effect.
         priority: Option<String>,
@@ -152,7 +153,7 @@ params! {
         trsvcid: Option<String>,
         /// Subsystem of the path.
         subnqn: Option<String>,
-        /// No effect.
+        /// Address of this host of the path.
         hostaddr: Option<String>,
         /// No effect.
         hostsvcid: Option<String>,
@@ -303,9 +304,17 @@ fn detach(c: &Control, p: Detach) -> RpcResult {
     if c.drives.has(&p.name) {
         return drives::detach(c, &p.name);
     }
-    let filter = PathFilter { traddr: p.traddr, trsvcid: p.trsvcid, subnqn: p.subnqn };
+    let hostaddr = hostaddr(p.hostaddr.as_deref())?;
+    let filter = PathFilter { traddr: p.traddr, trsvcid: p.trsvcid, subnqn: p.subnqn, hostaddr };
     c.remotes.detach(&p.name, &filter)?;
     Ok(json!(true))
+}
+
+/// An address of this host; none when empty, too.
+fn hostaddr(given: Option<&str>) -> Result<Option<IpAddr>, RpcError> {
+    let wrong =
+        |a| RpcError::params(format!("hostaddr: \"{a}\" is no IP address; 192.0.2.10 and 2001:db8::1 are"));
+    given.filter(|a| !a.is_empty()).map(|a| a.parse().map_err(|_| wrong(a))).transpose()
 }
 
 fn get_controllers(c: &Control, p: GetControllers) -> RpcResult {
@@ -325,7 +334,7 @@ fn describe(i: &ControllerInfo) -> Value {
             "state": l.state,
             "trid": l.trid,
             "cntlid": l.cntlid.unwrap_or_default(),
-            "host": {"nqn": l.hostnqn, "addr": "", "svcid": ""},
+            "host": {"nqn": l.hostnqn, "addr": l.hostaddr.map(|a| a.to_string()).unwrap_or_default(), "svcid": ""},
             "numa_id": -1,
         });
         if !l.alternates.is_empty() {
@@ -387,7 +396,7 @@ fn recovery(
 fn saved(p: &Attach, hostnqn: &str) -> Value {
     let all = json!({
         "name": p.name, "trtype": "TCP", "adrfam": p.adrfam, "traddr": p.traddr, "trsvcid": p.trsvcid, "subnqn": p.subnqn,
-        "hostnqn": hostnqn, "priority": p.priority, "hdgst": p.hdgst, "ddgst": p.ddgst,
+        "hostnqn": hostnqn, "hostaddr": p.hostaddr.as_ref().filter(|a| !a.is_empty()), "priority": p.priority, "hdgst": p.hdgst, "ddgst": p.ddgst,
         "fabrics_connect_timeout_us": p.fabrics_connect_timeout_us, "multipath": p.multipath.word(),
         "num_io_queues": p.num_io_queues, "ctrlr_loss_timeout_sec": p.ctrlr_loss_timeout_sec,
         "reconnect_delay_sec": p.reconnect_delay_sec, "fast_io_fail_timeout_sec": p.fast_io_fail_timeout_sec,
@@ -421,6 +430,7 @@ fn attach_tcp(c: &Control, p: Attach) -> RpcResult {
     let mut connect =
         ConnectOptions::new(&p.traddr, needed("trsvcid", &p.trsvcid)?, needed("subnqn", &p.subnqn)?);
     (connect.hostnqn, connect.hostid) = host(c, &p);
+    connect.hostaddr = hostaddr(p.hostaddr.as_deref())?;
     (connect.hdgst, connect.ddgst) = (p.hdgst, p.ddgst);
     connect.io_queues = p.num_io_queues.min(u32::from(u16::MAX) - 1) as u16;
     connect.queue_size = number("io_queue_requests").unwrap_or(128).clamp(2, 4096) as u16;
