@@ -67,8 +67,8 @@ impl Base {
         Ok(data.to_contiguous().slice(wanted))
     }
 
-    /// What was read, and where in it what was asked for is.
-    async fn finish_list(reading: Reading) -> Result<(SgList, Range<usize>), Status> {
+    /// Waits for a read: its whole blocks, in the buffers that the device gives, and where in them what was asked for is.
+    pub async fn finish_list(reading: Reading) -> Result<(SgList, Range<usize>), Status> {
         let mut io = reading.io.await;
         let data = std::mem::take(&mut io.data);
         let status = io.status();
@@ -78,11 +78,6 @@ impl Base {
             return Err(Status::INTERNAL_ERROR);
         }
         Ok((data, reading.skip..reading.skip + reading.len))
-    }
-
-    /// Reads the whole blocks around `len` bytes, in the buffers that the device gives.
-    pub async fn read_list(&self, offset_bytes: u64, len: usize) -> Result<SgList, Status> {
-        Base::finish_list(self.start_read(offset_bytes, len)).await.map(|(data, ..)| data)
     }
 
     /// Reads one block.

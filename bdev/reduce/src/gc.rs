@@ -10,13 +10,14 @@
 //! Pace: between two looks at what hosts want, the collector moves as much as their writes since the last look need to be
 //! replaced by free space, and more the shorter space is; so they meet neither a long pause nor a full pool.
 
+use std::collections::VecDeque;
 use std::ops::Range;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use cryptfold_bdev::Status;
 use cryptfold_reactor as reactor;
-use cryptfold_reactor::memory::{Buf, SgList};
+use cryptfold_reactor::memory::{Buf, Prefetch, SgList, prefetch};
 use cryptfold_reduce_format::block::BLOCK_BYTES;
 use cryptfold_reduce_format::codec::{Codec, Compression};
 use cryptfold_reduce_format::container::FragmentEntry;
@@ -32,19 +33,24 @@ use cryptfold_reduce_format::segtable::{SEGMENTS_PER_LEAF, SegmentEntry};
 
 use smallvec::{SmallVec, smallvec};
 
+use crate::base::{Base, Reading};
+use crate::load::Pins;
 use crate::log::{Appended, DataLog, NotAppended, bound};
 use crate::pool::{Life, Pool};
 use crate::read::decode_fragment;
 use crate::segments::{Purpose, Segment};
 
-/// Bytes read at once from a segment that is collected: more than any unit has, wherever it begins in a block.
-const WINDOW_BYTES: usize = 320 << 10;
+/// Bytes read at once from a segment that is collected: whole blocks.
+const PART_BYTES: u32 = 256 << 10;
+/// Of these, so many are on their way.
+const PARTS_AHEAD: usize = 4;
+/// The collector works when fewer segments are free, beyond those that hosts can not take: one in so many.
+const BEGIN_SHARE: usize = 32;
 /// What is moved in one go when hosts want nothing.
 const QUANTUM_BYTES: f64 = 64e3;
 /// Of a fragment with fewer dead chunks than this share, all chunks are moved: one in so many.
 const TRIM_SHARE: usize = 8;
-const _: () =
-    assert!(WINDOW_BYTES >= MAX_FRAGMENT_BYTES + BLOCK_BYTES && MAX_FRAGMENT_BYTES > MAX_NODE_UNIT_BYTES);
+const _: () = assert!((PART_BYTES as usize).is_multiple_of(BLOCK_BYTES));
 
 /// Segment handles kept in RAM (about 1 KiB each).
 const MOST_HANDLES: usize = 8192;
@@ -72,38 +78,53 @@ impl Pace {
     }
 }
 
-/// Reads a segment front to back in windows.
+/// Reads a segment front to back, ahead of what is asked for: a device answers in a later turn of the reactor at best, and a
+/// collector that waited for each part would fall behind the hosts, who write in every turn.
 struct Scanner<'a> {
     pool: &'a Pool,
     segment: &'a Segment,
     end: u32,
-    /// What is left of the window: its buffers (a window may be lent page by page), from `at` on.
+    /// What was read and not passed: its buffers (a device may lend single pages), from `at` on.
     window: SgList,
     at: u32,
     have: usize,
-    /// A unit of which the caller wants all bytes together.
+    /// The parts that are being read, in order, and where the one after them begins.
+    ahead: VecDeque<Reading>,
+    next: u32,
+    /// What the caller wants to see in one piece.
     unit: Vec<u8>,
 }
 
 impl<'a> Scanner<'a> {
     fn new(pool: &'a Pool, segment: &'a Segment, end: u32) -> Self {
-        Scanner { pool, segment, end, window: SgList::new(), at: 0, have: 0, unit: Vec::new() }
+        let (window, ahead) = (SgList::new(), VecDeque::new());
+        Scanner { pool, segment, end, window, at: 0, have: 0, ahead, next: 0, unit: Vec::new() }
     }
 
-    /// Up to `len` bytes at `at`, which is not before an earlier one; fewer at the end. The caller may change them.
-    async fn bytes(&mut self, at: u32, len: usize) -> Result<&mut [u8], Status> {
+    /// Makes the window begin at `at`, which is not before an earlier one, with `len` bytes, or fewer at the end: how many.
+    async fn seek(&mut self, at: u32, len: usize) -> Result<usize, Status> {
         let len = len.min(self.end.saturating_sub(at) as usize);
         let skip = (at - self.at) as usize;
-        if skip + len > self.have {
-            // Whole blocks, so that the window is a buffer of the pool's size.
-            let start = at / BLOCK_BYTES as u32 * BLOCK_BYTES as u32;
-            let take = WINDOW_BYTES.min((self.end - start) as usize);
-            self.window = self.pool.base.read_list(self.segment.start_bytes + u64::from(start), take).await?;
-            (self.at, self.have) = (start, self.window.len_bytes());
+        while self.have < skip + len {
+            while self.ahead.len() < PARTS_AHEAD && self.next < self.end {
+                let take = PART_BYTES.min(self.end - self.next);
+                let at = self.segment.start_bytes + u64::from(self.next);
+                self.ahead.push_back(self.pool.base.start_read(at, take as usize));
+                self.next += take;
+            }
+            let Some(reading) = self.ahead.pop_front() else { return Err(Status::INTERNAL_ERROR) };
+            let part = Base::finish_list(reading).await?.0;
+            self.have += part.len_bytes();
+            self.window.append(part);
         }
-        let skip = (at - self.at) as usize;
         drop(self.window.split_to(skip));
         (self.at, self.have) = (at, self.have - skip);
+        Ok(len)
+    }
+
+    /// Up to `len` bytes at `at`; fewer at the end.
+    async fn head(&mut self, at: u32, len: usize) -> Result<&[u8], Status> {
+        let len = self.seek(at, len).await?;
         self.unit.clear();
         for buf in self.window.iter() {
             let more = (len - self.unit.len()).min(buf.len());
@@ -112,8 +133,25 @@ impl<'a> Scanner<'a> {
                 break;
             }
         }
-        Ok(&mut self.unit)
+        Ok(&self.unit)
     }
+
+    /// The buffers of up to `len` bytes at `at`. They are on their way to the cache.
+    async fn unit(&mut self, at: u32, len: usize) -> Result<SgList, Status> {
+        let len = self.seek(at, len).await?;
+        let unit = self.window.slice(0..len);
+        unit.iter().for_each(|buf| prefetch(&buf[..], Prefetch::Read));
+        Ok(unit)
+    }
+}
+
+/// A live fragment that is moved when the next one has been found: until then its bytes come from memory.
+struct Live<'a> {
+    at: u32,
+    header: FragmentHeader,
+    sealed: SgList,
+    /// Keeps its container in RAM.
+    _pins: Pins<'a>,
 }
 
 /// Neighbouring slots.
@@ -143,16 +181,14 @@ fn next_block(at: u32) -> u32 {
 impl Pool {
     /// Whether the collector should work.
     pub(crate) fn is_short(&self) -> bool {
-        let shard = self.shard.borrow();
-        let (host, _) = shard.segments.reserve();
-        shard.segments.free_count() < host + (shard.segments.usable() / 16).max(4)
+        self.shortage() > 0.0
     }
 
     /// How short space is: 0 where the collector begins, 1 where hosts have to wait.
     fn shortage(&self) -> f64 {
         let shard = self.shard.borrow();
         let (host, _) = shard.segments.reserve();
-        let begin = (shard.segments.usable() / 16).max(4) as f64;
+        let begin = (shard.segments.usable() / BEGIN_SHARE).max(4) as f64;
         (1.0 - (shard.segments.free_count() as f64 - host as f64) / begin).clamp(0.0, 1.0)
     }
 
@@ -222,9 +258,15 @@ impl Pool {
             self.finish_metadata(number, entry.incarnation);
             return Ok(true);
         }
+        let started = reactor::now();
         self.collect_data(&segment, &entry).await?;
         drop(segment);
         self.finish_segment(number, entry.incarnation);
+        tracing::debug!(
+            pool = %self.name(), segment = number, live_bytes = entry.live_bytes,
+            free_segments = self.shard.borrow().segments.free_count(),
+            ms = (reactor::now() - started).as_millis() as u64, "segment collected"
+        );
         Ok(true)
     }
 
@@ -288,8 +330,9 @@ impl Pool {
         let mut scanner = Scanner::new(self, segment, entry.used_bytes.min(self.segment_bytes));
         let mut at = BLOCK_BYTES as u32;
         let mut pace = Pace::new(self, entry.live_bytes);
+        let (mut found, mut sealed) = (None, Vec::new());
         while at + (FRAGMENT_HEADER_BYTES as u32) < scanner.end {
-            let head = scanner.bytes(at, FRAGMENT_HEADER_BYTES).await?;
+            let head = scanner.head(at, FRAGMENT_HEADER_BYTES).await?;
             let Ok(header) = FragmentHeader::parse(head) else {
                 at = next_block(at);
                 continue;
@@ -303,8 +346,10 @@ impl Pool {
             let container = header.first.container().get();
             self.load_leaf(node::Tree::Containers, entry.domain.0, container, &mut pins).await?;
             if self.fragment_at(entry.domain, segment, at, header.first).is_some() {
-                let sealed = scanner.bytes(at, unit).await?;
-                self.move_fragment(entry.domain, segment, at, &header, sealed).await?;
+                let live = Live { at, header, sealed: scanner.unit(at, unit).await?, _pins: pins };
+                if let Some(before) = found.replace(live) {
+                    self.move_live(entry.domain, segment, &before, &mut sealed).await?;
+                }
                 pace.left -= unit as f64;
             } else {
                 pace.left -= unit.min(BLOCK_BYTES) as f64 / 8.0;
@@ -315,7 +360,22 @@ impl Pool {
             }
             at += unit as u32;
         }
-        Ok(())
+        match found {
+            Some(last) => self.move_live(entry.domain, segment, &last, &mut sealed).await,
+            None => Ok(()),
+        }
+    }
+
+    async fn move_live(
+        self: &Rc<Self>,
+        domain: DomainId,
+        segment: &Arc<Segment>,
+        live: &Live<'_>,
+        sealed: &mut Vec<u8>,
+    ) -> Result<(), Status> {
+        sealed.clear();
+        live.sealed.iter().for_each(|buf| sealed.extend_from_slice(buf));
+        self.move_fragment(domain, segment, live.at, &live.header, sealed).await
     }
 
     /// The fragment that lies at `at`, and the runs of its slots that live, by its container (which is in RAM): a header
@@ -452,7 +512,7 @@ impl Pool {
         let mut scanner = Scanner::new(self, segment, end);
         let mut at = BLOCK_BYTES as u32;
         while at + (NODE_HEADER_BYTES as u32) < scanner.end {
-            let head = scanner.bytes(at, NODE_HEADER_BYTES).await?;
+            let head = scanner.head(at, NODE_HEADER_BYTES).await?;
             let parsed = NodeHeader::parse(head).ok().map(|header| (header.unit_bytes(&segment.key), header));
             let Some((unit, header)) = parsed.filter(|(unit, _)| *unit <= MAX_NODE_UNIT_BYTES) else {
                 at = next_block(at);
