@@ -272,14 +272,18 @@ impl Pool {
             classify(write.data, write.host_key, &mut scratch, &mut chunks);
             pieces.push((target, scratch));
         }
-        self.shard.borrow().touch_old(writes.clone().map(|write| (write.volume, write.lba)));
+        let shard = self.shard.borrow();
+        let touched = shard.touch_old(writes.clone().map(|write| (write.volume, write.lba)));
         let mut prints: SmallVec<[Fingerprint; PIECE]> = SmallVec::new();
         prints.resize(chunks.len(), Fingerprint::NONE);
         let one_domain = pieces.windows(2).all(|pair| pair[0].0.domain == pair[1].0.domain);
         if let Some((target, _)) = pieces.first().filter(|_| one_domain) {
             target.hasher.hash_chunks(&chunks, &mut prints);
-            self.shard.borrow().hint(target.domain, &prints);
+            shard.hint(target.domain, &prints);
         }
+        shard.touch_prints(&touched);
+        drop(touched);
+        drop(shard);
         let mut pieces = pieces.into_iter();
         let mut rest = prints.as_slice();
         for (nth, write) in writes.enumerate() {

@@ -61,6 +61,7 @@ mod scrub;
 mod segments;
 mod shard;
 mod snapshots;
+mod touch;
 mod tree;
 mod volume;
 mod wipe;

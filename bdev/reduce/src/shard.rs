@@ -349,33 +349,6 @@ impl Shard {
         Ok(())
     }
 
-    /// Asks for what a look-up of new data will touch.
-    pub fn hint(&self, domain: DomainId, fingerprints: &[Fingerprint]) {
-        fingerprints.iter().for_each(|fingerprint| self.index.prefetch(Key::new(domain, fingerprint)));
-    }
-
-    /// Looks at what blocks are before they are overwritten, at random places: memory is waited for once for all of them.
-    pub fn touch_old(&self, blocks: impl Iterator<Item = (VolumeId, u64)>) {
-        let mut old: SmallVec<[(DomainId, ChunkAddr); 16]> = SmallVec::new();
-        let entries = blocks.filter_map(|(volume, lba)| {
-            let v = self.volumes.get(&volume.0)?;
-            let (index, slot) = leaf_of(lba);
-            Some((v.record.domain, v.tree.peek(index)?.get(slot).chunk()?))
-        });
-        old.extend(entries);
-        for &(domain, addr) in &old {
-            let container =
-                self.domains.get(&domain.0).and_then(|d| d.containers.peek(addr.container().get()));
-            std::hint::black_box(container.map(|c| c.touch(addr.slot())));
-        }
-        for (domain, addr) in old {
-            let leaf = self.domains.get(&domain.0).and_then(|d| d.fingerprints.peek(addr.container().get()));
-            if let Some(fingerprint) = leaf.and_then(|leaf| leaf.slots.get(usize::from(addr.slot()))) {
-                self.index.prefetch(Key::new(domain, fingerprint));
-            }
-        }
-    }
-
     /// Looks `fingerprints` up. What is found is really there, with references; `None` where nothing is, or not in RAM (then
     /// `needs` says what to load before asking again).
     pub fn lookup(

@@ -77,7 +77,8 @@ impl FragmentEntry {
 }
 
 /// A [`FragmentEntry`] in 16 bytes.
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, PartialEq, Eq, IntoBytes, zerocopy::Immutable)]
+#[repr(C)]
 struct Packed {
     segment: u32,
     offset: u32,
@@ -320,11 +321,16 @@ impl Container {
         entry.holds(slot).then_some(entry)
     }
 
-    /// Reads about what a change of `slot` will read, without a decision, so that several wait for memory together. Gives
-    /// something that depends on it.
-    pub fn touch(&self, slot: u16) -> u64 {
-        let near = self.fragments.get(self.guess(slot).min(self.fragments.len().saturating_sub(1)));
-        near.map_or(0, |packed| packed.rest) ^ u64::from(self.refs(slot))
+    /// Shows about what a change of `slot` will touch, so that it can be asked for.
+    pub fn touched_by(&self, slot: u16, ask: impl Fn(&[u8])) {
+        let slot = usize::from(slot);
+        match &self.refs {
+            Refs::Narrow(refs) => ask(refs.get(slot..=slot).unwrap_or_default()),
+            Refs::Wide(refs) => ask(refs.get(slot..=slot).unwrap_or_default().as_bytes()),
+        }
+        let guess = self.guess(slot as u16);
+        let near = guess.saturating_sub(4).min(self.fragments.len())..(guess + 5).min(self.fragments.len());
+        ask(self.fragments[near].as_bytes());
     }
 
     /// Slots with references in the fragment at `first_slot`.

@@ -148,6 +148,11 @@ impl MapLeaf {
         MapEntry::from_raw(&self.0[at]).unwrap_or_default()
     }
 
+    /// Where entry `at` lies, to be asked for before it is needed.
+    pub fn raw(&self, at: usize) -> &MapEntryRaw {
+        &self.0[at]
+    }
+
     /// Sets entry `at`.
     pub fn set(&mut self, at: usize, entry: MapEntry) {
         self.0[at] = entry.to_raw();
