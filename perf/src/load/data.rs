@@ -20,7 +20,8 @@ pub enum DataSource {
     Repeat,
     /// These buffers of one I/O each, in order, from the start again at the end. Not empty.
     Buffers(Arc<[Buf]>),
-    /// These too, but each 4 KiB block with a number of its own in front, so that nothing repeats.
+    /// These too, but each 4 KiB block with a number of its own in front, so that nothing repeats. A buffer that has come back
+    /// is stamped where it is.
     Stamped(Arc<[Buf]>),
     /// A file's bytes, from the start again at its end.
     File(PathBuf),
@@ -100,12 +101,13 @@ impl Generator {
         match self.source {
             DataSource::Unique { dedupe_pct, .. } => self.unique(u64::from(dedupe_pct)),
             DataSource::Stamped(_) => {
-                let mut buf = Buf::from_slice(&self.pool[self.next]);
-                self.advance();
+                let buf = &mut self.pool[self.next];
                 for block in buf.make_mut().chunks_exact_mut(BLOCK) {
                     self.stamp = self.stamp.wrapping_add(0x9E37_79B9_7F4A_7C15);
                     block[..8].copy_from_slice(&self.stamp.to_le_bytes());
                 }
+                let buf = buf.clone();
+                self.advance();
                 buf
             }
             _ => {
@@ -204,6 +206,24 @@ mod tests {
             let got = raw as f64 / packed as f64;
             assert!((got / ratio - 1.0).abs() < 0.1, "asked for {ratio}, got {got}");
         }
+    }
+
+    #[test]
+    fn stamped_buffers_never_repeat_nor_change_while_somebody_holds_them() {
+        let source: Vec<Buf> = (0..3).map(|n| Buf::from_slice(&[n; 2 * BLOCK])).collect();
+        let mut g = Generator::new(DataSource::Stamped(source.clone().into()), 2 * BLOCK, 1).expect("makes");
+        let mut seen = std::collections::HashSet::new();
+        let mut held: Vec<(Buf, Vec<u8>)> = Vec::new();
+        for round in 0..30u8 {
+            let buf = g.produce();
+            assert!(buf.chunks(BLOCK).all(|piece| piece[8..] == source[usize::from(round % 3)][8..BLOCK]));
+            assert!(buf.chunks(BLOCK).all(|piece| seen.insert(piece.to_vec())));
+            if round % 4 == 0 {
+                held.push((buf.clone(), buf.to_vec()));
+            }
+        }
+        assert!(held.iter().all(|(buf, was)| buf[..] == was[..]));
+        assert!(source.iter().enumerate().all(|(n, buf)| buf.iter().all(|&byte| usize::from(byte) == n)));
     }
 
     #[test]

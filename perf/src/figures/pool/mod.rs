@@ -23,6 +23,9 @@ use rig::{Fresh, Full, both};
 /// Data of each kind. Bytes.
 const DATA_BYTES: usize = 384 << 20;
 const IO_BYTES: usize = 128 << 10;
+/// Chunks that overwrites write, each time with another stamp: of all the data, but so few that a cache holds them, as it
+/// holds what a host has just sent.
+const OVERWRITTEN_WITH: usize = 256;
 
 fn text(e: impl std::fmt::Display) -> String {
     e.to_string()
@@ -73,6 +76,16 @@ impl Data {
 
     fn of(&self, kind: Kind) -> &Arc<[Buf]> {
         if kind == Kind::Incompressible { &self.noise } else { &self.packs }
+    }
+
+    /// [`OVERWRITTEN_WITH`] chunks from all over the data.
+    fn chunks(&self, kind: Kind) -> Arc<[Buf]> {
+        let all = self.of(kind);
+        let chunk = |n: usize| {
+            let at = n * 7 % (IO_BYTES / CHUNK_BYTES) * CHUNK_BYTES;
+            all[n * all.len() / OVERWRITTEN_WITH].slice(at..at + CHUNK_BYTES)
+        };
+        (0..OVERWRITTEN_WITH).map(chunk).collect()
     }
 
     /// The part of core `core` of `cores`.
@@ -148,7 +161,7 @@ impl<'a> Group<'a> {
     fn bare_overwrite(&self, kind: Kind) -> Measure<'a> {
         let (data, bare, rig) = (self.data, self.bare, &self.fresh.rig);
         Box::new(move |time| {
-            let (part, span) = (data.part(kind, 0, 1), bare.spans[0].clone());
+            let (part, span) = (data.chunks(kind), bare.spans[0].clone());
             let work = move || {
                 parts::overwrite(&part, kind, &mut span.lock().unwrap_or_else(PoisonError::into_inner), time)
             };

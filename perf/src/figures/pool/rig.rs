@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use cryptfold_bdev::{Descriptor, Registry};
 use cryptfold_reactor::Runtime;
-use cryptfold_reactor::memory::Buf;
 use cryptfold_reduce::{CreateOptions, KeySource, PoolManager, VolumeOptions};
 use cryptfold_reduce_format::fragment::CHUNK_BYTES;
 
@@ -191,12 +190,8 @@ impl<'a> Full<'a> {
             None => self.fill(kind)?,
         };
         let device = self.rig.open(kind.volume(), "volume")?;
-        let chunks = self.data.of(kind).iter().flat_map(|buf| {
-            (0..IO_BYTES / CHUNK_BYTES).map(|n| buf.slice(n * CHUNK_BYTES..(n + 1) * CHUNK_BYTES))
-        });
-        let chunks: Arc<[Buf]> = chunks.collect();
         let base = plan(bytes, CHUNK_BYTES, 0, true, OVERWRITE_DEPTH, time);
-        let plan = Plan { data: DataSource::Stamped(chunks), ..base };
+        let plan = Plan { data: DataSource::Stamped(self.data.chunks(kind)), ..base };
         self.rig.on_core(0, move || async move { run_load(device.channel().map_err(text)?, plan).await })
     }
 
