@@ -32,6 +32,7 @@ use cryptfold_bdev::{
     Base, Bdev, BdevError, Channel, Complete, Device, DeviceInfo, Frame, Io, OnResize, Op, OpSet, Queue,
     Registry, Status,
 };
+use cryptfold_reactor::memory::SgList;
 use cryptfold_reactor::{self as reactor, Nanos};
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -416,6 +417,8 @@ mod mark {
     pub const GIVEN_UP: u64 = 8;
     /// A flush.
     pub const FLUSH: u64 = 16;
+    /// A read of the payload while it is raw.
+    pub const RAW_READ: u64 = 32;
 }
 
 fn watch(queue: &Rc<LuksQueue>) -> reactor::Task<()> {
@@ -575,6 +578,10 @@ impl Queue for LuksQueue {
         if io.op == Op::Flush && self.switch.written.load(Ordering::Relaxed) {
             io.push(self.clone(), 0, mark::FLUSH);
         }
+        let payload = (io.lba + io.blocks) * u64::from(BLOCK_BYTES) > WATCHED_BYTES;
+        if io.op == Op::Read && payload && matches!(&*self.layer.borrow(), Local::Raw) {
+            io.push(self.clone(), 0, mark::RAW_READ);
+        }
         self.dispatch(io);
     }
 
@@ -594,7 +601,7 @@ impl Queue for LuksQueue {
 }
 
 impl Complete for LuksQueue {
-    fn complete(self: Rc<Self>, io: Box<Io>, frame: Frame) {
+    fn complete(self: Rc<Self>, mut io: Box<Io>, frame: Frame) {
         let (marks, switch) = (frame.word, &self.switch);
         if marks & mark::PAYLOAD != 0 {
             self.uncount();
@@ -615,7 +622,15 @@ impl Complete for LuksQueue {
         {
             switch.touch();
         }
-        let status = io.status();
+        let mut status = io.status();
+        if marks & mark::RAW_READ != 0 {
+            self.refresh();
+            // What was bound meanwhile may be in it, as plaintext.
+            if !matches!(&*self.layer.borrow(), Local::Raw) {
+                io.data = SgList::new();
+                status = Status::NAMESPACE_NOT_READY;
+            }
+        }
         io.pass(status);
     }
 }

@@ -410,7 +410,7 @@ impl Handler for Control {
         let started = Instant::now();
         let result = self.table.call(self, method, params);
         self.look_for_new();
-        if method.starts_with("nvmf_") {
+        if method.starts_with("nvmf_") || method.starts_with("bdev_") {
             self.luks.recheck(self);
         }
         let ms = started.elapsed().as_millis() as u64;

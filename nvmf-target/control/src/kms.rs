@@ -116,6 +116,9 @@ impl Kms {
     /// -2 when there is no such key.
     pub fn bind(&self, name: &str, user: &str) -> Result<Arc<KeyGate>, RpcError> {
         let (server, key) = self.key(name)?;
+        if let Some(device) = &key.options.device {
+            return Err(RpcError::busy(format!("key \"{name}\" is that of the header on {device}")));
+        }
         let gate = key.bind(user);
         server.look_now(BIND_WAIT);
         Ok(gate)

@@ -26,6 +26,7 @@ use cryptfold_bdev_crypto::hostcrypt::Shape;
 use cryptfold_bdev_crypto::luks::{Bound, Layer, LuksOptions, Shut, Switch, WATCHED_BYTES, Wake};
 use cryptfold_luks2::{Header, PROBE_BYTES, Payload, Place};
 use cryptfold_nvmf_target::audit::TARGET as AUDIT;
+use cryptfold_nvmf_target::{CLAIM, SubsystemInfo};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -201,7 +202,7 @@ impl Volumes {
         Ok(bdev.name().to_owned())
     }
 
-    /// Subsystems or hosts may have changed: volumes for which that matters are looked at.
+    /// Subsystems, hosts or what lies on a device may have changed: volumes for which that matters are looked at.
     pub fn recheck(&self, c: &Control) {
         for v in lock(&self.0).clone() {
             let now = v.open_to(c);
@@ -301,26 +302,36 @@ impl Volume {
             Ok(info) => info.host_key,
             Err(e) => return Verdict::shut(0, "waiting", format!("the pool: {}", e.message)),
         };
-        let found = self.read(c, look).and_then(|header| self.understand(c, header));
-        let Some(record) = stored else { return self.unbound(c, found) };
-        let Some(stored) = Stored::decode(&record) else {
-            let why = "the pool's record of its key is of another version".to_owned();
-            return Verdict { again: false, ..Verdict::shut(0, "fenced", why) };
+        let stored = match stored.map(|record| Stored::decode(&record)) {
+            Some(None) => {
+                let why = "the pool's record of its key is of another version".to_owned();
+                return Verdict { again: false, ..Verdict::shut(0, "fenced", why) };
+            }
+            stored => stored.flatten(),
         };
+        let found = match self.read(c, look) {
+            Ok(header) => header.and_then(|header| self.understand(c, header)),
+            // It may well be there.
+            Err(why) => {
+                let from = stored.as_ref().map_or(WATCHED_BYTES, |stored| stored.offset_bytes);
+                return Verdict::shut(from, "waiting", format!("the header can not be read: {why}"));
+            }
+        };
+        let Some(stored) = stored else { return self.unbound(c, found) };
         match found {
             Ok(found) if Stored::of(&found.payload) == stored => self.bound(c, &found),
             other => self.estranged(c, stored, other),
         }
     }
 
-    /// The header, if there is one.
-    fn read(&self, c: &Control, look: u64) -> Result<Option<Header>, String> {
+    /// The header, if there is one, or why it is none that counts; the outer error is that of the device.
+    fn read(&self, c: &Control, look: u64) -> Result<Result<Option<Header>, String>, String> {
         let reactor = c.handles().first().ok_or("no reactor runs")?;
         let (registry, base) = (c.registry.clone(), self.base.clone());
         let area = reactor.block_on(move || async move {
             let open = registry.open(&base, Access::ReadOnly, |_| ()).and_then(|d| d.channel());
             let channel = open.map_err(|e| e.to_string())?;
-            let failed = |status: Status| format!("the header can not be read: {status}");
+            let failed = |status: Status| status.to_string();
             let block = channel.bdev().block_size_bytes() as usize;
             let mut area = vec![0; PROBE_BYTES.next_multiple_of(block)];
             let probe = channel.read(0, (area.len() / block) as u64).await.map_err(failed)?;
@@ -336,7 +347,7 @@ impl Volume {
         });
         let area = area.map_err(|_| "no reactor runs")??;
         self.switch.found_magic(Header::area_bytes(&area).is_some(), look);
-        Header::parse(&area).map_err(|e| e.to_string())
+        Ok(Header::parse(&area).map_err(|e| e.to_string()))
     }
 
     /// What a header asks for, if it can be done.
@@ -376,6 +387,9 @@ impl Volume {
     fn first(&self, c: &Control, found: &Found) -> Result<Verdict, Box<Verdict>> {
         if let Some(who) = lock(&self.open_to).clone() {
             return Err(Verdict::raw(who).into());
+        }
+        if let Some(why) = self.unexported(c).or_else(|| self.unproven(c)) {
+            return Err(Verdict::raw(why).again().into());
         }
         let offset = found.payload.segment.offset_bytes;
         let failed =
@@ -431,6 +445,8 @@ impl Volume {
             Verdict { again: false, ..Verdict::shut(offset, "fenced", who) }
         } else if let Layer::Bound(_) = self.switch.layer() {
             Verdict { layer: None, state: "bound", reason: None, found: None, again: false }
+        } else if let Some(who) = self.unproven(c) {
+            Verdict::shut(offset, "fenced", who)
         } else {
             match self.key(c, found) {
                 Ok(gate) => self.now_bound(found, gate),
@@ -452,12 +468,17 @@ impl Volume {
             Ok(pools) => pools.manager(),
             Err(e) => return Verdict::shut(offset, "waiting", e.message),
         };
-        if self.switch.drain(DRAIN_LIMIT)
-            && manager.set_host_key(&self.pool, &self.volume, offset, None).is_ok_and(|done| done)
-        {
+        // What could not be asked is asked again.
+        let given_up = if self.switch.drain(DRAIN_LIMIT) {
+            manager.set_host_key(&self.pool, &self.volume, offset, None).ok()
+        } else {
+            None
+        };
+        if given_up == Some(true) {
             self.switch.set(Layer::Raw);
             return self.unbound(c, found);
         }
+        let again = given_up.is_none();
         let what = match &found {
             Ok(_) => "the header is of another key or payload than what is stored".to_owned(),
             Err(why) => format!("the header of what is stored is gone: {why}"),
@@ -465,7 +486,7 @@ impl Volume {
         let reason = format!("{what}; restore it, or discard all of the volume (blkdiscard)");
         let shut = Shut { from_bytes: offset, status: Status::ACCESS_DENIED.do_not_retry(), discards: true };
         let layer = Some(Layer::Shut(shut));
-        let verdict = Verdict { layer, state: "fenced", reason: Some(reason), found: None, again: false };
+        let verdict = Verdict { layer, state: "fenced", reason: Some(reason), found: None, again };
         match &found {
             Ok(found) => verdict.with(found),
             Err(_) => verdict,
@@ -480,11 +501,13 @@ impl Volume {
             None => {
                 let uuid = found.header.uuid.to_string();
                 let named = c.kms.named(server, &uuid).map_err(Unproven::NotYet)?;
-                if named.len() != 1 {
-                    let n = named.len();
-                    return Err(Unproven::Refused(format!(
+                let n = named.len();
+                if n != 1 {
+                    let why = format!(
                         "the header has no token of type \"cryptfold-kmip\", and {n} keys at the server are named {uuid}"
-                    )));
+                    );
+                    // The UUID is known when the header is written: its key comes after it.
+                    return Err(if n == 0 { Unproven::NotYet(why) } else { Unproven::Refused(why) });
                 }
                 named
             }
@@ -514,11 +537,12 @@ impl Volume {
         if self.options.allow_unauthenticated {
             return None;
         }
-        for s in c.target().ok()?.subsystems() {
+        let claim = c.registry.get(&self.options.name).ok().and_then(|b| b.claimed_by());
+        if let Some(by) = claim.filter(|by| by != CLAIM) {
+            return Some(format!("it is claimed (by {by}): a device on it, whose hosts are not known"));
+        }
+        for s in self.exported_by(c) {
             let nqn = &s.options.nqn;
-            if !s.namespaces.iter().any(|n| n.bdev_name == self.options.name) {
-                continue;
-            }
             if s.options.allow_any_host {
                 return Some(format!("subsystem {nqn} lets any host in, and none has to authenticate"));
             }
@@ -528,5 +552,29 @@ impl Volume {
             }
         }
         None
+    }
+
+    fn exported_by(&self, c: &Control) -> Vec<SubsystemInfo> {
+        let mut all = c.target().map(|t| t.subsystems()).unwrap_or_default();
+        all.retain(|s| s.namespaces.iter().any(|n| n.bdev_name == self.options.name));
+        all
+    }
+
+    /// Whether it is not known yet which hosts get at it: nothing is bound for the first time then.
+    fn unexported(&self, c: &Control) -> Option<String> {
+        let unknown = !self.options.allow_unauthenticated && self.exported_by(c).is_empty();
+        unknown.then(|| "no subsystem has it as a namespace yet".into())
+    }
+
+    /// A host that is connected and has not said who it is: what the configuration asks of hosts, it asks of those that come.
+    fn unproven(&self, c: &Control) -> Option<String> {
+        let target = c.target().ok().filter(|_| !self.options.allow_unauthenticated)?;
+        let queues =
+            self.exported_by(c).into_iter().flat_map(|s| target.qpairs(&s.options.nqn).unwrap_or_default());
+        let stranger = queues.into_iter().find(|q| q.auth.is_none() && q.cipher.is_none())?;
+        Some(format!(
+            "host {} at {} is connected and has not authenticated",
+            stranger.hostnqn, stranger.peer_address
+        ))
     }
 }

@@ -71,7 +71,8 @@ pub struct EnrollArgs {
     /// Label in the header.
     #[arg(long)]
     label: Option<String>,
-    /// Also make a keyslot with the passphrase in this file, for the day when there is no key server.
+    /// Also make a keyslot with the passphrase in this file, for the day when there is no key server. All of its bytes count, as
+    /// for cryptsetup's --key-file: one that is to be typed must not end in a newline.
     #[arg(long, value_name = "FILE")]
     recovery_file: Option<PathBuf>,
     /// Do not ask.
@@ -178,13 +179,13 @@ fn create(client: &Client, args: &EnrollArgs) -> Result<Vec<String>, Failure> {
         NewObject { name: None, length_bits, usage: USAGE_ENCRYPT_DECRYPT, policy: args.policy.clone() };
     let mut made = Vec::new();
     for _ in 0..count {
-        let id = client.create(&new).and_then(|id| client.activate(&id).map(|()| id));
-        match id {
-            Ok(id) => made.push(id),
-            Err(e) => {
-                destroy(client, &made);
-                return Err(Failure::Failed(format!("no new key: {e}")));
-            }
+        let active = client.create(&new).and_then(|id| {
+            made.push(id.clone());
+            client.activate(&id)
+        });
+        if let Err(e) = active {
+            destroy(client, &made);
+            return Err(Failure::Failed(format!("no new key: {e}")));
         }
     }
     Ok(made)

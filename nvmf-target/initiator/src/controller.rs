@@ -506,7 +506,7 @@ async fn open_queue(
         let why = format!("{} requires {what}, which is not configured", options.subnqn);
         Err(Error::Unsupported { what: "Connect", why })
     };
-    // With concatenation, whose the target's key is was proven when it was generated.
+    // With concatenation, the target has proven itself when the key was generated, if it was asked to (a controller key).
     let asks = |c: &Credentials| concat != Concat::None || c.controller.is_some() && !options.concat;
     let key = match &options.credentials {
         _ if result.ascr() == 1 && concat == Concat::None => {

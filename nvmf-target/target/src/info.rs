@@ -111,6 +111,9 @@ pub struct QpairInfo {
     pub cipher: Option<String>,
 }
 
+/// By what a device of a namespace is claimed.
+pub const CLAIM: &str = "NVMe-oF Target";
+
 /// A reactor's share.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PollGroupStats {

@@ -44,8 +44,8 @@ pub use controller::{Controller, Host};
 pub use cryptfold_nvmf_spec::log::AnaState;
 pub use error::TargetError;
 pub use info::{
-    ControllerInfo, DiscoveryFilter, HostInfo, ListenerInfo, NsInfo, PollGroupStats, QpairInfo, Referral,
-    SubsystemInfo,
+    CLAIM, ControllerInfo, DiscoveryFilter, HostInfo, ListenerInfo, NsInfo, PollGroupStats, QpairInfo,
+    Referral, SubsystemInfo,
 };
 pub use options::{ListenAddr, NsOptions, SubsystemOptions, TransportOptions};
 pub use port::PortSecurity;

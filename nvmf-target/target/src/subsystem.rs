@@ -257,7 +257,7 @@ impl Subsystem {
             return Err(TargetError::Invalid("anagrpid", format!("{anagrpid} is not within 1 to {max}")));
         }
         let descriptor = registry.open(&o.bdev_name, Access::ReadWrite, on_event)?;
-        descriptor.claim("NVMe-oF Target")?;
+        descriptor.claim(crate::info::CLAIM)?;
         let device = descriptor.bdev().info().uuid;
         let uuid = o.uuid.unwrap_or(device);
         let file = o.ptpl_file.as_deref().map(|f| StateFile::open(f, device)).transpose()?;

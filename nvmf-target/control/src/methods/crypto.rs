@@ -94,7 +94,7 @@ params! {
         key_name: Option<String>,
         /// File with both halves of the key, in place of key_name. Ours.
         key_file: Option<String>,
-        /// UUID; random when not given. Ours.
+        /// UUID; made of the base's and the name when not given. Ours.
         uuid: Option<Uuid>,
         /// No effect.
         crypto_pmd: Option<String>,
@@ -127,7 +127,7 @@ params! {
         iv_offset: u64 = 0,
         /// The host's cipher: "aes-xts-plain64", or "AES_XTS", which means the same.
         cipher: Option<HostCipher>,
-        /// UUID; random when not given.
+        /// UUID; made of the base's and the name when not given.
         uuid: Option<Uuid>,
     }
 }

@@ -152,7 +152,7 @@ params! {
         filename: String,
         /// Bytes in a block; the device's own, or 512 for files, when not given.
         block_size: Option<u32>,
-        /// UUID; random when not given.
+        /// UUID; a namespace's own, or random, when not given.
         uuid: Option<Uuid>,
         /// Refuse writes. Ours.
         readonly: bool = false,
@@ -165,7 +165,7 @@ params! {
         name: String,
         /// Device below.
         base_bdev_name: String,
-        /// UUID; random when not given.
+        /// UUID; made of the base's and the name when not given.
         uuid: Option<Uuid>,
         /// Microseconds that a read takes at least.
         avg_read_latency: u64,
@@ -189,7 +189,7 @@ params! {
     pub struct ErrorCreate {
         /// Device below; the new one is called EE_ and this name.
         base_name: String,
-        /// UUID; random when not given.
+        /// UUID; made of the base's and the name when not given.
         uuid: Option<Uuid>,
     }
     /// `bdev_error_inject_error`.
@@ -219,7 +219,7 @@ params! {
         name: String,
         /// Device below.
         base_bdev_name: String,
-        /// UUID; random when not given.
+        /// UUID; made of the base's and the name when not given.
         uuid: Option<Uuid>,
     }
     /// `bdev_split_create`.

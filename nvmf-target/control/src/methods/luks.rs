@@ -23,7 +23,7 @@ params! {
         allow_unauthenticated: bool = false,
         /// Most iterations of a header's digest that are done to prove a key: two million take about a second.
         max_iterations: u32 = 5_000_000,
-        /// UUID; random when not given.
+        /// UUID; made of the base's and the name when not given.
         uuid: Option<Uuid>,
     }
     /// `bdev_luks_get_status`.
