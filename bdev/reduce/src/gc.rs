@@ -259,7 +259,11 @@ impl Pool {
             return Ok(true);
         }
         let started = reactor::now();
-        self.collect_data(&segment, &entry).await?;
+        match self.collect_data(&segment, &entry).await {
+            // What can not be read can not be moved: the segment is left alone.
+            Ok(()) | Err(Status::UNRECOVERED_READ) => {}
+            Err(status) => return Err(status),
+        }
         drop(segment);
         self.finish_segment(number, entry.incarnation);
         tracing::debug!(

@@ -405,7 +405,10 @@ impl Pool {
                 };
                 let Some((number, entry)) = victim else { return Ok(()) };
                 let segment = self.segment(number).await?;
-                self.collect_data(&segment, &entry).await?;
+                match self.collect_data(&segment, &entry).await {
+                    Ok(()) | Err(Status::UNRECOVERED_READ) => {}
+                    Err(status) => return Err(status.into()),
+                }
                 drop(segment);
                 let mut shard = self.shard.borrow_mut();
                 if shard.segments.entry(number).is_some_and(|now| {
