@@ -58,7 +58,7 @@ pub enum WideRingError {
     #[error(transparent)]
     Unavailable(#[from] RingUnavailable),
     /// The kernel refuses entries of 128 and 32 bytes.
-    #[error("an io_uring with wide entries: {0} (Linux 5.19 or later has them)")]
+    #[error("an io_uring with wide entries: {0} (Linux 6.1 or later is wanted)")]
     Refused(#[from] io::Error),
 }
 

@@ -356,7 +356,7 @@ fn io_fails_in_time_and_controllers_are_given_up() {
     let (far, near) = (Far::new(), Near::new());
     let at = far.listen();
     let mut o = options(&at);
-    o.recovery = Recovery::new(20, 1, 1).expect("they fit");
+    o.recovery = Recovery::new(60, 1, 1).expect("they fit");
     near.attach(o).expect("attached");
     let load = Load::on(&near, "Farn1");
     far.target.remove_listener(NQN, &at).expect("it listens");

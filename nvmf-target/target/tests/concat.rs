@@ -227,7 +227,7 @@ fn keys_that_nobody_uses_are_wiped() {
     rig.target.delete_subsystem(NQN).expect("it ends");
     assert_eq!(rig.target.generated_keys(), 0);
     // Far more than an authentication takes.
-    let (rig, port) = self::rig(TransportOptions { auth_timeout_ms: 10_000, ..patient() });
+    let (rig, port) = self::rig(TransportOptions { auth_timeout_ms: 30_000, ..patient() });
     let key = new_key(&mut plain(port, HOST), 7);
     wait(|| rig.target.generated_keys() == 0);
     unknown(port, &key);

@@ -67,12 +67,12 @@ impl ring::RingClient for PassQueue {
         match verdict(result, io.op != Op::Read) {
             Verdict::Again if slot.retries < RETRIES => {
                 slot.retries += 1;
-                return self.enter(token, slot);
+                self.enter(token, slot);
             }
             Verdict::Ended(Status::SUCCESS) if slot.done + slot.now < io.blocks => {
                 slot.done += slot.now;
                 slot.retries = 0;
-                return self.enter(token, slot);
+                self.enter(token, slot);
             }
             Verdict::Ended(status) => self.end(token, slot, status),
             Verdict::Again => self.end(token, slot, Status::ABORTED_BY_REQUEST),
