@@ -446,7 +446,8 @@ impl Volume {
         } else if let Layer::Bound(_) = self.switch.layer() {
             Verdict { layer: None, state: "bound", reason: None, found: None, again: false }
         } else if let Some(who) = self.unproven(c) {
-            Verdict::shut(offset, "fenced", who)
+            // It may be about to: hosts are told to try again.
+            Verdict::shut(offset, "waiting", who)
         } else {
             match self.key(c, found) {
                 Ok(gate) => self.now_bound(found, gate),
