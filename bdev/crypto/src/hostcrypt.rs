@@ -7,8 +7,8 @@
 //! ```
 //!
 //! Numbering (`plain64`, dm-crypt in Linux's Documentation/admin-guide/device-mapper/dm-crypt.rst): the tweak of a unit
-//! is `iv_offset` plus its distance from the payload's start in sectors of 512 bytes, also when units have 4096 bytes
-//! (dm-crypt without `iv_large_sectors`); then it grows by 8 per unit.
+//! is `iv_offset` plus its distance from the payload's start in sectors of 512 bytes, also when units have 4096 bytes:
+//! then it grows by 8 per unit. With dm-crypt's `iv_large_sectors` it is an eighth of that and grows by 1.
 //!
 //! Invariants:
 //! - What the host wrote is what it reads back, byte for byte, whatever it wrote: XTS maps all units to all units.
@@ -64,6 +64,8 @@ pub struct HostcryptOptions {
     pub payload_offset_bytes: u64,
     /// Number of the payload's first sector (dm-crypt's `iv_offset`), in 512-byte sectors; a multiple of the unit.
     pub iv_offset: u64,
+    /// dm-crypt's `iv_large_sectors`: tweaks count data units.
+    pub iv_large_sectors: bool,
     /// Identity; random when not given.
     pub uuid: Option<Uuid>,
 }
@@ -163,6 +165,7 @@ impl Device for Hostcrypt {
         let shape = Shape {
             payload_offset_bytes: o.payload_offset_bytes,
             iv_offset: o.iv_offset,
+            iv_large_sectors: o.iv_large_sectors,
             sector_size_bytes: o.sector_size_bytes,
             key_id: o.key_id,
         };
@@ -205,6 +208,7 @@ impl Hostcrypt {
             "sector_size": o.sector_size_bytes,
             "payload_offset": o.payload_offset_bytes,
             "iv_offset": o.iv_offset,
+            "iv_large_sectors": o.iv_large_sectors,
         });
         o.key_ref.put(&mut v);
         v
@@ -218,6 +222,8 @@ pub struct Shape {
     pub payload_offset_bytes: u64,
     /// Number of its first 512-byte sector.
     pub iv_offset: u64,
+    /// Whether tweaks count data units instead of such sectors.
+    pub iv_large_sectors: bool,
     /// Bytes in a data unit.
     pub sector_size_bytes: u32,
     /// For [`Io::host_key`].
@@ -269,6 +275,8 @@ impl HostcryptQueue {
         shape: Shape,
         gate: &Arc<KeyGate>,
     ) -> Result<Rc<HostcryptQueue>, crate::engine::EngineError> {
+        let step_bytes =
+            if shape.iv_large_sectors { u64::from(shape.sector_size_bytes) } else { SECTOR_BYTES };
         let queue = Rc::new(HostcryptQueue {
             gate: gate.clone(),
             epoch: Cell::new(0),
@@ -276,8 +284,8 @@ impl HostcryptQueue {
             watch: RefCell::new(None),
             numbering: Numbering {
                 origin: shape.payload_offset_bytes,
-                first: shape.iv_offset,
-                step_bytes: SECTOR_BYTES,
+                first: shape.iv_offset / (step_bytes / SECTOR_BYTES),
+                step_bytes,
                 unit_bytes: shape.sector_size_bytes as usize,
             },
             block_bytes: u64::from(info.block_size_bytes),

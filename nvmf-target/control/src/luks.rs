@@ -431,6 +431,7 @@ impl Volume {
         let shape = Shape {
             payload_offset_bytes: s.offset_bytes,
             iv_offset: s.iv_tweak,
+            iv_large_sectors: false,
             sector_size_bytes: s.sector_bytes,
             key_id: KEY_ID,
         };

@@ -21,6 +21,7 @@ fn options(base: &str) -> HostcryptOptions {
         sector_size_bytes: 4096,
         payload_offset_bytes: 0,
         iv_offset: 0,
+        iv_large_sectors: false,
         uuid: None,
     }
 }
@@ -40,6 +41,31 @@ fn a_unit_of_4096_bytes_counts_eight_sectors() {
         let seen = bytes(&h.read(5, 1).await.unwrap());
         assert_eq!(seen[..4], [0x5e, 0xf5, 0x08, 0x65]);
         assert_eq!(seen[4092..], [0x96, 0xb8, 0xd2, 0x5a]);
+    });
+}
+
+/// dm-crypt's `iv_large_sectors` counts units, as the crypto device counts its blocks: a host that has that one in place of
+/// dm-crypt is understood.
+#[test]
+fn large_sectors_are_numbered_as_the_crypto_device_numbers_blocks() {
+    sim(|r| async move {
+        Thin::create(&r, "t0", 4096, 64);
+        create(
+            &r,
+            HostcryptOptions {
+                payload_offset_bytes: 8192,
+                iv_offset: 16,
+                iv_large_sectors: true,
+                ..options("t0")
+            },
+        )
+        .unwrap();
+        let plain: Vec<u8> = (0..3 * 4096).map(|i| (i / 7) as u8).collect();
+        let h = open(&r, "h0", Access::ReadWrite);
+        // The payload begins at block 2 with the tweak 16 / 8: block 5 has the tweak 5.
+        h.write(5, Buf::from_slice(&spdk_encrypt(&key(64), 4096, 5, &plain)), false).await.unwrap();
+        let below = open(&r, "t0", Access::ReadOnly).read(5, 3).await.unwrap();
+        assert!(bytes(&below) == plain);
     });
 }
 

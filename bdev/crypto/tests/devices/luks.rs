@@ -40,8 +40,13 @@ fn device(r: &Arc<Registry>, layer: Layer) -> (Arc<Mutex<State>>, Arc<Switch>, C
 }
 
 fn bound(gate: &Arc<KeyGate>) -> Layer {
-    let shape =
-        Shape { payload_offset_bytes: PAYLOAD * 4096, iv_offset: 0, sector_size_bytes: 512, key_id: 1 };
+    let shape = Shape {
+        payload_offset_bytes: PAYLOAD * 4096,
+        iv_offset: 0,
+        iv_large_sectors: false,
+        sector_size_bytes: 512,
+        key_id: 1,
+    };
     Layer::Bound(Arc::new(Bound { shape, gate: gate.clone() }))
 }
 

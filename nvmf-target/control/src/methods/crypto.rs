@@ -125,6 +125,8 @@ params! {
         payload_offset: u64 = 0,
         /// Number of the payload's first 512-byte sector.
         iv_offset: u64 = 0,
+        /// dm-crypt's iv_large_sectors: tweaks count data units instead of sectors of 512 bytes.
+        iv_large_sectors: bool = false,
         /// The host's cipher: "aes-xts-plain64", or "AES_XTS", which means the same.
         cipher: Option<HostCipher>,
         /// UUID; made of the base's and the name when not given.
@@ -206,6 +208,7 @@ fn hostcrypt_create(c: &Control, p: HostcryptCreate) -> RpcResult {
         sector_size_bytes: p.sector_size,
         payload_offset_bytes: p.payload_offset,
         iv_offset: p.iv_offset,
+        iv_large_sectors: p.iv_large_sectors,
         uuid: p.uuid,
     };
     Ok(json!(cryptfold_bdev_crypto::hostcrypt::create(&c.registry, options)?.name()))
