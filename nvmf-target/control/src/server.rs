@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::net::Shutdown;
+use std::os::fd::OwnedFd;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -63,6 +64,8 @@ struct Connection {
 pub struct Server {
     shared: Arc<Shared>,
     path: PathBuf,
+    /// The listener, for its end. Linux ends its accept when it is shut down; a stream is std's only way to do that.
+    waker: UnixStream,
     acceptor: Option<JoinHandle<()>>,
 }
 
@@ -99,13 +102,15 @@ impl Server {
     /// See [`ServeError`].
     pub fn start(path: &Path, handler: Arc<dyn Handler>) -> Result<Server, ServeError> {
         let listener = bind(path)?;
+        let os = |error| ServeError::Os { path: path.into(), error };
+        let waker = UnixStream::from(OwnedFd::from(listener.try_clone().map_err(os)?));
         let shared = Arc::new(Shared { handler, stopping: AtomicBool::new(false), open: Mutex::default() });
         let s = shared.clone();
         let acceptor = std::thread::Builder::new()
             .name("rpc-accept".into())
             .spawn(move || accept(&s, &listener))
-            .map_err(|error| ServeError::Os { path: path.into(), error })?;
-        Ok(Server { shared, path: path.into(), acceptor: Some(acceptor) })
+            .map_err(os)?;
+        Ok(Server { shared, path: path.into(), waker, acceptor: Some(acceptor) })
     }
 
     /// Where it listens.
@@ -118,8 +123,8 @@ impl Server {
         if self.shared.stopping.swap(true, Ordering::SeqCst) {
             return;
         }
-        // Wakes the acceptor.
-        let _ = UnixStream::connect(&self.path);
+        // Not by a connection: somebody may have removed the path, or listen there now.
+        let _ = self.waker.shutdown(Shutdown::Both);
         let _ = std::fs::remove_file(&self.path);
         if let Some(t) = self.acceptor.take() {
             let _ = t.join();
@@ -240,6 +245,18 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let server = Server::start(&dir.path().join("rpc.sock"), Arc::<Echo>::default()).unwrap();
         (dir, server)
+    }
+
+    #[test]
+    fn it_ends_also_when_somebody_has_removed_its_socket() {
+        let (dir, mut server) = start();
+        dir.close().unwrap();
+        let (ended, end) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            server.stop();
+            ended.send(()).unwrap();
+        });
+        end.recv_timeout(Duration::from_secs(60)).expect("it waits for a connection that can not come");
     }
 
     fn exchange(server: &Server, bytes: &[u8]) -> Vec<Value> {
