@@ -11,8 +11,8 @@ use cryptfold_bdev::{Complete, Frame, Io, Op, Queue, Registry};
 use cryptfold_bdev_malloc::MallocOptions;
 use cryptfold_nvmf_auth::Names;
 use cryptfold_nvmf_initiator::{
-    ConnectOptions, Controller, Credentials, DhGroup, Error, HashId, NamespaceQueue, Offer, Psk, Secret,
-    TcpDial, TlsKey, Version, discover,
+    ConnectOptions, Controller, Credentials, DhGroup, Error, HashId, Layer, NamespaceQueue, Offer, Psk,
+    Secret, TcpDial, TlsKey, Version, discover,
 };
 use cryptfold_nvmf_spec::pdu::build;
 use cryptfold_nvmf_spec::{Nsid, nqn};
@@ -208,8 +208,12 @@ fn every_version_hash_and_digest() {
         .block_on(move || async move {
             let c = Controller::connect(&options).await.expect("connects");
             let queue = c.io_queue(4).await.expect("opens");
-            let ciphers: Vec<_> =
-                target.qpairs(NQN).expect("it exists").into_iter().map(|q| q.cipher.expect("TLS")).collect();
+            let ciphers: Vec<_> = target
+                .qpairs(NQN)
+                .expect("it exists")
+                .into_iter()
+                .map(|q| q.tls.expect("TLS").cipher)
+                .collect();
             assert_eq!(ciphers, ["TLS_AES_256_GCM_SHA384"; 2]);
             // Without its host, the controller is gone.
             target.remove_host(NQN, &options.hostnqn).expect("it is there");
@@ -217,6 +221,34 @@ fn every_version_hash_and_digest() {
             assert!(c.namespaces().await.is_err());
         })
         .expect("the reactor runs");
+}
+
+/// Both ends ask the kernel for its record layer: where it has none, or where that is switched off, the library does it all.
+#[test]
+fn records_are_left_to_the_kernel_where_it_takes_them() {
+    let rig = rig(patient());
+    // Has the kernel look for its module.
+    assert_eq!(rig.connect(&rig.tls), Ok(()));
+    let has = std::fs::read_to_string("/proc/sys/net/ipv4/tcp_available_ulp")
+        .is_ok_and(|list| list.split_whitespace().any(|name| name == "tls"));
+    for (target_may, host_may) in [(true, true), (true, false), (false, true), (false, false)] {
+        rig.target.set_kernel_tls(target_may);
+        let options = ConnectOptions { kernel_tls: host_may, ..rig.tls.clone() };
+        assert_eq!(rig.connect(&options), Ok(()));
+        let target = rig.target.clone();
+        rig.host
+            .block_on(move || async move {
+                let c = Controller::connect(&options).await.expect("connects");
+                let layer = |may| if may && has { Layer::Kernel } else { Layer::Library };
+                assert_eq!(c.tls_layers(), Some((layer(host_may), layer(host_may))));
+                let queues = target.qpairs(NQN).expect("it exists");
+                let mine = queues.iter().filter(|q| q.cntlid == c.cntlid().0);
+                let layers: Vec<_> = mine.map(|q| q.tls.as_ref().map(|t| (t.send, t.receive))).collect();
+                assert_eq!(layers, [Some((layer(target_may), layer(target_may)))]);
+                c.shutdown().await;
+            })
+            .expect("the reactor runs");
+    }
 }
 
 #[test]
@@ -378,7 +410,7 @@ fn concatenation_from_start_to_end() {
             }
             assert_eq!(target.generated_keys(), 1);
             let ciphers = target.qpairs(NQN).expect("it exists");
-            assert!(ciphers.iter().filter(|q| q.cntlid == c.cntlid().0).all(|q| q.cipher.is_some()));
+            assert!(ciphers.iter().filter(|q| q.cntlid == c.cntlid().0).all(|q| q.tls.is_some()));
             c.shutdown().await;
         })
         .expect("the reactor runs");

@@ -17,7 +17,7 @@ use std::task::Poll;
 use std::time::Duration;
 
 use cryptfold_nvmf_initiator::{
-    AnaState, CloseReason, ConnectOptions, Connector, Controller, Error, NamespaceInfo,
+    AnaState, CloseReason, ConnectOptions, Connector, Controller, Error, Layer, NamespaceInfo,
 };
 use cryptfold_nvmf_spec::Nsid;
 use cryptfold_nvmf_spec::identify::cmic;
@@ -63,6 +63,8 @@ pub(crate) struct Up {
     pub since: Nanos,
     pub connector: Arc<Connector>,
     pub cntlid: u16,
+    /// With TLS: who makes the records that are sent, and who opens those that are received.
+    pub tls: Option<(Layer, Layer)>,
     pub reports_ana: bool,
     pub namespaces: BTreeMap<Nsid, NsPath>,
 }
@@ -334,6 +336,7 @@ async fn look(remote: &Remote, link: &Arc<Link>, controller: &Controller) -> Res
         since: reactor::now(),
         connector: controller.connector().clone(),
         cntlid: controller.cntlid().0,
+        tls: controller.tls_layers(),
         reports_ana: controller.identify().cmic & cmic::ANA != 0,
         namespaces: remote.reconcile(link, seen).into_iter().map(path).collect(),
     })));

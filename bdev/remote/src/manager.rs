@@ -5,6 +5,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use cryptfold_bdev::Registry;
+use cryptfold_nvmf_initiator::Layer;
 use cryptfold_reactor::Handle;
 use serde_json::Value;
 
@@ -76,6 +77,8 @@ pub struct LinkInfo {
     pub alternates: Vec<Value>,
     /// The controller's identifier, while connected.
     pub cntlid: Option<u16>,
+    /// While connected with TLS: who makes the records that its admin connection sends, and who opens those that it receives.
+    pub tls: Option<(Layer, Layer)>,
     /// This host's name there.
     pub hostnqn: String,
     /// This host's address there, if it was given.
@@ -257,6 +260,7 @@ impl Remotes {
                 trid: addresses[0].json(),
                 alternates: addresses[1..].iter().map(Address::json).collect(),
                 cntlid: l.up().map(|u| u.cntlid),
+                tls: l.up().and_then(|u| u.tls),
                 hostnqn: addresses[0].options.hostnqn.clone(),
                 hostaddr: addresses[0].options.hostaddr,
             }

@@ -16,5 +16,5 @@ pub mod secret;
 
 pub use chap::{Controller, Entropy, Host, HostNext, Names, Offer, Progress};
 pub use cryptfold_nvmf_spec::auth::{Concat, DhGroup, Failure, HashId};
-pub use psk::{Identity, Psk, PskError, TlsPsk, Version};
+pub use psk::{Identity, Psk, PskError, TlsPsk, Version, expand_label};
 pub use secret::{Secret, SecretError};

@@ -30,8 +30,6 @@ use crate::mac::{mac, same};
 const PREFIX: &str = "NVMeTLSkey-1";
 /// What goes into the digest of a version 1 identity beside the names.
 const DIGEST_LABEL: &[u8] = b" NVMe-over-Fabrics";
-/// Longest context of HKDF-Expand-Label, bytes.
-const CONTEXT_MAX: usize = 255;
 
 /// Why a text is no pre-shared key. Says nothing about its bytes.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
@@ -240,14 +238,31 @@ fn digest(hash: HashId, retained: &[u8], names: &str) -> String {
     STANDARD.encode(&*mac(hash, retained, &[names.as_bytes(), DIGEST_LABEL]))
 }
 
-/// HKDF-Expand-Label over HKDF-Extract without salt (RFC 8446 section 7.1), for outputs as long as the hash's: one block of
-/// HKDF-Expand. `None`: the context is too long.
+/// HKDF-Expand-Label over HKDF-Extract without salt (RFC 8446 section 7.1), for outputs as long as the hash's. `None`: the
+/// context is too long.
 fn derive(hash: HashId, key: &[u8], label: &str, context: &[u8]) -> Option<Zeroizing<Vec<u8>>> {
-    let context_len = u8::try_from(context.len()).ok().filter(|n| usize::from(*n) <= CONTEXT_MAX)?;
-    let prk = extract(hash, key);
-    let len = (hash.len_bytes() as u16).to_be_bytes();
-    let label_len = [6 + label.len() as u8];
-    Some(mac(hash, &prk, &[&len, &label_len, b"tls13 ", label.as_bytes(), &[context_len], context, &[1]]))
+    expand_label(hash, &extract(hash, key), label, context, hash.len_bytes())
+}
+
+/// HKDF-Expand-Label (RFC 8446 section 7.1) of `len_bytes`, as many as the hash has at most: one block of HKDF-Expand.
+/// `None`: the output, the label or the context is too long.
+pub fn expand_label(
+    hash: HashId,
+    secret: &[u8],
+    label: &str,
+    context: &[u8],
+    len_bytes: usize,
+) -> Option<Zeroizing<Vec<u8>>> {
+    let context_len = u8::try_from(context.len()).ok()?;
+    let label_len = u8::try_from(6 + label.len()).ok()?;
+    if len_bytes > hash.len_bytes() {
+        return None;
+    }
+    let len = (len_bytes as u16).to_be_bytes();
+    let parts: [&[u8]; 7] = [&len, &[label_len], b"tls13 ", label.as_bytes(), &[context_len], context, &[1]];
+    let mut out = mac(hash, secret, &parts);
+    out.truncate(len_bytes);
+    Some(out)
 }
 
 /// As libnvme did it: the output's length little-endian, no lengths of label and context.

@@ -573,7 +573,7 @@ impl Volume {
         let target = c.target().ok().filter(|_| !self.options.allow_unauthenticated)?;
         let queues =
             self.exported_by(c).into_iter().flat_map(|s| target.qpairs(&s.options.nqn).unwrap_or_default());
-        let stranger = queues.into_iter().find(|q| q.auth.is_none() && q.cipher.is_none())?;
+        let stranger = queues.into_iter().find(|q| q.auth.is_none() && q.tls.is_none())?;
         Some(format!(
             "host {} at {} is connected and has not authenticated",
             stranger.hostnqn, stranger.peer_address

@@ -41,6 +41,12 @@ impl Options {
             .collect()
     }
 
+    /// Whether TLS may leave records to the kernel (`enable_ktls` of "ssl").
+    pub fn kernel_tls(&self) -> bool {
+        let set = self.sock.get("ssl").and_then(|o| o.get("enable_ktls"));
+        set.and_then(Value::as_bool).unwrap_or(true)
+    }
+
     /// Sets the arena's size from SPDK's two pools.
     pub fn set_pools(&mut self, small_bytes: u64, large_bytes: u64) {
         self.small_pool = Some(small_bytes);

@@ -626,6 +626,11 @@ fn a_configuration_that_spdk_saved() {
     let t = uninitialised();
     t.call("load_config", json!({"config": serde_json::from_str::<Value>(text).unwrap()}));
     assert_eq!(t.call("sock_impl_get_options", json!({"impl_name": "ssl"}))["recv_buf_size"], 4096);
+    // The kernel's record layer for TLS: on unless somebody says no, which SPDK's files do.
+    let ktls = |name| t.call("sock_impl_get_options", json!({"impl_name": name}))["enable_ktls"].clone();
+    assert_eq!((ktls("ssl"), ktls("posix")), (json!(false), json!(false)));
+    t.call("sock_impl_set_options", json!({"impl_name": "ssl", "enable_ktls": true}));
+    assert_eq!(ktls("ssl"), true);
     assert_eq!(t.call("sock_get_default_impl", Value::Null)["impl_name"], "posix");
 }
 

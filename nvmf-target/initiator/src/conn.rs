@@ -14,6 +14,7 @@ use std::time::Duration;
 
 use cryptfold_bdev::{Io, Status as IoStatus};
 use cryptfold_nvmf_spec as spec;
+use cryptfold_nvmf_tls::Layer;
 use cryptfold_reactor::memory::{Buf, SgList};
 use cryptfold_reactor::sync::oneshot;
 use cryptfold_reactor::{self as reactor, Poller, PollerGuard, SleepVerdict};
@@ -368,6 +369,11 @@ impl Conn {
             return worked;
         }
         worked
+    }
+
+    /// See [`Wire::layers`].
+    pub fn tls_layers(&self) -> Option<(Layer, Layer)> {
+        self.wire.layers()
     }
 
     fn end(&self, s: &mut State, fatal: Fatal) {

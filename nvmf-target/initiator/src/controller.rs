@@ -10,6 +10,7 @@ use std::time::Duration;
 use cryptfold_bdev::{Op, OpSet};
 use cryptfold_nvmf_auth::{Concat, TlsPsk};
 use cryptfold_nvmf_spec as spec;
+use cryptfold_nvmf_tls::Layer;
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::sync::mpsc;
 use cryptfold_reactor::{self as reactor, Task};
@@ -210,6 +211,11 @@ impl Controller {
     /// The controller's identifier.
     pub fn cntlid(&self) -> Cntlid {
         self.connector.cntlid
+    }
+
+    /// With TLS: who makes the records that the admin connection sends, and who opens those that it receives.
+    pub fn tls_layers(&self) -> Option<(Layer, Layer)> {
+        self.admin.tls_layers()
     }
 
     /// Why the admin connection ended, if it did. The I/O queues do not survive it.

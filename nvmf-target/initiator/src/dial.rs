@@ -1,7 +1,7 @@
 //! Opening the streams of connections.
 
 use std::future::Future;
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::net::{IpAddr, SocketAddr, TcpStream, ToSocketAddrs};
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,7 +9,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use cryptfold_nvmf_auth::TlsPsk;
-use cryptfold_nvmf_tls::{Raw, Session};
+use cryptfold_nvmf_tls::{Offload, Raw, Session};
 use socket2::{Domain, Socket, Type};
 
 use crate::{ConnectOptions, Error, TcpWire, TlsWire, Wire};
@@ -31,6 +31,7 @@ pub struct TcpDial {
     address: String,
     limit: Duration,
     tls: Mutex<Option<TlsPsk>>,
+    kernel_tls: bool,
 }
 
 impl TcpDial {
@@ -43,6 +44,7 @@ impl TcpDial {
             address: options.address(),
             limit: options.connect_timeout,
             tls: Mutex::new(options.tls_psk()),
+            kernel_tls: options.kernel_tls,
         }
     }
 
@@ -56,11 +58,12 @@ impl Dial for TcpDial {
     fn dial(&self) -> Dialing<'_> {
         let (host, port) = (self.traddr.clone(), self.trsvcid.clone());
         let (address, limit, from) = (self.address.clone(), self.limit, self.from);
+        let kernel = self.kernel_tls;
         let tls = self.tls.lock().unwrap_or_else(PoisonError::into_inner).clone();
         Box::pin(async move {
             let opened = off_reactor(move || {
                 let stream = connect((&host, &port), from, &address, limit)?;
-                let session = tls.map(|key| secure(&stream, &key, limit)).transpose();
+                let session = tls.map(|key| secure(&stream, &key, kernel, limit)).transpose();
                 let session = session.map_err(|e| Error::Connect { address, why: e.to_string() })?;
                 Ok((stream, session))
             });
@@ -114,19 +117,26 @@ fn connect_from(from: Option<IpAddr>, to: SocketAddr, limit: Duration) -> Result
 }
 
 /// A stream that still blocks, for as long as its time-out lets it.
-struct Blocking<'a>(&'a TcpStream);
+struct Blocking<'a> {
+    stream: &'a TcpStream,
+    /// The kernel's record layer may be used.
+    kernel: bool,
+}
 
 impl Raw for Blocking<'_> {
-    fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
-        (&mut &*self.0).read(buf)
+    fn recv(&self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        (&mut &*self.stream).read_vectored(bufs)
     }
-    fn write(&self, buf: &[u8]) -> io::Result<usize> {
-        (&mut &*self.0).write(buf)
+    fn send(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        (&mut &*self.stream).write_vectored(bufs)
+    }
+    fn offload(&self) -> Option<&dyn Offload> {
+        self.kernel.then_some(self.stream as &dyn Offload)
     }
 }
 
 /// The handshake: done here, where waiting is possible.
-fn secure(stream: &TcpStream, key: &TlsPsk, limit: Duration) -> io::Result<Session> {
+fn secure(stream: &TcpStream, key: &TlsPsk, kernel: bool, limit: Duration) -> io::Result<Session> {
     let start = Instant::now();
     let mut session = Session::client(key)?;
     loop {
@@ -134,7 +144,7 @@ fn secure(stream: &TcpStream, key: &TlsPsk, limit: Duration) -> io::Result<Sessi
         let left = left.ok_or_else(|| io::Error::new(io::ErrorKind::TimedOut, "TLS: no answer in time"))?;
         stream.set_read_timeout(Some(left))?;
         stream.set_write_timeout(Some(left))?;
-        if session.handshake(&Blocking(stream))? {
+        if session.handshake(&Blocking { stream, kernel })? {
             return Ok(session);
         }
     }

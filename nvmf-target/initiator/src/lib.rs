@@ -42,3 +42,4 @@ pub use wire::{TcpWire, TlsWire, Wire};
 pub use cryptfold_nvmf_auth::{DhGroup, HashId, Offer, Psk, PskError, Secret, Version};
 pub use cryptfold_nvmf_spec::features::AsyncEvent;
 pub use cryptfold_nvmf_spec::log::AnaState;
+pub use cryptfold_nvmf_tls::Layer;

@@ -46,6 +46,8 @@ pub struct ConnectOptions {
     pub credentials: Option<Credentials>,
     /// Connect with TLS, by this key.
     pub tls: Option<TlsKey>,
+    /// Leave the records of TLS to the kernel, where it takes them.
+    pub kernel_tls: bool,
     /// Secure channel concatenation: authenticate without TLS, and come back with TLS by the key that this has generated. With
     /// credentials, and no key for TLS.
     pub concat: bool,
@@ -76,6 +78,7 @@ impl ConnectOptions {
             io_timeout: Duration::from_secs(30),
             credentials: None,
             tls: None,
+            kernel_tls: true,
             concat: false,
         }
     }

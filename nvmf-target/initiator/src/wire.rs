@@ -6,7 +6,7 @@ use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::rc::Rc;
 
-use cryptfold_nvmf_tls::{Raw, Session};
+use cryptfold_nvmf_tls::{Layer, Offload, Raw, Session};
 
 /// A non-blocking, ordered byte stream. Errors other than `WouldBlock` and `Interrupted` end it.
 pub trait Wire {
@@ -24,6 +24,14 @@ pub trait Wire {
     fn shutdown(&self, how: Shutdown);
     /// What to watch for readiness. Without one, the wire calls what [`Wire::on_ready`] gave it.
     fn descriptor(&self) -> Option<Rc<dyn AsFd>> {
+        None
+    }
+    /// The kernel's record layer for TLS on this stream.
+    fn offload(&self) -> Option<&dyn Offload> {
+        None
+    }
+    /// With TLS: who makes the records that are sent, and who opens those that are received.
+    fn layers(&self) -> Option<(Layer, Layer)> {
         None
     }
     /// Called once: `wake` is to be called whenever bytes or room may have come.
@@ -59,16 +67,22 @@ impl Wire for TcpWire {
     fn descriptor(&self) -> Option<Rc<dyn AsFd>> {
         Some(self.0.clone())
     }
+    fn offload(&self) -> Option<&dyn Offload> {
+        Some(&*self.0)
+    }
 }
 
 struct RawWire<'a>(&'a dyn Wire);
 
 impl Raw for RawWire<'_> {
-    fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
-        self.0.recv(&mut [IoSliceMut::new(buf)])
+    fn recv(&self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        self.0.recv(bufs)
     }
-    fn write(&self, buf: &[u8]) -> io::Result<usize> {
-        self.0.send(&[IoSlice::new(buf)])
+    fn send(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.0.send(bufs)
+    }
+    fn offload(&self) -> Option<&dyn Offload> {
+        self.0.offload()
     }
 }
 
@@ -98,6 +112,9 @@ impl Wire for TlsWire {
     }
     fn descriptor(&self) -> Option<Rc<dyn AsFd>> {
         self.below.descriptor()
+    }
+    fn layers(&self) -> Option<(Layer, Layer)> {
+        Some(self.session.borrow().layers())
     }
     fn on_ready(&self, wake: Rc<dyn Fn()>) {
         self.below.on_ready(wake);

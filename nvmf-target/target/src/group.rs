@@ -22,7 +22,7 @@ use crate::port::{Port, PortSecurity};
 use crate::stats::Totals;
 use crate::subsystem::{Namespace, NsChannel, unique};
 use crate::target::Shared;
-use crate::tls::{EitherWire, TargetKeys, TlsWire};
+use crate::tls::{EitherWire, TargetKeys, Terms, TlsWire};
 use crate::watch::{Ready, WatchId, Watcher, Watches};
 use crate::wire::Wire;
 
@@ -157,11 +157,14 @@ impl Group {
 
     /// Takes a new stream in, which [`Seat::load`] counts already. `peer`: the host's address, for people.
     pub fn adopt(self: &Rc<Self>, wire: Box<dyn Wire>, port: Arc<Port>, peer: String) {
-        let keys = |generated| Arc::new(TargetKeys { target: Arc::downgrade(&self.target), generated });
+        let terms = |generated| Terms {
+            keys: Arc::new(TargetKeys { target: Arc::downgrade(&self.target), generated }),
+            kernel: self.target.kernel_tls.load(Ordering::Relaxed),
+        };
         let wire = match port.security {
             PortSecurity::None => Ok(wire),
-            PortSecurity::Tls => TlsWire::new(wire, keys(false)).map(|w| Box::new(w) as Box<dyn Wire>),
-            PortSecurity::Concatenation => Ok(Box::new(EitherWire::new(wire, keys(true))) as Box<dyn Wire>),
+            PortSecurity::Tls => TlsWire::new(wire, terms(false)).map(|w| Box::new(w) as Box<dyn Wire>),
+            PortSecurity::Concatenation => Ok(Box::new(EitherWire::new(wire, terms(true))) as Box<dyn Wire>),
         };
         let wire = match wire {
             Ok(wire) => wire,

@@ -4,6 +4,7 @@ use std::fmt;
 
 use cryptfold_nvmf_spec::auth::{DhGroup, HashId};
 use cryptfold_nvmf_spec::log::AnaState;
+use cryptfold_nvmf_tls::Layer;
 use uuid::Uuid;
 
 use crate::stats::Totals;
@@ -107,8 +108,19 @@ pub struct QpairInfo {
     pub totals: Totals,
     /// How the host was last authenticated on it, if it was.
     pub auth: Option<(HashId, DhGroup)>,
-    /// Cipher suite of TLS; `None` without TLS.
-    pub cipher: Option<String>,
+    /// `None` without TLS.
+    pub tls: Option<TlsUse>,
+}
+
+/// How TLS is done on a connection.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TlsUse {
+    /// Cipher suite.
+    pub cipher: String,
+    /// Who makes the records that are sent.
+    pub send: Layer,
+    /// Who opens those that are received.
+    pub receive: Layer,
 }
 
 /// By what a device of a namespace is claimed.

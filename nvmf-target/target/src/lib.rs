@@ -42,10 +42,11 @@ pub mod wire;
 pub use access::{HostAccess, Named};
 pub use controller::{Controller, Host};
 pub use cryptfold_nvmf_spec::log::AnaState;
+pub use cryptfold_nvmf_tls::Layer;
 pub use error::TargetError;
 pub use info::{
     CLAIM, ControllerInfo, DiscoveryFilter, HostInfo, ListenerInfo, NsInfo, PollGroupStats, QpairInfo,
-    Referral, SubsystemInfo,
+    Referral, SubsystemInfo, TlsUse,
 };
 pub use options::{ListenAddr, NsOptions, SubsystemOptions, TransportOptions};
 pub use port::PortSecurity;

@@ -7,7 +7,7 @@
 
 use std::collections::btree_map::Entry;
 use std::net::{SocketAddr, TcpListener, TcpStream};
-use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -74,6 +74,8 @@ pub(crate) struct Shared {
     pub connections: AtomicU32,
     pub hosts: Hosts,
     pub generated: GeneratedKeys,
+    /// Connections from now on leave the records of TLS to the kernel, where it takes them.
+    pub kernel_tls: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -319,6 +321,7 @@ impl Target {
             connections: AtomicU32::new(0),
             hosts: Hosts::default(),
             generated: GeneratedKeys::default(),
+            kernel_tls: AtomicBool::new(true),
             state: Mutex::new(State {
                 transport: None,
                 subsystems: vec![Subsystem::new(discovery, true)],
@@ -337,6 +340,11 @@ impl Target {
             handle.send(move || Group::start(shared, seat));
         }
         Target { shared }
+    }
+
+    /// Whether connections from now on leave the records of TLS to the kernel, where it takes them; so it is at first.
+    pub fn set_kernel_tls(&self, may: bool) {
+        self.shared.kernel_tls.store(may, Ordering::Relaxed);
     }
 
     fn running(&self) -> Result<MutexGuard<'_, State>, TargetError> {
@@ -803,7 +811,7 @@ impl Target {
                 reactor: q.conn.handle.id().0,
                 totals: q.stats.totals(),
                 auth: q.stats.auth(),
-                cipher: q.cipher,
+                tls: q.tls,
             }));
         }
         Ok(all)

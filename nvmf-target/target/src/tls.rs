@@ -12,7 +12,7 @@ use std::rc::Rc;
 use std::sync::{Arc, Weak};
 
 use cryptfold_nvmf_auth::{Identity, Names, TlsPsk};
-use cryptfold_nvmf_tls::{Keys, Raw, Session};
+use cryptfold_nvmf_tls::{Keys, Layer, Offload, Raw, Session};
 
 use crate::target::Shared;
 use crate::wire::{Wake, Wire};
@@ -28,6 +28,8 @@ pub struct TlsPeer {
     pub subsystem: String,
     /// Cipher suite, when proven.
     pub cipher: String,
+    /// Who makes the records that are sent, and who opens those that are received.
+    pub layers: (Layer, Layer),
     /// The identity of a key that DH-HMAC-CHAP has generated, if it is one.
     pub generated: Option<String>,
 }
@@ -71,28 +73,48 @@ impl Keys for TargetKeys {
     }
 }
 
-struct RawWire<'a>(&'a dyn Wire);
+struct RawWire<'a> {
+    wire: &'a dyn Wire,
+    /// The kernel's record layer may be used.
+    kernel: bool,
+}
 
 impl Raw for RawWire<'_> {
-    fn read(&self, buf: &mut [u8]) -> io::Result<usize> {
-        self.0.recv(&mut [IoSliceMut::new(buf)])
+    fn recv(&self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        self.wire.recv(bufs)
     }
-    fn write(&self, buf: &[u8]) -> io::Result<usize> {
-        self.0.send(&[IoSlice::new(buf)])
+    fn send(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        self.wire.send(bufs)
     }
+    fn offload(&self) -> Option<&dyn Offload> {
+        self.wire.offload().filter(|_| self.kernel)
+    }
+}
+
+/// How TLS is done at a port.
+#[derive(Clone)]
+pub(crate) struct Terms {
+    pub keys: Arc<dyn Keys>,
+    /// Records are left to the kernel, where it takes them.
+    pub kernel: bool,
 }
 
 /// A wire with TLS on it, the server's end.
 pub(crate) struct TlsWire {
     session: RefCell<Session>,
     below: Box<dyn Wire>,
+    kernel: bool,
 }
 
 impl TlsWire {
     /// # Errors
     /// No memory for a session.
-    pub fn new(below: Box<dyn Wire>, keys: Arc<dyn Keys>) -> io::Result<TlsWire> {
-        Ok(TlsWire { session: RefCell::new(Session::server(keys)?), below })
+    pub fn new(below: Box<dyn Wire>, terms: Terms) -> io::Result<TlsWire> {
+        Ok(TlsWire { session: RefCell::new(Session::server(terms.keys)?), below, kernel: terms.kernel })
+    }
+
+    fn raw(&self) -> RawWire<'_> {
+        RawWire { wire: &*self.below, kernel: self.kernel }
     }
 }
 
@@ -125,6 +147,9 @@ impl Wire for Peeked {
     fn descriptor(&self) -> Option<Rc<dyn AsFd>> {
         self.below.descriptor()
     }
+    fn offload(&self) -> Option<&dyn Offload> {
+        self.below.offload().filter(|_| self.first.get().is_none())
+    }
     fn on_ready(&self, wake: Wake) {
         self.below.on_ready(wake);
     }
@@ -140,13 +165,13 @@ fn is_tls(first: u8) -> bool {
 pub(crate) struct EitherWire {
     /// Until the first byte has come.
     below: RefCell<Option<Box<dyn Wire>>>,
-    keys: Arc<dyn Keys>,
+    terms: Terms,
     known: OnceCell<Box<dyn Wire>>,
 }
 
 impl EitherWire {
-    pub fn new(below: Box<dyn Wire>, keys: Arc<dyn Keys>) -> EitherWire {
-        EitherWire { below: RefCell::new(Some(below)), keys, known: OnceCell::new() }
+    pub fn new(below: Box<dyn Wire>, terms: Terms) -> EitherWire {
+        EitherWire { below: RefCell::new(Some(below)), terms, known: OnceCell::new() }
     }
 
     /// The wire as the host began. `None`: the stream has ended before.
@@ -166,7 +191,7 @@ impl EitherWire {
         }
         let peeked = Box::new(Peeked { first: Cell::new(Some(first[0])), below });
         let wire: Box<dyn Wire> =
-            if is_tls(first[0]) { Box::new(TlsWire::new(peeked, self.keys.clone())?) } else { peeked };
+            if is_tls(first[0]) { Box::new(TlsWire::new(peeked, self.terms.clone())?) } else { peeked };
         Ok(Some(&**self.known.get_or_init(|| wire)))
     }
 
@@ -202,13 +227,13 @@ impl Wire for EitherWire {
 
 impl Wire for TlsWire {
     fn recv(&self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
-        self.session.borrow_mut().recv(&RawWire(&*self.below), bufs)
+        self.session.borrow_mut().recv(&self.raw(), bufs)
     }
     fn send(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
-        self.session.borrow_mut().send(&RawWire(&*self.below), bufs)
+        self.session.borrow_mut().send(&self.raw(), bufs)
     }
     fn shutdown(&self, how: Shutdown) {
-        self.session.borrow_mut().close(&RawWire(&*self.below));
+        self.session.borrow_mut().close(&self.raw());
         self.below.shutdown(how);
     }
     fn descriptor(&self) -> Option<Rc<dyn AsFd>> {
@@ -219,14 +244,14 @@ impl Wire for TlsWire {
     }
     fn tls(&self) -> Option<TlsPeer> {
         let session = self.session.borrow();
-        let identity = session.identity();
-        let text = identity.as_deref().or(session.claimed());
+        let text = session.identity().or(session.claimed());
         let names = text.and_then(Identity::parse);
         Some(TlsPeer {
             proven: session.is_established() && names.is_some(),
             host: names.map(|n| n.host.to_owned()).unwrap_or_default(),
             subsystem: names.map(|n| n.subsystem.to_owned()).unwrap_or_default(),
             cipher: session.cipher().unwrap_or_default().to_owned(),
+            layers: session.layers(),
             generated: text.filter(|_| names.is_some_and(|n| n.generated)).map(str::to_owned),
         })
     }

@@ -7,6 +7,8 @@ use std::net::{Shutdown, TcpStream};
 use std::os::fd::AsFd;
 use std::rc::Rc;
 
+use cryptfold_nvmf_tls::Offload;
+
 pub use crate::tls::TlsPeer;
 
 /// A non-blocking, ordered byte stream. Errors other than `WouldBlock` and `Interrupted` end it.
@@ -32,6 +34,10 @@ pub trait Wire {
     fn tls(&self) -> Option<TlsPeer> {
         None
     }
+    /// The kernel's record layer for TLS on this stream.
+    fn offload(&self) -> Option<&dyn Offload> {
+        None
+    }
     /// Called once: `wake` is to be called whenever bytes or room may have come.
     fn on_ready(&self, _wake: Wake) {}
 }
@@ -52,6 +58,9 @@ impl Wire for TcpWire {
     }
     fn descriptor(&self) -> Option<Rc<dyn AsFd>> {
         Some(self.0.clone())
+    }
+    fn offload(&self) -> Option<&dyn Offload> {
+        Some(&*self.0)
     }
 }
 

@@ -129,7 +129,7 @@ fn a_key_opens_one_association_and_ends_with_it() {
         let cipher = "TLS_AES_256_GCM_SHA384";
         let of = |q: &cryptfold_nvmf_target::QpairInfo| q.cntlid == admin.cntlid.0 && q.hostnqn == host;
         let queues = rig.target.qpairs(NQN).expect("it exists");
-        assert!(queues.iter().filter(|q| of(q)).all(|q| q.cipher.as_deref() == Some(cipher)));
+        assert!(queues.iter().filter(|q| of(q)).all(|q| q.tls.as_ref().is_some_and(|t| t.cipher == cipher)));
 
         // The same association without TLS, here and where there is none.
         for addr in [port, rig.addr] {

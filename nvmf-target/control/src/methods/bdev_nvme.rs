@@ -337,6 +337,9 @@ fn describe(i: &ControllerInfo) -> Value {
             "host": {"nqn": l.hostnqn, "addr": l.hostaddr.map(|a| a.to_string()).unwrap_or_default(), "svcid": ""},
             "numa_id": -1,
         });
+        if let Some((send, receive)) = l.tls {
+            o["tls"] = json!({"version": 13, "send": send.name(), "receive": receive.name()});
+        }
         if !l.alternates.is_empty() {
             o["alternate_trids"] = json!(l.alternates);
         }
@@ -457,6 +460,7 @@ fn attach_tcp(c: &Control, p: Attach) -> RpcResult {
     };
     let psk = ring_key(c, "psk", p.psk.clone(), Psk::parse)?;
     connect.tls = psk.map(|n| TlsKey { psk: n.key, version });
+    connect.kernel_tls = lock(&c.options).kernel_tls();
     connect.concat = p.secure_concatenation;
     if connect.concat && (connect.tls.is_some() || connect.credentials.is_none()) {
         let why = "secure_concatenation: needs dhchap_key, and no psk";

@@ -517,7 +517,11 @@ pub fn methods() -> Vec<Method> {
         ),
         Method::new("nvmf_subsystem_get_listeners", "Listeners of a subsystem.", get_listeners),
         Method::new("nvmf_subsystem_get_controllers", "Controllers of a subsystem.", get_controllers),
-        Method::new("nvmf_subsystem_get_qpairs", "Queues of a subsystem's controllers.", get_qpairs),
+        Method::new(
+            "nvmf_subsystem_get_qpairs",
+            "Queues of a subsystem's controllers. With TLS, `send` and `receive` of `tls` say who makes and who opens its records: \"kernel\" or \"library\".",
+            get_qpairs,
+        ),
         Method::new("nvmf_subsystem_add_host", "Lets a host connect.", |c, p: AddHost| {
             let access = HostAccess {
                 dhchap: secret(c, "dhchap_key", p.dhchap_key)?,
@@ -654,6 +658,7 @@ fn remember(c: &Control, method: &'static str, params: Value) -> RpcResult {
 /// Applies what was set before the target existed.
 pub fn apply_options(c: &Control, t: &Target) -> Result<(), RpcError> {
     let o = lock(&c.options);
+    t.set_kernel_tls(o.kernel_tls());
     for method in ["nvmf_set_config", "nvmf_set_max_subsystems", "nvmf_set_crdt"] {
         if let Some(params) = o.get(method) {
             apply(t, method, params)?;
@@ -951,8 +956,10 @@ fn get_qpairs(c: &Control, p: Subsystem) -> RpcResult {
             if let Some((hash, group)) = q.auth {
                 v["auth"] = json!({"state": "completed", "digest": hash.name(), "dhgroup": group.name()});
             }
-            if let Some(cipher) = &q.cipher {
-                v["tls"] = json!({"version": 13, "cipher": cipher});
+            if let Some(tls) = &q.tls {
+                v["tls"] = json!({
+                    "version": 13, "cipher": tls.cipher, "send": tls.send.name(), "receive": tls.receive.name(),
+                });
             }
             v
         })

@@ -49,7 +49,8 @@ params! {
         zerocopy_threshold: Option<u32>,
         /// Only 0 and 13 are possible.
         tls_version: Option<u32>,
-        /// No effect.
+        /// Of "ssl": with TLS, the kernel makes and opens records where it has its `tls` module; else the library does, as ever
+        /// where this is false. Without this call true.
         enable_ktls: Option<bool>,
     }
 }
@@ -175,7 +176,12 @@ fn sock_set(c: &Control, p: SockOptions) -> RpcResult {
         "enable_zerocopy_send_client": p.enable_zerocopy_send_client,
         "zerocopy_threshold": p.zerocopy_threshold, "tls_version": p.tls_version, "enable_ktls": p.enable_ktls,
     }));
-    lock(&c.options).sock.entry(p.impl_name).or_default().extend(given);
+    let mut options = lock(&c.options);
+    options.sock.entry(p.impl_name).or_default().extend(given);
+    // Before there is a target, its start looks at the options.
+    if let Ok(target) = c.target() {
+        target.set_kernel_tls(options.kernel_tls());
+    }
     Ok(json!(true))
 }
 
@@ -184,7 +190,7 @@ fn sock_get(c: &Control, p: Impl) -> RpcResult {
     let mut all = object(json!({
         "recv_buf_size": 0, "send_buf_size": 0, "enable_recv_pipe": false, "enable_quickack": false,
         "enable_placement_id": 0, "enable_zerocopy_send_server": false, "enable_zerocopy_send_client": false,
-        "zerocopy_threshold": 0, "tls_version": 13, "enable_ktls": false,
+        "zerocopy_threshold": 0, "tls_version": 13, "enable_ktls": p.impl_name == "ssl",
     }));
     if let Some(set) = lock(&c.options).sock.get(&p.impl_name) {
         all.extend(set.clone());

@@ -21,6 +21,7 @@ use super::{Conn, Inner, Queue};
 use crate::audit;
 use crate::controller::events::Report;
 use crate::controller::{Answer, QueueRef};
+use crate::info::TlsUse;
 use crate::io::{self, Plan};
 use crate::later::Later;
 use crate::port::PortSecurity;
@@ -126,8 +127,9 @@ impl Conn {
         let stats = Arc::new(QueueStats::default());
         // Below 65,536 entries: Connect checks SQSIZE against the limits before it is used.
         let size = u32::from(command.sqsize.get()) + 1;
-        let cipher = tls.as_ref().map(|t| t.cipher.clone());
-        let queue = QueueRef { conn, stats: stats.clone(), size, peer: self.peer.clone(), cipher };
+        let used = |t: &TlsPeer| TlsUse { cipher: t.cipher.clone(), send: t.layers.0, receive: t.layers.1 };
+        let used = tls.as_ref().map(used);
+        let queue = QueueRef { conn, stats: stats.clone(), size, peer: self.peer.clone(), tls: used };
         let tls = tls.as_ref();
         let new = NewQueue { command, data, port: &self.port, options: &self.options, queue, tls };
         match group.target.connect(new) {

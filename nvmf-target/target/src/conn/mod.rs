@@ -274,7 +274,13 @@ impl Conn {
 
     /// The stream has failed.
     fn lost(&self, inner: &mut Inner, error: &std::io::Error) {
-        tracing::debug!("{}: connection lost: {error}", self.peer);
+        // Who fails at the handshake is in the audit log; what is wrong with a record of a host that is known is nowhere else.
+        let known = || inner.wire.as_ref().and_then(|w| w.tls()).is_some_and(|t| t.proven);
+        if error.kind() == std::io::ErrorKind::InvalidData && known() {
+            tracing::warn!("{}: {error}; ending the connection", self.peer);
+        } else {
+            tracing::debug!("{}: connection lost: {error}", self.peer);
+        }
         self.audit_handshake(inner, error);
         self.advance(inner, Event::PeerGone);
     }

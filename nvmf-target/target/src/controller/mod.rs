@@ -30,6 +30,7 @@ use cryptfold_reactor::memory::Buf;
 
 use crate::TransportOptions;
 use crate::group::ConnRef;
+use crate::info::TlsUse;
 use crate::later::Later;
 use crate::port::Port;
 use crate::reservation::Notice;
@@ -67,8 +68,8 @@ pub(crate) struct QueueRef {
     pub size: u32,
     /// Address of the host's end.
     pub peer: String,
-    /// Cipher suite of TLS.
-    pub cipher: Option<String>,
+    /// `None` without TLS.
+    pub tls: Option<TlsUse>,
 }
 
 /// What an admin command ends with.
@@ -253,7 +254,7 @@ impl Controller {
 
     /// Whether its admin queue has TLS.
     pub(crate) fn has_tls(&self) -> bool {
-        self.state().queues.get(&0).is_some_and(|admin| admin.cipher.is_some())
+        self.state().queues.get(&0).is_some_and(|admin| admin.tls.is_some())
     }
 
     /// An I/O queue wants to join.

@@ -5,7 +5,7 @@
 pub mod proxy;
 pub mod witness;
 
-use std::io::{Read, Write};
+use std::io::{IoSlice, IoSliceMut, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
@@ -164,11 +164,11 @@ pub enum Pdu {
 struct Blocking<'a>(&'a TcpStream);
 
 impl Raw for Blocking<'_> {
-    fn read(&self, buf: &mut [u8]) -> std::io::Result<usize> {
-        (&mut &*self.0).read(buf)
+    fn recv(&self, bufs: &mut [IoSliceMut<'_>]) -> std::io::Result<usize> {
+        (&mut &*self.0).read_vectored(bufs)
     }
-    fn write(&self, buf: &[u8]) -> std::io::Result<usize> {
-        (&mut &*self.0).write(buf)
+    fn send(&self, bufs: &[IoSlice<'_>]) -> std::io::Result<usize> {
+        (&mut &*self.0).write_vectored(bufs)
     }
 }
 
@@ -242,7 +242,7 @@ impl Client {
         match &mut self.tls {
             None => self.stream.write_all(bytes).expect("the target takes it"),
             Some(session) => {
-                let sent = session.send(&raw, &[std::io::IoSlice::new(bytes)]);
+                let sent = session.send(&raw, &[IoSlice::new(bytes)]);
                 assert_eq!(sent.expect("the target takes it"), bytes.len());
             }
         }
@@ -252,7 +252,7 @@ impl Client {
         let mut buf = [0; 65_536];
         let got = match &mut self.tls {
             None => self.stream.read(&mut buf),
-            Some(session) => session.recv(&Blocking(&self.stream), &mut [std::io::IoSliceMut::new(&mut buf)]),
+            Some(session) => session.recv(&Blocking(&self.stream), &mut [IoSliceMut::new(&mut buf)]),
         };
         match got {
             Ok(0) => false,

@@ -7,9 +7,13 @@
 //! s2n-tls never sees the stream: it reads and writes the buffers of a [`Pipe`], so that many records travel with one system
 //! call. Before the handshake is done not a byte more is taken from the stream than it asks for.
 //!
+//! Where the stream has a record layer of its own (Linux's kernel TLS), it gets the keys as soon as the handshake is done, and what is
+//! left to do is in [`kernel`].
+//!
 //! Sending keeps the rule of sockets: what is reported as sent is with the stream. Data whose records the stream has not
 //! taken yet is not reported; the next [`Session::send`] has to begin with the same bytes.
 
+mod kernel;
 mod pipe;
 
 use std::cell::RefCell;
@@ -21,13 +25,16 @@ use cryptfold_nvmf_auth::{HashId, TlsPsk};
 use s2n_tls::callbacks::{ClientHelloCallback, ConnectionFuture};
 use s2n_tls::config::Config;
 use s2n_tls::connection::Connection;
-use s2n_tls::enums::{Blinding, Mode, PskHmac};
+use s2n_tls::enums::{Blinding, Mode, PskHmac, SerializationVersion};
 use s2n_tls::error::{Error, ErrorType};
 use s2n_tls::psk::Psk;
 use s2n_tls::security::Policy;
 use thiserror::Error;
+use zeroize::Zeroizing;
 
 use crate::hello::identities;
+pub use kernel::{Direction, Layer, Offload, RecordKeys};
+use kernel::{Receiving, Sending, secrets};
 use pipe::Pipe;
 
 /// TLS 1.3 only; AES-128-GCM, AES-256-GCM, ChaCha20; X25519, P-256, P-384 (s2n-tls, numbered policies never change).
@@ -46,16 +53,20 @@ const IDENTITIES_MAX: usize = 8;
 
 /// The stream below.
 pub trait Raw {
-    /// As a non-blocking socket's `read`.
+    /// As a non-blocking socket's `readv`.
     ///
     /// # Errors
     /// As a non-blocking socket's.
-    fn read(&self, buf: &mut [u8]) -> io::Result<usize>;
-    /// As a non-blocking socket's `write`.
+    fn recv(&self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize>;
+    /// As a non-blocking socket's `writev`.
     ///
     /// # Errors
     /// As a non-blocking socket's.
-    fn write(&self, buf: &[u8]) -> io::Result<usize>;
+    fn send(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize>;
+    /// The kernel's record layer on it, if that may be used: always the same one.
+    fn offload(&self) -> Option<&dyn Offload> {
+        None
+    }
 }
 
 /// Where a server finds keys.
@@ -141,6 +152,7 @@ fn config() -> Result<Config, Error> {
     builder.set_client_hello_callback(OnHello)?;
     // The delay before an error is shown guards CBC ciphers; there are none here, and a failed connection just ends.
     builder.set_max_blinding_delay(0)?;
+    builder.set_serialization_version(SerializationVersion::V1)?;
     let config = builder.build()?;
     Ok(CONFIG.get_or_init(|| config).clone())
 }
@@ -153,6 +165,12 @@ pub struct Session {
     /// The first byte has come.
     begun: bool,
     established: bool,
+    client: bool,
+    /// What the handshake was done with, when established: identity, cipher suite.
+    proven: (Option<String>, Option<String>),
+    /// Directions that are the kernel's.
+    sending: Option<Sending>,
+    receiving: Option<Receiving>,
     /// Nothing more will come or go.
     over: Option<TlsError>,
     /// Bytes of the caller's data whose records wait in the pipe.
@@ -186,17 +204,17 @@ impl Session {
 
     fn new(mode: Mode) -> Result<Session, Error> {
         let pipe = Box::new(RefCell::new(Pipe::default()));
-        let mut connection = Connection::new(mode);
-        connection.set_config(config()?)?;
-        connection.set_blinding(Blinding::SelfService)?;
-        connection.prefer_throughput()?;
-        pipe::attach(&mut connection, &pipe)?;
+        let connection = connection(mode, &pipe)?;
         let receive_bytes = RECEIVE_BYTES.0;
         Ok(Session {
             connection,
             pipe,
             begun: false,
             established: false,
+            client: matches!(mode, Mode::Client),
+            proven: (None, None),
+            sending: None,
+            receiving: None,
             over: None,
             pending: 0,
             receive_bytes,
@@ -209,11 +227,8 @@ impl Session {
     }
 
     /// The identity that the handshake was done with.
-    pub fn identity(&self) -> Option<String> {
-        let len = self.connection.negotiated_psk_identity_length().ok().filter(|_| self.established)?;
-        let mut bytes = vec![0; len];
-        self.connection.negotiated_psk_identity(&mut bytes).ok()?;
-        String::from_utf8(bytes).ok()
+    pub fn identity(&self) -> Option<&str> {
+        self.proven.0.as_deref()
     }
 
     /// What the host says that it is (server): proven only when established.
@@ -223,7 +238,13 @@ impl Session {
 
     /// Name of the cipher suite, when established.
     pub fn cipher(&self) -> Option<&str> {
-        self.connection.cipher_suite().ok().filter(|_| self.established)
+        self.proven.1.as_deref()
+    }
+
+    /// Who makes the records that are sent, and who opens those that are received.
+    pub fn layers(&self) -> (Layer, Layer) {
+        let layer = |kernel| if kernel { Layer::Kernel } else { Layer::Library };
+        (layer(self.sending.is_some()), layer(self.receiving.is_some()))
     }
 
     /// Goes on with the handshake; `false`: it waits for the stream.
@@ -239,7 +260,12 @@ impl Session {
                 Poll::Pending => Poll::Pending,
             };
             match step {
-                Poll::Ready(None) => self.established = true,
+                Poll::Ready(None) => {
+                    if !self.flush(raw)? {
+                        return Ok(false);
+                    }
+                    self.establish(raw)?;
+                }
                 Poll::Ready(Some(e)) => return Err(self.handshake_failed(raw, &e)),
                 Poll::Pending => {
                     self.flush(raw)?;
@@ -249,8 +275,47 @@ impl Session {
                 }
             }
         }
-        self.flush(raw)?;
         Ok(true)
+    }
+
+    /// The handshake is done, and the stream has all of ours.
+    fn establish(&mut self, raw: &dyn Raw) -> io::Result<()> {
+        let len = self.connection.negotiated_psk_identity_length().unwrap_or(0);
+        let mut identity = vec![0; len];
+        let named = self.connection.negotiated_psk_identity(&mut identity).is_ok();
+        let identity = String::from_utf8(identity).ok().filter(|_| named && len > 0);
+        self.proven = (identity, self.connection.cipher_suite().ok().map(str::to_owned));
+        self.established = true;
+        match raw.offload() {
+            Some(kernel) => self.hand_over(kernel).map_err(|why| self.end(raw, TlsError::Session(why))),
+            None => Ok(()),
+        }
+    }
+
+    /// Gives the directions to the kernel that it takes. The error is the library's, which then has nothing left to go on with.
+    fn hand_over(&mut self, kernel: &dyn Offload) -> Result<(), String> {
+        let suite = self.cipher().is_some_and(|c| c.starts_with("TLS_AES_") && c.contains("_GCM_"));
+        if !suite || self.pipe.borrow().buffered() > 0 || kernel.attach().is_err() {
+            return Ok(());
+        }
+        let text = |e: Error| format!("its state can not be handed over: {e}");
+        let len = self.connection.serialization_length().map_err(text)?;
+        let mut state = Zeroizing::new(vec![0; len]);
+        self.connection.serialize(&mut state).map_err(text)?;
+        if let Some([client, server]) = secrets(&state) {
+            let (ours, theirs) = if self.client { (client, server) } else { (server, client) };
+            if ours.install(kernel, Direction::Send).is_ok() {
+                self.sending = Some(Sending::new(ours));
+                if theirs.install(kernel, Direction::Receive).is_ok() {
+                    self.receiving = Some(Receiving::new(theirs, self.client));
+                    return Ok(());
+                }
+            }
+        }
+        // The library has forgotten its keys.
+        let mode = if self.client { Mode::Client } else { Mode::Server };
+        self.connection = connection(mode, &self.pipe).map_err(text)?;
+        self.connection.deserialize(&state).map_err(text)
     }
 
     fn handshake_failed(&mut self, raw: &dyn Raw, e: &Error) -> io::Error {
@@ -288,6 +353,15 @@ impl Session {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         self.check()?;
+        if let Some(kernel) = &mut self.receiving {
+            let mut update = false;
+            let result = kernel.recv(raw, bufs, &mut update);
+            return match self.sending.as_mut().filter(|_| update) {
+                Some(sending) => sending.update_soon(raw).and(result),
+                None => result,
+            }
+            .map_err(|e| self.keep(e));
+        }
         let mut total = 0;
         // A receive was shorter than asked for: what follows makes an edge.
         let mut dry = false;
@@ -325,6 +399,9 @@ impl Session {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         self.check()?;
+        if let Some(kernel) = &mut self.sending {
+            return kernel.send(raw, bufs).map_err(|e| self.keep(e));
+        }
         let mut total = 0;
         loop {
             if !self.flush(raw)? {
@@ -389,7 +466,12 @@ impl Session {
 
     /// Says good-bye as far as the stream takes it at once.
     pub fn close(&mut self, raw: &dyn Raw) {
-        if self.over.is_none() && self.pending == 0 {
+        if self.over.is_some() {
+            return;
+        }
+        if let Some(kernel) = &self.sending {
+            kernel.close(raw);
+        } else if self.pending == 0 {
             let _ = self.connection.poll_shutdown_send();
             let _ = self.flush(raw);
         }
@@ -402,12 +484,20 @@ impl Session {
         }
     }
 
+    /// Remembers that the session is over, if that is what an error says.
+    fn keep(&mut self, e: io::Error) -> io::Error {
+        if let Some(over) = e.get_ref().and_then(|inner| inner.downcast_ref::<TlsError>()) {
+            self.over = Some(over.clone());
+        }
+        e
+    }
+
     /// Takes records from the stream: whether they were fewer than there was room for. `None`: there are none now.
     fn fill(&mut self, raw: &dyn Raw) -> io::Result<Option<bool>> {
         let mut pipe = self.pipe.borrow_mut();
         let n = if self.established { self.receive_bytes } else { pipe.wanted.clamp(1, RECORD_BYTES) };
         let got = loop {
-            match raw.read(pipe.room(n)) {
+            match raw.recv(&mut [IoSliceMut::new(pipe.room(n))]) {
                 Ok(got) => break got,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(None),
@@ -439,7 +529,7 @@ impl Session {
     fn flush(&mut self, raw: &dyn Raw) -> io::Result<bool> {
         let mut pipe = self.pipe.borrow_mut();
         while !pipe.unsent().is_empty() {
-            match raw.write(pipe.unsent()) {
+            match raw.send(&[IoSlice::new(pipe.unsent())]) {
                 Ok(n) => pipe.sent(n),
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => return Ok(false),
@@ -466,6 +556,15 @@ impl Session {
     }
 }
 
+fn connection(mode: Mode, pipe: &RefCell<Pipe>) -> Result<Connection, Error> {
+    let mut connection = Connection::new(mode);
+    connection.set_config(config()?)?;
+    connection.set_blinding(Blinding::SelfService)?;
+    connection.prefer_throughput()?;
+    pipe::attach(&mut connection, pipe)?;
+    Ok(connection)
+}
+
 fn failed(e: Error) -> io::Error {
     io::Error::other(format!("TLS can not be set up: {e}"))
 }
@@ -490,5 +589,7 @@ fn alert_text(alert: u8) -> String {
     format!("{name} (alert {alert})")
 }
 
+#[cfg(test)]
+mod kernel_tests;
 #[cfg(test)]
 mod tests;
