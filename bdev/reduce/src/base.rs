@@ -73,6 +73,10 @@ impl Base {
         let data = std::mem::take(&mut io.data);
         let status = io.status();
         io.recycle();
+        // Some drives add to it that trying again is useless: it is the same damage.
+        if Status::new(status.sct(), status.sc()) == Status::UNRECOVERED_READ {
+            return Err(Status::UNRECOVERED_READ);
+        }
         status.ok()?;
         if data.len_bytes() != reading.whole {
             return Err(Status::INTERNAL_ERROR);

@@ -259,11 +259,7 @@ impl Pool {
             return Ok(true);
         }
         let started = reactor::now();
-        match self.collect_data(&segment, &entry).await {
-            // What can not be read can not be moved: the segment is left alone.
-            Ok(()) | Err(Status::UNRECOVERED_READ) => {}
-            Err(status) => return Err(status),
-        }
+        self.collect_data(&segment, &entry).await?;
         drop(segment);
         self.finish_segment(number, entry.incarnation);
         tracing::debug!(
@@ -326,11 +322,19 @@ impl Pool {
         }
     }
 
+    /// Moves what lives in a data segment, as far as it can be read: the rest stays.
     pub(crate) async fn collect_data(
         self: &Rc<Self>,
         segment: &Arc<Segment>,
         entry: &SegmentEntry,
     ) -> Result<(), Status> {
+        match self.move_all(segment, entry).await {
+            Err(Status::UNRECOVERED_READ) => Ok(()),
+            moved => moved,
+        }
+    }
+
+    async fn move_all(self: &Rc<Self>, segment: &Arc<Segment>, entry: &SegmentEntry) -> Result<(), Status> {
         let mut scanner = Scanner::new(self, segment, entry.used_bytes.min(self.segment_bytes));
         let mut at = BLOCK_BYTES as u32;
         let mut pace = Pace::new(self, entry.live_bytes);

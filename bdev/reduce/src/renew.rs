@@ -405,10 +405,7 @@ impl Pool {
                 };
                 let Some((number, entry)) = victim else { return Ok(()) };
                 let segment = self.segment(number).await?;
-                match self.collect_data(&segment, &entry).await {
-                    Ok(()) | Err(Status::UNRECOVERED_READ) => {}
-                    Err(status) => return Err(status.into()),
-                }
+                self.collect_data(&segment, &entry).await?;
                 drop(segment);
                 let mut shard = self.shard.borrow_mut();
                 if shard.segments.entry(number).is_some_and(|now| {

@@ -8,7 +8,7 @@ use cryptfold_bdev::{Access, Channel, Op, Registry, Status};
 use cryptfold_bdev_sim::{Effect, Fault, Image, Rng, When};
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{self as reactor, Sim};
-use cryptfold_reduce::{CreateOptions, LocalPool, PoolError, VolumeOptions};
+use cryptfold_reduce::{CreateOptions, LocalPool, Part, PoolError, VolumeOptions};
 use support::key;
 
 const MIB: u64 = 1 << 20;
@@ -211,5 +211,75 @@ fn a_hole_in_the_journal_is_refused_and_a_torn_end_is_not() {
         let error = reopened(hole).await.unwrap_err();
         assert!(error.contains("journal batch"), "{error}");
         let _ = reactor::now();
+    });
+}
+
+/// A block that does not compress.
+fn noise(lba: u64, stamp: u64) -> Vec<u8> {
+    block(lba, 3 * stamp + 1)
+}
+
+/// Writes blocks `0 .. blocks`, but not `bad`.
+async fn write_others(channel: &Channel, blocks: u64, bad: u64, stamp: u64) {
+    for lba in (0..blocks).step_by(16) {
+        let parts = if (lba..lba + 16).contains(&bad) {
+            [lba..bad, bad + 1..lba + 16]
+        } else {
+            [lba..lba + 16, 0..0]
+        };
+        for part in parts.into_iter().filter(|part| !part.is_empty()) {
+            let data: Vec<u8> = part.clone().flat_map(|n| noise(n, stamp)).collect();
+            channel.write(part.start, Buf::from_slice(&data), false).await.unwrap();
+        }
+    }
+    channel.flush().await.unwrap();
+}
+
+/// The device says of the fragment of block `bad` that it can not be read and that trying again is useless, as drives do.
+async fn spoil(pool: &LocalPool, disk: &cryptfold_bdev_sim::SimDisk, bad: u64) {
+    let (at, bytes) = pool.place_of("v", bad, Part::Fragment).await.unwrap();
+    disk.inject(Fault {
+        when: When::always(Op::Read, at..at + u64::from(bytes)),
+        effect: Effect::Fail(Status::UNRECOVERED_READ.do_not_retry()),
+    });
+}
+
+async fn verify_others(channel: &Channel, blocks: u64, bad: u64, stamp: u64) {
+    for lba in (0..blocks).filter(|lba| *lba != bad) {
+        let data = channel.read(lba, 1).await.unwrap().to_contiguous();
+        assert!(data.as_slice() == noise(lba, stamp), "block {lba}");
+    }
+}
+
+#[test]
+fn a_place_that_can_not_be_read_does_not_stop_collection_and_is_damage() {
+    Sim::new(6).run(|| async {
+        let (registry, disk) = support::disk(40 * MIB, Image::zeroed());
+        let mut options = CreateOptions::new(key());
+        options.memory_budget = Some(16 * MIB);
+        options.segment_bytes = Some(MIB as u32);
+        let pool = LocalPool::create(&registry, "disk", "p", &options).await.unwrap();
+        let volume = VolumeOptions { name: "v".into(), size_bytes: 32 * MIB, ..VolumeOptions::default() };
+        pool.create_volume(&volume).await.unwrap();
+        let channel = open(&registry);
+        let bad = 77;
+        channel.write(bad, Buf::from_slice(&noise(bad, 1)), false).await.unwrap();
+        channel.flush().await.unwrap();
+        spoil(&pool, &disk, bad).await;
+        // Nothing else lives in its segment soon: the collector comes to it first.
+        for stamp in 1..=12 {
+            write_others(&channel, 3072, bad, stamp).await;
+        }
+        let info = pool.info();
+        assert!(info.written_bytes > 3 * info.capacity_bytes, "all space was used several times");
+        verify_others(&channel, 3072, bad, 12).await;
+        assert_eq!(channel.read(bad, 1).await.unwrap_err(), Status::UNRECOVERED_READ);
+        // Audit and repair find damage, no failure of the device: that block is told of, and no other is touched.
+        let report = pool.check(true).await.unwrap();
+        assert_eq!(report.problem_count, 1, "{:#?}", report.problems);
+        let report = pool.repair(true).await.unwrap();
+        assert_eq!(report.problem_count, 1, "{:#?}", report.problems);
+        assert_eq!(channel.read(bad, 1).await.unwrap_err(), Status::UNRECOVERED_READ);
+        verify_others(&channel, 3072, bad, 12).await;
     });
 }
