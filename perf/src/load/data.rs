@@ -7,8 +7,9 @@ use cryptfold_reactor::memory::Buf;
 
 use super::pattern::Rng;
 
-/// Bytes that are prepared once and written from.
-const POOL_BYTES: usize = 16 << 20;
+/// Bytes that are prepared once and written from: what 32 I/Os of 128 KiB under way have. Tools with a buffer per I/O under
+/// way write from no more, and a source that the caches do not hold would be measured with the device.
+const POOL_BYTES: usize = 4 << 20;
 /// 4 KiB blocks in the set that duplicates are drawn from.
 const DUPLICATES: u64 = 512;
 const BLOCK: usize = 4096;
@@ -80,9 +81,9 @@ impl Generator {
             }
             DataSource::Buffers(bufs) | DataSource::Stamped(bufs) => bufs.to_vec(),
             DataSource::File(path) => file_bufs(path, bytes)?,
-            DataSource::Unique { compress_ratio, .. } => (0..POOL_BYTES / BLOCK / 4)
-                .map(|_| Buf::from_slice(&block(&mut rng, *compress_ratio)))
-                .collect(),
+            DataSource::Unique { compress_ratio, .. } => {
+                (0..POOL_BYTES / BLOCK).map(|_| Buf::from_slice(&block(&mut rng, *compress_ratio))).collect()
+            }
         };
         let duplicates = match &source {
             DataSource::Unique { compress_ratio, .. } => {
