@@ -131,31 +131,43 @@ struct CryptoQueue {
     context: XtsContext,
     numbering: Numbering,
     reports_unmapped: bool,
-    /// Where the next ciphertext of a whole page is made, before it goes past the caches to its place; [`None`] when the base
+    /// Where the next ciphertext of a page is made, before it goes past the caches to its place; [`None`] when the base
     /// does not keep pages.
     hot: Option<RefCell<Buf>>,
 }
 
 impl CryptoQueue {
-    /// Encrypts a write that the base keeps as it is, past the caches: nobody reads it soon. False, with nothing changed, for
-    /// any other write.
+    /// Encrypts a write of whole pages, which the base keeps as they are, page by page past the caches: nobody reads them soon.
+    /// False, with nothing changed, for any other write.
+    #[inline]
     fn encrypt_past_caches(&self, io: &mut Io) -> bool {
         let Some(hot) = &self.hot else { return false };
         let unit = self.numbering.unit_bytes;
         let (start, len) = (io.lba * unit as u64, io.blocks as usize * unit);
         let (mut hot, [from]) = (hot.borrow_mut(), io.data.segments_mut()) else { return false };
-        let Some(hot) = hot.get_mut().filter(|hot| hot.len() == len && from.len() == len) else {
-            return false;
-        };
-        // What nobody else holds is encrypted where it lies, and is in the cache already.
-        if !start.is_multiple_of(len as u64) || from.is_unique() {
+        let Some(hot) = hot.get_mut() else { return false };
+        let page = hot.len();
+        if from.len() != len || !len.is_multiple_of(page) || !start.is_multiple_of(page as u64) {
             return false;
         }
-        let mut to = Buf::alloc(hot.len());
-        let Some(bytes) = to.get_mut() else { return false };
-        self.context.run_buffer(Direction::Encrypt, self.numbering.run_at(start), from, hot);
-        stream(bytes, hot);
-        *from = to;
+        // What nobody else holds is encrypted where it lies, and is in the cache already.
+        if from.is_unique() {
+            return false;
+        }
+        let mut encrypt = |start: u64, from: &[u8]| {
+            let mut to = Buf::alloc(page);
+            self.context.run_buffer(Direction::Encrypt, self.numbering.run_at(start), from, hot);
+            stream(to.make_mut(), hot);
+            to
+        };
+        if len == page {
+            *from = encrypt(start, from);
+        } else {
+            let starts = (start..).step_by(page);
+            let pages =
+                starts.zip(from.chunks_exact(page)).map(|(start, from)| encrypt(start, from)).collect();
+            io.data = pages;
+        }
         true
     }
 
