@@ -328,14 +328,31 @@ impl Pool {
         let (Some(head), Some(last)) = (group.first(), group.last()) else { return Ok(0) };
         let (start, end) = (head.place.offset, last.place.offset + last.unit_bytes);
         work.next = last.end_slot();
-        let data = self.base.read(segment.start_bytes + u64::from(start), (end - start) as usize).await?;
+        let read = |at: u32, len: u32| self.base.read(segment.start_bytes + u64::from(at), len as usize);
+        let data = match read(start, end - start).await {
+            // One place of it: the others can be read by themselves.
+            Err(Status::UNRECOVERED_READ) => None,
+            data => Some(data?),
+        };
         for entry in &group {
             let Some(first) = ContainerId::new(work.number).and_then(|c| ChunkAddr::new(c, entry.first_slot))
             else {
                 continue;
             };
-            let from = (entry.place.offset - start) as usize;
-            let sealed = &data[from..from + entry.unit_bytes as usize];
+            let alone;
+            let sealed = match &data {
+                Some(data) => &data[(entry.place.offset - start) as usize..][..entry.unit_bytes as usize],
+                None => {
+                    alone = match read(entry.place.offset, entry.unit_bytes).await {
+                        Err(Status::UNRECOVERED_READ) => {
+                            self.renewal.borrow_mut().damaged += 1;
+                            continue;
+                        }
+                        data => data?,
+                    };
+                    &alone[..]
+                }
+            };
             let mut plain = vec![0; usize::from(entry.chunks) * CHUNK_BYTES];
             let decoded = {
                 let mut codec = self.core.decompressor.borrow_mut();

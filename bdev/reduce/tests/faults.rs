@@ -8,7 +8,7 @@ use cryptfold_bdev::{Access, Channel, Op, Registry, Status};
 use cryptfold_bdev_sim::{Effect, Fault, Image, Rng, When};
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{self as reactor, Sim};
-use cryptfold_reduce::{CreateOptions, LocalPool, Part, PoolError, VolumeOptions};
+use cryptfold_reduce::{CreateOptions, KeyChange, LocalPool, Part, PoolError, ScrubState, VolumeOptions};
 use support::key;
 
 const MIB: u64 = 1 << 20;
@@ -246,8 +246,8 @@ async fn spoil(pool: &LocalPool, disk: &cryptfold_bdev_sim::SimDisk, bad: u64) {
 
 async fn verify_others(channel: &Channel, blocks: u64, bad: u64, stamp: u64) {
     for lba in (0..blocks).filter(|lba| *lba != bad) {
-        let data = channel.read(lba, 1).await.unwrap().to_contiguous();
-        assert!(data.as_slice() == noise(lba, stamp), "block {lba}");
+        let data = channel.read(lba, 1).await.unwrap_or_else(|e| panic!("block {lba}: {e}"));
+        assert!(data.to_contiguous().as_slice() == noise(lba, stamp), "block {lba}");
     }
 }
 
@@ -281,5 +281,49 @@ fn a_place_that_can_not_be_read_does_not_stop_collection_and_is_damage() {
         assert_eq!(report.problem_count, 1, "{:#?}", report.problems);
         assert_eq!(channel.read(bad, 1).await.unwrap_err(), Status::UNRECOVERED_READ);
         verify_others(&channel, 3072, bad, 12).await;
+    });
+}
+
+#[test]
+fn a_place_that_can_not_be_read_does_not_stop_a_change_of_keys() {
+    Sim::new(7).run(|| async {
+        let (registry, disk) = support::disk(40 * MIB, Image::zeroed());
+        let mut options = CreateOptions::new(key());
+        options.memory_budget = Some(16 * MIB);
+        options.segment_bytes = Some(MIB as u32);
+        let pool = LocalPool::create(&registry, "disk", "p", &options).await.unwrap();
+        let volume = VolumeOptions { name: "v".into(), size_bytes: 32 * MIB, ..VolumeOptions::default() };
+        pool.create_volume(&volume).await.unwrap();
+        let channel = open(&registry);
+        let bad = 5;
+        channel.write(bad, Buf::from_slice(&noise(bad, 1)), false).await.unwrap();
+        channel.flush().await.unwrap();
+        write_others(&channel, 16, bad, 1).await;
+        let mut blocks = 16;
+        // Until space is short: then segments are emptied one after the other, not container by container.
+        while pool.info().free_segments > 8 {
+            let data: Vec<u8> = (blocks..blocks + 16).flat_map(|n| noise(n, 1)).collect();
+            channel.write(blocks, Buf::from_slice(&data), false).await.unwrap();
+            blocks += 16;
+        }
+        channel.flush().await.unwrap();
+        spoil(&pool, &disk, bad).await;
+        pool.change_domain_keys("default", KeyChange::Rotate, 1 << 40).await.unwrap();
+        while pool.info().renewal.state == ScrubState::Running {
+            reactor::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        let domain = &pool.domains()[0];
+        assert!(domain.changing && domain.old_bytes > 0, "{domain:?}");
+        assert!(domain.old_bytes < 2 * MIB, "all but what shares its segment is under new keys: {domain:?}");
+        verify_others(&channel, blocks, bad, 1).await;
+        // The drive has come to itself: the change ends.
+        disk.clear_faults();
+        pool.start_renewal(1 << 40).unwrap();
+        while pool.info().renewal.state == ScrubState::Running {
+            reactor::sleep(std::time::Duration::from_millis(1)).await;
+        }
+        let domain = &pool.domains()[0];
+        assert!(!domain.changing && domain.old_bytes == 0, "{domain:?} {:?}", pool.info().renewal);
+        verify_others(&channel, blocks, u64::MAX, 1).await;
     });
 }
