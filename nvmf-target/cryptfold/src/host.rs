@@ -3,10 +3,10 @@
 //!
 //! A key passes through memory that is wiped and a pipe to `cryptsetup`: it is in no file and on no command line.
 
-use std::fs::File;
+use std::fs::{File, OpenOptions};
 use std::io::{Read as _, Write as _};
 use std::os::fd::AsRawFd as _;
-use std::os::unix::fs::FileTypeExt as _;
+use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
@@ -269,20 +269,37 @@ fn header(device: &Path) -> Result<(Header, Payload), Failure> {
     Ok((header, payload))
 }
 
+/// That nobody has a block device in use: no file system of it (or of a part of it) is mounted, no other device is made of it.
+fn unused(device: &Path) -> Result<(), Failure> {
+    // For block devices O_EXCL means that, without O_CREAT (open(2)).
+    let opened = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(device);
+    match opened {
+        Ok(_) => Ok(()),
+        Err(e) if e.kind() == std::io::ErrorKind::ResourceBusy => Err(Failure::Failed(format!(
+            "{} is in use (mounted, or part of another device): is it the one that you mean?",
+            device.display()
+        ))),
+        Err(e) => Err(Failure::Failed(format!("{}: {e}", device.display()))),
+    }
+}
+
 fn enroll(args: &EnrollArgs) -> Result<(), Failure> {
     if args.objects.len() > 2 {
         return Err(Failure::Usage("--object: one, or two for halves".into()));
     }
     let device = shown(&args.device)?;
     let kind = std::fs::metadata(&args.device).map_err(|e| Failure::Failed(format!("{device}: {e}")))?;
+    let is_block = kind.file_type().is_block_device();
+    if is_block {
+        unused(&args.device)?;
+    }
     let client = client(&args.kmip)?;
     confirm(&format!("format {device}, with the loss of all that is on it"), args.yes)?;
     let made = args.objects.is_empty();
     let objects = if made { create(&client, args)? } else { args.objects.clone() };
     let formatted = fetch(&client, &objects).and_then(|key| {
-        if kind.file_type().is_block_device()
-            && let Err(Failure::Failed(e)) = tool("blkdiscard", &["-f", device], None)
-        {
+        // Without -f: it takes the device for itself, or fails.
+        if is_block && let Err(Failure::Failed(e)) = tool("blkdiscard", &[device], None) {
             eprintln!("cryptfold: what was on {device} could not be discarded: {e}");
         }
         format(args, device, &objects, &key)
