@@ -44,7 +44,7 @@ impl Options {
     /// Whether TLS may leave records to the kernel (`enable_ktls` of "ssl").
     pub fn kernel_tls(&self) -> bool {
         let set = self.sock.get("ssl").and_then(|o| o.get("enable_ktls"));
-        set.and_then(Value::as_bool).unwrap_or(true)
+        set.and_then(Value::as_bool).unwrap_or(false)
     }
 
     /// Sets the arena's size from SPDK's two pools.

@@ -626,7 +626,7 @@ fn a_configuration_that_spdk_saved() {
     let t = uninitialised();
     t.call("load_config", json!({"config": serde_json::from_str::<Value>(text).unwrap()}));
     assert_eq!(t.call("sock_impl_get_options", json!({"impl_name": "ssl"}))["recv_buf_size"], 4096);
-    // The kernel's record layer for TLS: on unless somebody says no, which SPDK's files do.
+    // The kernel's record layer for TLS: only where somebody says so, as with SPDK.
     let ktls = |name| t.call("sock_impl_get_options", json!({"impl_name": name}))["enable_ktls"].clone();
     assert_eq!((ktls("ssl"), ktls("posix")), (json!(false), json!(false)));
     t.call("sock_impl_set_options", json!({"impl_name": "ssl", "enable_ktls": true}));
@@ -741,6 +741,7 @@ fn devices_that_are_no_good_for_pools() {
     t.call("bdev_malloc_create", json!({"name": "small", "num_blocks": 256, "block_size": 4096}));
     let (code, what) = t.refused("bdev_lvol_create_lvstore", json!({"bdev_name": "small", "lvs_name": "p"}));
     assert!(code == -28 && what.contains("small") && what.contains("at least"), "{code} {what}");
+    assert!(what.contains("No space left on device"), "clients look for these words: {what}");
     assert!(!t.path("keys").join("p.key").exists());
     let file = disk(&t, "ext4", 64);
     let mut superblock = vec![0; 1080];

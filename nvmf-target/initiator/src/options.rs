@@ -78,7 +78,7 @@ impl ConnectOptions {
             io_timeout: Duration::from_secs(30),
             credentials: None,
             tls: None,
-            kernel_tls: true,
+            kernel_tls: false,
             concat: false,
         }
     }

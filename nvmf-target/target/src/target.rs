@@ -321,7 +321,7 @@ impl Target {
             connections: AtomicU32::new(0),
             hosts: Hosts::default(),
             generated: GeneratedKeys::default(),
-            kernel_tls: AtomicBool::new(true),
+            kernel_tls: AtomicBool::new(false),
             state: Mutex::new(State {
                 transport: None,
                 subsystems: vec![Subsystem::new(discovery, true)],

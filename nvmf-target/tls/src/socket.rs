@@ -83,12 +83,9 @@ impl Offload for TcpStream {
         let info = crypto_info(keys)?;
         match direction {
             Direction::Send => set(self, libc::SOL_TLS, libc::TLS_TX, &info),
-            Direction::Receive => {
-                set(self, libc::SOL_TLS, libc::TLS_RX, &info)?;
-                // Decrypts straight to where data is wanted; a record that is padded after all is decrypted again. Older kernels have not got it.
-                let _ = set(self, libc::SOL_TLS, libc::TLS_RX_EXPECT_NO_PAD, &1u32.to_ne_bytes());
-                Ok(())
-            }
+            // Without TLS_RX_EXPECT_NO_PAD: hosts are not trusted, and could have every record decrypted twice (the kernel's
+            // Documentation/networking/tls.rst); before CVE-2025-39682 was mended it did worse.
+            Direction::Receive => set(self, libc::SOL_TLS, libc::TLS_RX, &info),
         }
     }
 

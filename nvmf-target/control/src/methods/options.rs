@@ -49,8 +49,8 @@ params! {
         zerocopy_threshold: Option<u32>,
         /// Only 0 and 13 are possible.
         tls_version: Option<u32>,
-        /// Of "ssl": with TLS, the kernel makes and opens records where it has its `tls` module; else the library does, as ever
-        /// where this is false. Without this call true.
+        /// Of "ssl", for connections and controllers from now on: with TLS, the kernel makes and opens records where it has its `tls`
+        /// module; else the library does, as ever where this is false, as it is without this call.
         enable_ktls: Option<bool>,
     }
 }
@@ -190,7 +190,7 @@ fn sock_get(c: &Control, p: Impl) -> RpcResult {
     let mut all = object(json!({
         "recv_buf_size": 0, "send_buf_size": 0, "enable_recv_pipe": false, "enable_quickack": false,
         "enable_placement_id": 0, "enable_zerocopy_send_server": false, "enable_zerocopy_send_client": false,
-        "zerocopy_threshold": 0, "tls_version": 13, "enable_ktls": p.impl_name == "ssl",
+        "zerocopy_threshold": 0, "tls_version": 13, "enable_ktls": false,
     }));
     if let Some(set) = lock(&c.options).sock.get(&p.impl_name) {
         all.extend(set.clone());

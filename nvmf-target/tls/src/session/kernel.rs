@@ -26,6 +26,8 @@ const NEW_SESSION_TICKET: u8 = 4;
 const KEY_UPDATE: u8 = 24;
 /// Longest NewSessionTicket that is taken, bytes.
 const TICKET_BYTES_MAX: usize = 128 << 10;
+/// Records without data that one receive takes, more than the longest ticket comes in.
+const CONTROLS_MAX: u32 = 256;
 /// Alerts (RFC 8446 section 6): a warning; the good-bye; nobody waits for an answer any more.
 const WARNING: u8 = 1;
 const CLOSE_NOTIFY: u8 = 0;
@@ -256,7 +258,7 @@ impl Receiving {
         mut bufs: &mut [IoSliceMut<'_>],
         update: &mut bool,
     ) -> io::Result<usize> {
-        let mut total = 0;
+        let (mut total, mut controls) = (0, 0);
         // A receive ends before a record of another type, so a short one does not mean that the stream is empty.
         while !self.closed && bufs.iter().any(|b| !b.is_empty()) {
             match raw.recv(bufs) {
@@ -268,7 +270,15 @@ impl Receiving {
                 }
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock && total > 0 => break,
-                Err(e) if e.raw_os_error() == Some(libc::EIO) => self.control(raw, update)?,
+                Err(e) if e.raw_os_error() == Some(libc::EIO) => {
+                    // They fill no buffer: without a bound one host would keep the reactor here.
+                    controls += 1;
+                    if controls > CONTROLS_MAX {
+                        let why = "the other side sends record after record without data";
+                        return Err(TlsError::Session(why.into()).io());
+                    }
+                    self.control(raw, update)?;
+                }
                 Err(e) => return Err(broken(e)),
             }
         }
@@ -282,6 +292,10 @@ impl Receiving {
         match kernel.recv_control(&mut buf[..]) {
             Ok((_, 0)) => Err(TlsError::Cut.io()),
             Ok((kind, n)) => self.understand(kind, &buf[..n], kernel, update).map_err(TlsError::io),
+            // As "nothing more" it would lose what has been received before it.
+            Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                Err(TlsError::Session("a record can not be taken from the kernel".into()).io())
+            }
             Err(e) => Err(broken(e)),
         }
     }

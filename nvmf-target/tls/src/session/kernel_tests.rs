@@ -358,6 +358,10 @@ fn records_that_are_no_data() {
     {
         assert_eq!(after(false, records), Ok(()));
     }
+    // Nobody keeps the reactor with records that fill no buffer.
+    let canceled = (21, &[1, 90][..]);
+    assert_eq!(after(true, &[canceled; 256]), Ok(()));
+    assert!(after(true, &[canceled; 257]).is_err_and(|e| e.contains("record after record")));
     for (records, why) in [
         (&[(21, &[1, 0][..])][..], "the end"),
         (&[(21, &[1]), (21, &[0])], "the end"),
