@@ -5,14 +5,17 @@ mod common;
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
 use common::*;
-use cryptfold_bdev::{BdevError, Device, DeviceInfo, Op, OpSet, Queue};
+use cryptfold_bdev::{BdevError, Device, DeviceInfo, Op, OpSet, Queue, Space};
 use cryptfold_bdev_error::{ErrorOptions, Injection, Kind};
 use cryptfold_nvmf_spec::features::Fid;
 use cryptfold_nvmf_spec::identify::{Cns, IdentifyController, NamespaceIdentify, oncs};
-use cryptfold_nvmf_spec::log::{CommandEffects, ErrorEntry, Health, Lid};
+use cryptfold_nvmf_spec::log::{CommandEffects, ErrorEntry, Health, Lid, health_warning};
 use cryptfold_nvmf_spec::opcode::{Admin, Io};
+use cryptfold_nvmf_spec::property::Property;
 use cryptfold_nvmf_spec::sqe::AbortCdw10;
 use cryptfold_nvmf_spec::{Cid, Nsid, Sgl, Sqe, Status};
 use cryptfold_nvmf_target::{AnaState, ListenAddr, NsOptions, SubsystemOptions};
@@ -241,6 +244,69 @@ fn identify_tells_what_is_allocated() {
         assert_eq!(rig.target.add_ns(NQN, &NsOptions { bdev_name: name, ..Default::default() }), Ok(nsid));
         assert_eq!(sizes(&mut admin, nsid), (64, 64, blocks, 1));
     }
+}
+
+/// A thin device of which so much is free, percent.
+struct Filling(DeviceInfo, AtomicU64);
+
+impl Device for Filling {
+    fn info(&self) -> &DeviceInfo {
+        &self.0
+    }
+
+    fn open_queue(self: Arc<Self>) -> Result<Rc<dyn Queue>, BdevError> {
+        Ok(Rc::<LiarQueue>::default())
+    }
+
+    fn space(&self) -> Option<Space> {
+        Some(Space { free_bytes: self.1.load(Ordering::Relaxed), total_bytes: 100 })
+    }
+}
+
+/// A pool that runs out of space: hosts that want to know are told, also those that come, come back or ask later.
+#[test]
+fn too_little_space_is_told() {
+    let rig = Rig::new();
+    let info = DeviceInfo { thin: true, ..DeviceInfo::new("filling", "filling", 512, 64) };
+    let device = Arc::new(Filling(info, AtomicU64::new(50)));
+    rig.registry.register(device.clone()).expect("a new name");
+    let ns = NsOptions { bdev_name: "filling".into(), ..Default::default() };
+    assert_eq!(rig.target.add_ns(NQN, &ns), Ok(2));
+    let wants = |admin: &mut Client| {
+        let bits = u32::from(health_warning::SPARE);
+        assert_eq!(
+            admin.feature(Admin::SetFeatures, Fid::AsyncEventConfig as u32, bits).status(),
+            Status::SUCCESS
+        );
+    };
+    let health =
+        |admin: &mut Client| Health::read_from_bytes(&admin.log(Lid::Health, 512)).expect("512 bytes");
+    // SMART (1), spare below its threshold (2), log page 2.
+    let told = |admin: &mut Client, cid| {
+        let (cqe, _) = admin.finish(Cid(cid), &[]);
+        assert_eq!((cqe.status(), cqe.dw0.get()), (Status::SUCCESS, 0x0002_0201));
+        let page = health(admin);
+        assert_eq!((page.available_spare_pct, page.critical_warning), (9, health_warning::SPARE));
+    };
+    let mut admin = rig.admin();
+    wants(&mut admin);
+    admin.await_event(900);
+    let page = health(&mut admin);
+    assert_eq!((page.available_spare_pct, page.critical_warning), (50, 0));
+    device.1.store(9, Ordering::Relaxed);
+    told(&mut admin, 900);
+    // Reset, and on again.
+    admin.set(Property::Cc, 0);
+    admin.enable();
+    wants(&mut admin);
+    admin.await_event(901);
+    told(&mut admin, 901);
+    // Another host, which asks only when the controller has long seen it.
+    let (mut late, _io) = rig.host(2);
+    std::thread::sleep(Duration::from_millis(2500));
+    wants(&mut late);
+    late.await_event(902);
+    told(&mut late, 902);
 }
 
 /// What Abort says is what became of the command, not what a device promised; and it does not wait for ever to know.

@@ -1,10 +1,12 @@
 //! Get and Set Features: what a host may know and change about its controller.
 
+use cryptfold_bdev::Room;
 use cryptfold_nvmf_spec::features::{
     AsyncEventConfig, Capabilities, Fid, HostBehavior, HostIdentifier, NumberOfQueues, PowerManagement,
     ReservationMask, Select, VolatileWriteCache, WriteProtection,
 };
 use cryptfold_nvmf_spec::identify::oaes;
+use cryptfold_nvmf_spec::log::health_warning;
 use cryptfold_nvmf_spec::opcode::Direction;
 use cryptfold_nvmf_spec::sqe::{GetFeaturesCdw10, SetFeaturesCdw10};
 use cryptfold_nvmf_spec::{Nsid, Sqe, Status};
@@ -317,6 +319,10 @@ impl Controller {
         }
         if self.subsystem.options.ana_reporting {
             offered |= oaes::ANA_CHANGE;
+        }
+        // What is so already is told to a host that asks only now.
+        if wanted.0 & !s.events.config & u32::from(health_warning::SPARE) != 0 {
+            s.room = Room::Enough;
         }
         // Bits that are not offered stay 0: hosts set all they know.
         s.events.config = wanted.0 & offered;

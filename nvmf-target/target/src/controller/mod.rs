@@ -116,6 +116,15 @@ pub(crate) struct State {
     room: Room,
 }
 
+impl State {
+    /// The controller is reset, or its admin queue gone. Gives the event requests that waited.
+    fn forget_events(&mut self) -> Vec<u16> {
+        // A host that comes back has not been told how little space there is.
+        self.room = Room::Enough;
+        self.events.reset()
+    }
+}
+
 /// A controller.
 pub struct Controller {
     /// Its subsystem.
@@ -288,7 +297,7 @@ impl Controller {
             s.past = s.past + q.stats.totals();
         }
         if qid.is_admin() {
-            s.events.reset();
+            s.forget_events();
         }
         let io_queues = s.queues.keys().any(|q| *q != 0);
         if !io_queues {
@@ -424,7 +433,7 @@ impl Controller {
         }
         let mut ended = Vec::new();
         if end_events {
-            ended = s.events.reset();
+            ended = s.forget_events();
         }
         let io: Vec<_> = s.queues.iter().filter(|q| *q.0 != 0).map(|q| q.1.conn.clone()).collect();
         if end_io && io.is_empty() {
