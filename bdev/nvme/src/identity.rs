@@ -164,20 +164,7 @@ pub fn command(target: &Target, io: &Io, lba: u64, blocks: u64) -> (Sqe, Option<
 fn atomic_blocks(controller: &IdentifyController, id: &NamespaceIdentify) -> u32 {
     let own = id.nsfeat & nsfeat::ATOMICS != 0;
     let unit = if own && id.nawupf.get() != 0 { id.nawupf.get() } else { controller.awupf.get() };
-    let mut blocks = prev_power_of_two(u32::from(unit) + 1);
-    if id.nabspf.get() != 0 {
-        // Boundaries that are no multiples of what they are to hold tear it.
-        let boundary = u32::from(id.nabspf.get()) + 1;
-        blocks = blocks.min(1 << boundary.trailing_zeros());
-        if id.nabo.get() != 0 {
-            blocks = blocks.min(1 << id.nabo.get().trailing_zeros());
-        }
-    }
-    blocks
-}
-
-fn prev_power_of_two(n: u32) -> u32 {
-    1 << n.max(1).ilog2()
+    id.aligned_atomic_blocks(u32::from(unit) + 1)
 }
 
 /// A namespace's identity: its UUID, NGUID or EUI64, or one made of the serial number.

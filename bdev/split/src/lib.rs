@@ -68,7 +68,12 @@ pub fn create(registry: &Arc<Registry>, options: SplitOptions) -> Result<Vec<Arc
     for (index, name) in (0..count).zip(names) {
         let mut info = DeviceInfo::stacked_on(below.info(), name, "Split Disk");
         info.blocks = part_blocks;
-        let part = Part { info, whole: whole.clone(), offset_blocks: index * part_blocks, index };
+        let offset_blocks = index * part_blocks;
+        if !offset_blocks.is_multiple_of(u64::from(info.atomic_blocks.max(1))) {
+            // Its aligned units lie across the base's.
+            info.atomic_blocks = 1;
+        }
+        let part = Part { info, whole: whole.clone(), offset_blocks, index };
         match Base::register(registry, Arc::new(part), &below) {
             Ok(b) => parts.push(b),
             Err(e) => {

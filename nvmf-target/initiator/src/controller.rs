@@ -285,13 +285,14 @@ impl Controller {
         } else {
             self.identify.awupf.get()
         };
+        let atomic = id.aligned_atomic_blocks(u32::from(atomic) + 1);
         Ok(NamespaceInfo {
             nsid,
             block_bytes,
             blocks,
             ops: self.operations(copy > 0),
             write_cache: self.identify.vwc & 1 != 0,
-            atomic_blocks: u32::from(atomic) + 1,
+            atomic_blocks: atomic,
             deallocated_reads_zero: id.dlfeat & 7 == 1,
             read_only: id.nsattr & 1 != 0,
             max_transfer_bytes: mdts.unwrap_or(MAX_TRANSFER_BYTES).min(MAX_TRANSFER_BYTES),

@@ -33,7 +33,10 @@ fn identify_tells_the_truth() {
     assert_eq!(id.fuses.get(), 1);
     let (_, data) = admin.admin_in(Admin::Identify, 1, Cns::Namespace as u32, 4096);
     let ns = NamespaceIdentify::read_from_bytes(&data).expect("4096 bytes");
-    assert_eq!((ns.nsze.get(), ns.block_bytes(), ns.nawupf.get()), (BLOCKS, Some(512), 7));
+    assert_eq!((ns.nsze.get(), ns.block_bytes()), (BLOCKS, Some(512)));
+    // Aligned pages are atomic.
+    assert_eq!([ns.nawun, ns.nawupf, ns.nacwu, ns.nabsn, ns.nabspf].map(|n| n.get()), [7; 5]);
+    assert_eq!(ns.nabo.get(), 0);
     let (_, data) = admin.admin_in(Admin::Identify, 0, Cns::ActiveNamespaces as u32, 4096);
     let list = NamespaceList::read_from_bytes(&data).expect("4096 bytes");
     assert_eq!(list.iter().collect::<Vec<_>>(), [Nsid(1)]);

@@ -116,6 +116,20 @@ wire! {
 }
 
 impl NamespaceIdentify {
+    /// Of `atomic` blocks that a power failure never tears, the largest power of two that is not torn wherever it is aligned to
+    /// itself: what crosses a boundary (NABSPF, NABO) may be torn there (NVM 1.0 section 2.1.4).
+    pub fn aligned_atomic_blocks(&self, atomic: u32) -> u32 {
+        let mut blocks = 1 << atomic.max(1).ilog2();
+        if self.nabspf.get() != 0 {
+            let boundary = u32::from(self.nabspf.get()) + 1;
+            blocks = blocks.min(1 << boundary.trailing_zeros());
+            if self.nabo.get() != 0 {
+                blocks = blocks.min(1 << self.nabo.get().trailing_zeros());
+            }
+        }
+        blocks
+    }
+
     /// A namespace with one LBA format: `blocks` of 2^`lbads` bytes, all allocated.
     pub fn new(blocks: u64, lbads: u8) -> Self {
         let mut id = Self {

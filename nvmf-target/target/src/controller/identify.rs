@@ -179,6 +179,8 @@ fn identify_namespace(ns: &Namespace) -> NamespaceIdentify {
     }
     let atomic = less_one(info.atomic_blocks);
     (id.nawun, id.nawupf, id.nacwu) = (atomic, atomic, atomic);
+    // What crosses the edge of such a unit may be torn there.
+    (id.nabsn, id.nabspf) = (atomic, atomic);
     if info.optimal_io_blocks > 0 {
         // Not NOIOB: that is a boundary at which hosts cut every request, reads too.
         id.nsfeat |= nsfeat::OPTIMAL_IO;
