@@ -26,7 +26,7 @@ pub enum PoolError {
         status: Status,
     },
     /// The base device is too small.
-    #[error("{device} has {bytes} bytes, a pool needs at least {need_bytes}")]
+    #[error("{device} has {bytes} bytes, a pool needs at least {need_bytes}: No space left on device")]
     TooSmall {
         /// Base device.
         device: String,
