@@ -51,6 +51,9 @@ pub struct Namespace {
     /// Secure channel concatenation: TLS, by a key that authentication generates
     #[arg(long, requires = "dhchap_key", conflicts_with = "psk")]
     pub concat: bool,
+    /// TLS records are made and opened by the kernel, where it has its tls module
+    #[arg(long)]
+    pub ktls: bool,
     /// Keep Alive timeout, ms; 0 = none
     #[arg(long, default_value_t = 15_000)]
     pub kato: u32,
@@ -91,6 +94,7 @@ impl Session {
         options.tls = ns.psk.as_deref().map(|file| tls_key(file, ns.psk_version)).transpose()?;
         options.credentials = ns.dhchap_key.as_deref().map(credentials).transpose()?;
         options.concat = ns.concat;
+        options.kernel_tls = ns.ktls;
         options.io_timeout = Duration::from_secs(ns.io_timeout);
         let nsid = Nsid(ns.nsid);
         let connected = handle.block_on(move || async move {

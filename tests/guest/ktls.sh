@@ -72,7 +72,7 @@ pass
 step "what is written is what is read, small and large"
 opened=$(stat TlsTxSw)
 for size in 4k 64k 1m; do
-    load --rw randrw --bs "$size" --size 32m --iodepth 8 --runtime 2
+    load --ktls --rw randrw --bs "$size" --size 32m --iodepth 8 --runtime 2
 done
 # Six ends of admin queues, and as many of I/O queues at least.
 [ "$(stat TlsTxSw)" -ge $((opened + 12)) ] && [ "$(stat TlsRxSw)" -ge $((opened + 12)) ] || fail "$(cat /proc/net/tls_stat)"
@@ -110,7 +110,7 @@ within 60 grep -qF 'the other side changes its keys' "$work/target.log"
 pass
 
 step "the others have not noticed"
-load --rw randrw --bs 16k --size 32m --iodepth 8 --runtime 1
+load --ktls --rw randrw --bs 16k --size 32m --iodepth 8 --runtime 1
 cntlid() { call bdev_nvme_get_controllers | python3 -c 'import json, sys; print(json.load(sys.stdin)[0]["ctrlrs"][0]["cntlid"])'; }
 [ "$(cntlid)" = 1 ] || fail "the initiator had to connect again: $(call bdev_nvme_get_controllers)"
 pass
