@@ -25,7 +25,6 @@ use cryptfold_reduce_format::segment::Class;
 use crate::info::CheckReport;
 use crate::lend::from_filler;
 use crate::pool::Pool;
-use crate::read::decode_fragment;
 use crate::shard::{Volume, live_bytes};
 use crate::tree::Found;
 
@@ -386,9 +385,8 @@ impl Pool {
                 .ok_or_else(|| FragmentError::Damaged("it is neither written nor in a buffer".into()))?
         };
         let mut plain = vec![0; usize::from(entry.chunks) * CHUNK_BYTES];
-        let mut codec = self.core.decompressor.borrow_mut();
-        decode_fragment(&segment, entry, first, &sealed, &mut plain, &mut Vec::new(), &mut codec)
-            .map_err(FragmentError::Damaged)?;
+        let mut decoder = self.core.decoder.borrow_mut();
+        decoder.decode(&segment, entry, first, &sealed, &mut plain).map_err(FragmentError::Damaged)?;
         Ok(plain)
     }
 

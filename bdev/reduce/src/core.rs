@@ -11,19 +11,19 @@ use std::sync::Arc;
 
 use cryptfold_bdev::{BdevError, Descriptor};
 use cryptfold_reactor::{self as reactor, ReactorId, Task};
-use cryptfold_reduce_format::codec::{Compressor, Decompressor};
+use cryptfold_reduce_format::codec::Compressor;
 use cryptfold_reduce_format::ids::DomainId;
 
 use crate::base::Base;
 use crate::hash::FastMap;
 use crate::lend::LentLane;
-use crate::read::FragmentCache;
+use crate::read::{Decoder, FragmentCache};
 
 /// See the module's head.
 pub(crate) struct Core {
     pub base: Base,
     pub compressor: RefCell<Compressor>,
-    pub decompressor: RefCell<Decompressor>,
+    pub decoder: RefCell<Decoder>,
     pub fragments: RefCell<FragmentCache>,
     pub lanes: RefCell<FastMap<DomainId, Rc<LentLane>>>,
     /// Keeps all this while there is something in `lanes`, whether or not a queue is open.
@@ -40,7 +40,7 @@ impl Core {
         Rc::new(Core {
             base,
             compressor: RefCell::new(Compressor::new()),
-            decompressor: RefCell::new(Decompressor::new()),
+            decoder: RefCell::default(),
             fragments: RefCell::default(),
             lanes: RefCell::default(),
             keeper: RefCell::default(),

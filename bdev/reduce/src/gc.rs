@@ -37,7 +37,6 @@ use crate::base::{Base, Reading};
 use crate::load::Pins;
 use crate::log::{Appended, DataLog, NotAppended, bound};
 use crate::pool::{Life, Pool};
-use crate::read::decode_fragment;
 use crate::segments::{Purpose, Segment};
 
 /// Bytes read at once from a segment that is collected: whole blocks.
@@ -473,9 +472,8 @@ impl Pool {
         }
         let mut plain = Buf::alloc(usize::from(old.chunks) * CHUNK_BYTES);
         let out = plain.get_mut().ok_or(NotMoved::Log)?;
-        let (mut scratch, mut codec) = (Vec::new(), self.core.decompressor.borrow_mut());
-        decode_fragment(segment, old, first, sealed, out, &mut scratch, &mut codec)
-            .map_err(NotMoved::Damaged)?;
+        let mut decoder = self.core.decoder.borrow_mut();
+        decoder.decode(segment, old, first, sealed, out).map_err(NotMoved::Damaged)?;
         let setting = match old.codec {
             Codec::Raw => Compression::Off,
             Codec::Lz4 => Compression::Lz4,

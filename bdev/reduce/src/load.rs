@@ -216,8 +216,8 @@ impl Pool {
         let unit = self.base.read(at, ptr.unit_bytes as usize).await.map_err(NodeError::Io)?;
         let expected = Expected { tree, owner: Some(owner), level: missing.level, index: missing.index };
         let mut plain = Vec::new();
-        let mut codec = self.core.decompressor.borrow_mut();
-        node::open_node(&segment.key, &ptr, &expected, &unit, None, &mut codec, &mut plain)
+        let mut decoder = self.core.decoder.borrow_mut();
+        node::open_node(&segment.key, &ptr, &expected, &unit, None, &mut decoder.codec, &mut plain)
             .map_err(|error| NodeError::Damaged(error.to_string()))?;
         Ok(plain)
     }

@@ -1,8 +1,9 @@
 //! The read path: from blocks of a volume to plaintext.
 //!
-//! Owns the small cache of decoded fragments that were read in part. First everything is resolved (map, containers,
+//! Owns the small cache of fragments that were decoded for a part of them, as far as that took. First everything is resolved (map, containers,
 //! segment handles) in one step, which pins the segments; then the device is read, neighbouring fragments together; then
-//! fragments are verified, decrypted and decoded, each once, straight to where the data is wanted.
+//! fragments are verified, decrypted and decoded straight to where the data is wanted: all of them, or, where only a part
+//! is wanted, their front up to it.
 
 use std::collections::VecDeque;
 use std::rc::Rc;
@@ -58,11 +59,18 @@ struct Unit {
     segment: Arc<Segment>,
     entry: FragmentEntry,
     first: ChunkAddr,
+    /// Behind the last slot that is wanted.
+    end: u16,
     /// Its sealed bytes, while the home has them and the device has not.
     unwritten: Option<Buf>,
 }
 
 impl Unit {
+    /// Plain bytes from its start to the end of what is wanted.
+    fn wanted_bytes(&self) -> usize {
+        usize::from(self.end - self.entry.first_slot) * CHUNK_BYTES
+    }
+
     /// Whether the device may not have it yet, but another core than the home.
     fn is_elsewhere(&self) -> bool {
         self.segment.filler.is_some()
@@ -82,28 +90,35 @@ struct CacheEntry {
     segment: u32,
     incarnation: Incarnation,
     offset: u32,
+    /// The front of the fragment, or all of it.
     plain: Buf,
 }
 
-/// Fragments decoded lately.
+impl CacheEntry {
+    fn is(&self, segment: &Segment, offset: u32) -> bool {
+        self.offset == offset
+            && self.segment == segment.number()
+            && self.incarnation == segment.key.incarnation()
+    }
+}
+
+/// Fragments decoded lately, each as far as it was wanted.
 #[derive(Default)]
 pub(crate) struct FragmentCache {
     entries: VecDeque<CacheEntry>,
-    scratch: Vec<u8>,
 }
 
 impl FragmentCache {
+    /// What is there of a fragment.
     fn get(&self, segment: &Segment, offset: u32) -> Option<Buf> {
-        let incarnation = segment.key.incarnation();
-        let hit = self
-            .entries
-            .iter()
-            .find(|e| e.offset == offset && e.segment == segment.number() && e.incarnation == incarnation);
-        hit.map(|entry| entry.plain.clone())
+        self.entries.iter().find(|entry| entry.is(segment, offset)).map(|entry| entry.plain.clone())
     }
 
     fn put(&mut self, segment: &Segment, offset: u32, plain: Buf) {
-        if self.entries.len() >= CACHED {
+        let known = self.entries.iter().position(|entry| entry.is(segment, offset));
+        if let Some(at) = known {
+            self.entries.remove(at);
+        } else if self.entries.len() >= CACHED {
             self.entries.pop_front();
         }
         let (segment, incarnation) = (segment.number(), segment.key.incarnation());
@@ -260,7 +275,8 @@ impl Core {
         let mut from_device: SmallVec<[usize; 8]> = SmallVec::new();
         for (at, unit) in units.iter().enumerate() {
             let offset = unit.entry.place.offset;
-            if let Some(plain) = self.fragments.borrow().get(&unit.segment, offset) {
+            let known = self.fragments.borrow().get(&unit.segment, offset);
+            if let Some(plain) = known.filter(|plain| plain.len() >= unit.wanted_bytes()) {
                 fetched.push(Fetched::Plain(plain));
             } else if let Some(sealed) = &unit.unwritten {
                 fetched.push(Fetched::Sealed(sealed.clone()));
@@ -326,17 +342,22 @@ impl Core {
                     words.fill(word.to_le_bytes());
                 }
                 Source::Unit { unit, slot } => {
-                    let Unit { domain, segment, entry, first, .. } = &units[unit];
+                    let Unit { segment, entry, .. } = &units[unit];
                     let whole = slot == entry.first_slot && extent.count == usize::from(entry.chunks);
                     match &fetched[unit] {
                         Fetched::Sealed(sealed) if whole => {
-                            self.decode(*domain, segment, entry, *first, sealed, bytes)?
+                            self.decode(&units[unit], sealed, bytes, bytes.len())?;
                         }
                         Fetched::Sealed(sealed) => {
                             if plain[unit].is_none() {
                                 let mut buf = Buf::alloc(usize::from(entry.chunks) * CHUNK_BYTES);
                                 let target = buf.get_mut().ok_or(Status::INTERNAL_ERROR)?;
-                                self.decode(*domain, segment, entry, *first, sealed, target)?;
+                                // Who comes back for more of it, is likely to want all.
+                                let again =
+                                    self.fragments.borrow().get(segment, entry.place.offset).is_some();
+                                let wanted = if again { target.len() } else { units[unit].wanted_bytes() };
+                                let found = self.decode(&units[unit], sealed, target, wanted)?;
+                                buf.truncate(found);
                                 self.fragments.borrow_mut().put(segment, entry.place.offset, buf.clone());
                                 plain[unit] = Some(buf);
                             }
@@ -353,51 +374,69 @@ impl Core {
         Ok(())
     }
 
-    /// Verifies, decrypts and decodes a fragment to `out` (all its chunks).
-    fn decode(
-        &self,
-        domain: DomainId,
+    /// Verifies, decrypts and decodes a fragment to `out` (all its chunks): at least the first `wanted` bytes of them; how many.
+    fn decode(&self, unit: &Unit, sealed: &[u8], out: &mut [u8], wanted: usize) -> Result<usize, ReadError> {
+        let Unit { domain, segment, entry, first, .. } = unit;
+        let mut decoder = self.decoder.borrow_mut();
+        decoder.decode_front(segment, entry, *first, sealed, out, wanted).map_err(|error| {
+            ReadError::Damage(Box::new(Damage { domain: *domain, entry: *entry, first: *first, error }))
+        })
+    }
+}
+
+/// Verifies, decrypts and decodes fragments; the errors are for people.
+#[derive(Default)]
+pub(crate) struct Decoder {
+    pub codec: Decompressor,
+    scratch: Vec<u8>,
+}
+
+impl Decoder {
+    /// Of all chunks of a fragment, to `out`.
+    pub fn decode(
+        &mut self,
         segment: &Segment,
         entry: &FragmentEntry,
         first: ChunkAddr,
         sealed: &[u8],
         out: &mut [u8],
-    ) -> Result<(), ReadError> {
-        let mut cache = self.fragments.borrow_mut();
-        let mut codec = self.decompressor.borrow_mut();
-        let decoded = decode_fragment(segment, entry, first, sealed, out, &mut cache.scratch, &mut codec);
-        decoded.map_err(|error| ReadError::Damage(Box::new(Damage { domain, entry: *entry, first, error })))
+    ) -> Result<(), String> {
+        let wanted = out.len();
+        self.decode_front(segment, entry, first, sealed, out, wanted).map(|_| ())
     }
-}
 
-/// Verifies, decrypts and decodes a fragment; the error is for people.
-pub(crate) fn decode_fragment(
-    segment: &Segment,
-    entry: &FragmentEntry,
-    first: ChunkAddr,
-    sealed: &[u8],
-    out: &mut [u8],
-    scratch: &mut Vec<u8>,
-    codec: &mut Decompressor,
-) -> Result<(), String> {
-    let offset = entry.place.offset;
-    let text = |error: &dyn std::fmt::Display| error.to_string();
-    let header = if entry.codec == Codec::Raw {
-        fragment::open_fragment(&segment.key, offset, sealed, out).map_err(|e| text(&e))?
-    } else {
-        scratch.resize(fragment::MAX_FRAGMENT_BYTES, 0);
-        let header = fragment::open_fragment(&segment.key, offset, sealed, scratch).map_err(|e| text(&e))?;
-        if header.plain_bytes() != out.len() {
-            return Err(format!("it has {} bytes, expected {}", header.plain_bytes(), out.len()));
+    /// Of at least the first `wanted` bytes of a fragment, to `out`, which has room for all; how many are there. All of the
+    /// fragment is verified.
+    pub fn decode_front(
+        &mut self,
+        segment: &Segment,
+        entry: &FragmentEntry,
+        first: ChunkAddr,
+        sealed: &[u8],
+        out: &mut [u8],
+        wanted: usize,
+    ) -> Result<usize, String> {
+        let offset = entry.place.offset;
+        let text = |error: &dyn std::fmt::Display| error.to_string();
+        let (header, found);
+        if entry.codec == Codec::Raw {
+            header = fragment::open_fragment(&segment.key, offset, sealed, out).map_err(|e| text(&e))?;
+            found = out.len();
+        } else {
+            self.scratch.resize(fragment::MAX_FRAGMENT_BYTES, 0);
+            header = fragment::open_fragment(&segment.key, offset, sealed, &mut self.scratch)
+                .map_err(|e| text(&e))?;
+            if header.plain_bytes() != out.len() {
+                return Err(format!("it has {} bytes, expected {}", header.plain_bytes(), out.len()));
+            }
+            let body = &self.scratch[..header.body_bytes as usize];
+            found = self.codec.decompress_front(header.codec, body, out, wanted).map_err(|e| text(&e))?;
         }
-        let body = &scratch[..header.body_bytes as usize];
-        codec.decompress(header.codec, body, out).map_err(|e| text(&e))?;
-        header
-    };
-    if header.first != first || header.chunks != entry.chunks || header.codec != entry.codec {
-        return Err(format!("it is {:?} of {} chunks", header.first, header.chunks));
+        if header.first != first || header.chunks != entry.chunks || header.codec != entry.codec {
+            return Err(format!("it is {:?} of {} chunks", header.first, header.chunks));
+        }
+        Ok(found)
     }
-    Ok(())
 }
 
 enum Fetched {
@@ -506,6 +545,7 @@ fn resolve_chunk(
 ) -> Result<Option<Source>, Status> {
     let in_unit = |unit: &Unit| unit.first.container() == addr.container() && unit.entry.holds(addr.slot());
     if let Some(unit) = units.iter().rposition(in_unit) {
+        units[unit].end = units[unit].end.max(addr.slot() + 1);
         return Ok(Some(Source::Unit { unit, slot: addr.slot() }));
     }
     let number = addr.container().get();
@@ -532,7 +572,8 @@ fn resolve_chunk(
         return Ok(None);
     };
     let first = ChunkAddr::new(addr.container(), entry.first_slot).ok_or(Status::INTERNAL_ERROR)?;
-    units.push(Unit { domain: d.record.id, segment: handle, entry, first, unwritten: None });
+    let end = addr.slot() + 1;
+    units.push(Unit { domain: d.record.id, segment: handle, entry, first, end, unwritten: None });
     Ok(Some(Source::Unit { unit: units.len() - 1, slot: addr.slot() }))
 }
 

@@ -34,7 +34,6 @@ use crate::error::PoolError;
 use crate::index::Key;
 use crate::info::{RenewalInfo, ScrubState};
 use crate::pool::{Life, Pool};
-use crate::read::decode_fragment;
 use crate::scrub::together;
 use crate::segments::Segment;
 
@@ -355,8 +354,8 @@ impl Pool {
             };
             let mut plain = vec![0; usize::from(entry.chunks) * CHUNK_BYTES];
             let decoded = {
-                let mut codec = self.core.decompressor.borrow_mut();
-                decode_fragment(&segment, entry, first, sealed, &mut plain, &mut Vec::new(), &mut codec)
+                let mut decoder = self.core.decoder.borrow_mut();
+                decoder.decode(&segment, entry, first, sealed, &mut plain)
             };
             if let Err(error) = decoded {
                 self.renewal.borrow_mut().damaged += 1;

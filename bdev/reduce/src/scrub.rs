@@ -19,7 +19,6 @@ use cryptfold_reduce_format::node;
 use crate::check::FragmentError;
 use crate::info::{ScrubInfo, ScrubState};
 use crate::pool::{Life, Pool};
-use crate::read::decode_fragment;
 use crate::segments::Segment;
 
 /// Stored bytes per second when nothing else is asked for.
@@ -165,8 +164,8 @@ impl Pool {
     ) -> bool {
         let Some(segment) = segment else { return false };
         let mut plain = vec![0; usize::from(entry.chunks) * CHUNK_BYTES];
-        let mut codec = self.core.decompressor.borrow_mut();
-        decode_fragment(segment, entry, first, sealed, &mut plain, &mut Vec::new(), &mut codec).is_ok()
+        let mut decoder = self.core.decoder.borrow_mut();
+        decoder.decode(segment, entry, first, sealed, &mut plain).is_ok()
     }
 
     /// A second look, at one fragment.

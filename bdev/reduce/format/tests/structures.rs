@@ -217,6 +217,40 @@ proptest! {
         let mut out = vec![0; 512];
         for codec in [Codec::Raw, Codec::Lz4, Codec::Zstd] {
             let _ = Decompressor::new().decompress(codec, &bytes, &mut out);
+            if let Ok(found) = Decompressor::new().decompress_front(codec, &bytes, &mut out, 100) {
+                prop_assert!((100..=512).contains(&found));
+            }
+        }
+    }
+
+    #[test]
+    fn the_front_of_a_fragment_decodes_by_itself(seed in any::<u64>(), chunks in 1..17usize, words in 1..6000usize) {
+        let plain: Vec<u8> = (0..chunks * 4096)
+            .map(|at| ((at % words + at / 9000) as u64).wrapping_mul(seed | 1).to_le_bytes()[3])
+            .collect();
+        let mut decompressor = Decompressor::new();
+        for setting in ["lz4", "zstd:-7", "zstd:1", "zstd:19"] {
+            let mut out = vec![0; plain.len()];
+            let packed = Compressor::new().compress(setting.parse().unwrap(), &[&plain], &mut out);
+            let Some((codec, len)) = packed else { continue };
+            for wanted in (1..=chunks).map(|chunks| chunks * 4096) {
+                let mut front = vec![0; plain.len()];
+                let found = decompressor.decompress_front(codec, &out[..len], &mut front, wanted).unwrap();
+                prop_assert!(found >= wanted);
+                prop_assert!(&front[..found] == &plain[..found], "{} of {} bytes, {}", wanted, plain.len(), setting);
+                if codec == Codec::Zstd {
+                    // Up to the end of the block that has the last wanted byte, not all.
+                    prop_assert_eq!(found, wanted.next_multiple_of(32768).min(plain.len()));
+                }
+            }
+            // What ends before the wanted is an error, and the decoder goes on.
+            let mut back = vec![0; plain.len() + 4096];
+            let cut = decompressor.decompress_front(codec, &out[..len / 2], &mut back[..plain.len()], plain.len() - 1);
+            prop_assert!(cut.is_err());
+            let short = decompressor.decompress_front(codec, &out[..len], &mut back, plain.len() + 1);
+            prop_assert!(short.is_err(), "{}", setting);
+            decompressor.decompress(codec, &out[..len], &mut back[..plain.len()]).unwrap();
+            prop_assert_eq!(&back[..plain.len()], &plain);
         }
     }
 
