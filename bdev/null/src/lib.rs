@@ -76,7 +76,7 @@ impl Queue for NullQueue {
             Op::Read => {
                 let bytes = io.blocks as usize * self.block_size_bytes;
                 if io.data.is_empty() {
-                    io.data = SgList::zeroes(bytes);
+                    io.data.push_zeroes(bytes);
                 } else {
                     let mut out = std::mem::take(&mut io.data);
                     for segment in out.segments_mut() {

@@ -192,6 +192,7 @@ impl Buf {
     }
 
     /// A read-only buffer of `len` zero bytes: a view of one shared region up to 2 MiB, allocated above.
+    #[inline]
     pub fn zeroes(len: usize) -> Buf {
         if len <= ZERO_BYTES {
             Buf { block: zero_block(), off: 0, len: len as u32 }

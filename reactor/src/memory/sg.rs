@@ -177,14 +177,20 @@ impl SgList {
 
     /// A read-only list of `len` zero bytes over the shared zero region; allocates no data at any length.
     pub fn zeroes(len: usize) -> SgList {
-        const STEP: usize = 1 << 20;
         let mut list = SgList::new();
+        list.push_zeroes(len);
+        list
+    }
+
+    /// Appends what [`SgList::zeroes`] makes.
+    #[inline]
+    pub fn push_zeroes(&mut self, len: usize) {
+        const STEP: usize = 1 << 20;
         let mut rest = len;
         while rest > 0 {
-            list.push(Buf::zeroes(rest.min(STEP)));
+            self.push(Buf::zeroes(rest.min(STEP)));
             rest -= rest.min(STEP);
         }
-        list
     }
 
     /// Whether all bytes are zero.

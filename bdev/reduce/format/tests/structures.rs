@@ -237,7 +237,7 @@ proptest! {
                 let mut front = vec![0; plain.len()];
                 let found = decompressor.decompress_front(codec, &out[..len], &mut front, wanted).unwrap();
                 prop_assert!(found >= wanted);
-                prop_assert!(&front[..found] == &plain[..found], "{} of {} bytes, {}", wanted, plain.len(), setting);
+                prop_assert!(front[..found] == plain[..found], "{} of {} bytes, {}", wanted, plain.len(), setting);
                 if codec == Codec::Zstd {
                     // Up to the end of the block that has the last wanted byte, not all.
                     prop_assert_eq!(found, wanted.next_multiple_of(32768).min(plain.len()));
