@@ -353,3 +353,60 @@ fn malformed_reservation_commands() {
     assert_eq!(io.run(huge, &[], &[]).0.status().code(), invalid);
     assert!(io.read(0, 1).0.is_success());
 }
+
+/// The file's directory goes away while hosts use it. A command whose change would have to be there after a power loss fails, and
+/// nothing of it has happened; those before it count, and when the directory is back everything goes on.
+#[test]
+fn what_can_not_be_written_has_not_happened() {
+    let base = std::env::temp_dir().join(format!("cryptfold-unwritable-{}", std::process::id()));
+    let (dir, away) = (base.join("here"), base.join("away"));
+    std::fs::create_dir_all(&dir).expect("a directory");
+    let rig = Rig::new();
+    rig.target.remove_ns(NQN, 1).expect("it is there");
+    let ptpl_file = Some(dir.join("ns1").to_str().expect("UTF-8").to_owned());
+    let ns = NsOptions { bdev_name: "disk".into(), ptpl_file, ..Default::default() };
+    rig.target.add_ns(NQN, &ns).expect("a writable directory");
+    let (mut admin, mut io) = rig.host(1);
+    let (_other_admin, mut other) = rig.host(2);
+    let seen = |io: &mut Client| {
+        let (head, entries) = report(io, 64 * 8);
+        let keys: Vec<_> = entries.iter().map(|e| (e.hostid[0], e.rkey.get(), e.rcsts)).collect();
+        (head.status.ptpls, head.status.rtype, keys)
+    };
+    let failed = Status::INTERNAL_ERROR;
+    let kind = ReservationType::WriteExclusive;
+    // A host that wants no persistence is served without the file, and stays when another's wish fails.
+    assert_eq!(register(&mut other, REGISTER, (0, 2), 0), Status::SUCCESS);
+    std::fs::rename(&dir, &away).expect("moved");
+    assert_eq!(register(&mut io, REGISTER, (0, 1), 3), failed);
+    assert_eq!(seen(&mut io), (0, 0, vec![(2, 2, 0)]));
+    std::fs::rename(&away, &dir).expect("moved");
+    assert_eq!(register(&mut io, REGISTER, (0, 1), 3), Status::SUCCESS);
+    assert_eq!(acquire(&mut io, ACQUIRE, kind, 1, 0), Status::SUCCESS);
+    let before = seen(&mut io);
+    assert_eq!(before, (1, 1, vec![(1, 1, 1), (2, 2, 0)]));
+
+    std::fs::rename(&dir, &away).expect("moved");
+    assert_eq!(register(&mut other, UNREGISTER, (2, 0), 0), failed);
+    assert_eq!(acquire(&mut other, PREEMPT, kind, 2, 1), failed);
+    assert_eq!(release(&mut io, false, kind, 1), failed);
+    assert_eq!(release(&mut io, true, kind, 1), failed);
+    assert_eq!(protect(&mut admin), failed);
+    assert_eq!(seen(&mut io), before);
+    assert_eq!(other.write(0, &[1; 512]).code(), Status::RESERVATION_CONFLICT);
+    assert_eq!(io.write(0, &[1; 512]), Status::SUCCESS, "it holds the reservation, and nothing is protected");
+    std::fs::rename(&away, &dir).expect("moved");
+    assert_eq!(release(&mut io, false, kind, 1), Status::SUCCESS);
+    assert_eq!(other.write(0, &[1; 512]), Status::SUCCESS);
+    assert_eq!(protect(&mut admin), Status::SUCCESS);
+    assert_eq!(io.write(0, &[1; 512]).code(), Status::NAMESPACE_WRITE_PROTECTED);
+    drop((admin, io, _other_admin, other, rig));
+    std::fs::remove_dir_all(&base).expect("removed");
+}
+
+/// Write protection that survives a power loss.
+fn protect(admin: &mut Client) -> Status {
+    let mut sqe = Sqe::admin(Admin::SetFeatures, Cid(0), Nsid(1));
+    (sqe.cdw10, sqe.cdw11) = ((Fid::WriteProtection as u32).into(), 1.into());
+    admin.run(sqe, &[], &[]).0.status().code()
+}

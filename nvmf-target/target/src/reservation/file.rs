@@ -17,6 +17,7 @@ use cryptfold_nvmf_spec::reservation::ReservationType;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use super::Undo;
 use super::state::{Held, HostId, MAX_REGISTRANTS, State};
 use crate::TargetError;
 use crate::later::Later;
@@ -42,6 +43,7 @@ pub struct Kept {
 
 struct Job {
     bytes: Vec<u8>,
+    undo: Option<Undo>,
     later: Option<Arc<Later>>,
 }
 
@@ -83,10 +85,13 @@ impl StateFile {
         &self.path
     }
 
-    /// Writes `kept`, in the order of the calls; then lets go of `later`, which fails if the file could not be written.
-    pub fn save(&self, kept: &Kept, later: Option<Arc<Later>>) {
-        let job = Job { bytes: encode(kept, self.device), later };
+    /// Writes `kept`, in the order of the calls; then lets go of `later`. If the file can not be written `undo` is carried out before, and
+    /// `later` fails. Called with the lock that `undo` takes.
+    pub fn save(&self, kept: &Kept, undo: Option<Undo>, later: Option<Arc<Later>>) {
+        let job = Job { bytes: encode(kept, self.device), undo, later };
         if let Err(lost) = self.jobs.send(job) {
+            // Its thread lives as long as this.
+            tracing::error!("{}: nobody writes this file any more", self.path.display());
             fail(lost.0.later.as_deref());
         }
     }
@@ -143,9 +148,20 @@ fn work(path: &Path, todo: &Receiver<Job>, _claim: Claim) {
         let mut jobs = vec![first];
         jobs.extend(todo.try_iter());
         let newest = jobs.last().map(|j| j.bytes.as_slice()).unwrap_or_default();
-        if let Err(e) = replace(path, newest) {
+        let result = replace(path, newest);
+        if let Err(e) = &result {
             tracing::error!("{}: reservations can not be made durable: {e}", path.display());
-            jobs.iter().for_each(|j| fail(j.later.as_deref()));
+        }
+        let undo = jobs[0].undo.take();
+        match (result, undo) {
+            (Ok(()), Some(undo)) => undo.written(jobs.len()),
+            (Ok(()), None) => {}
+            (Err(_), undo) => {
+                if let Some(undo) = undo {
+                    undo.take_back(|| jobs.extend(todo.try_iter()));
+                }
+                jobs.iter().for_each(|j| fail(j.later.as_deref()));
+            }
         }
     }
 }
@@ -281,7 +297,7 @@ mod tests {
         let (file, empty) = StateFile::open(name, device).expect("a new file");
         assert_eq!(empty, Kept::default());
         assert!(StateFile::open(name, device).is_err(), "in use");
-        file.save(&kept(), None);
+        file.save(&kept(), None, None);
         drop(file);
         let (file, back) = StateFile::open(name, device).expect("waits for the last user");
         assert_eq!(back, kept());

@@ -2,6 +2,9 @@
 //!
 //! I/O commands look at two atomics while nobody holds a reservation. While somebody does, a connection remembers what its
 //! host may do together with the epoch in which that was true; every change moves the epoch.
+//!
+//! A change counts from the moment it is made, and its command completes when it is durable, if it has to be. If the file can not be
+//! written the change is taken back, with whatever was done on top of it, and all those commands fail.
 
 mod file;
 mod state;
@@ -9,7 +12,7 @@ mod state;
 pub(crate) use file::{Kept, StateFile};
 pub(crate) use state::{HostId, Notice, Outcome};
 
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 
 use cryptfold_nvmf_spec::opcode::Io;
@@ -126,12 +129,52 @@ impl Request {
     }
 }
 
-/// See the module's head.
-pub(crate) struct Reservations {
+/// What changes.
+#[derive(Default)]
+pub(crate) struct Core {
     /// 0 while there is no reservation.
     epoch: AtomicU64,
     protection: AtomicU8,
     state: Mutex<State>,
+    /// Changes that the file does not have yet; grows under the lock on the state.
+    unwritten: AtomicU32,
+}
+
+impl Core {
+    fn move_epoch(&self, s: &State) {
+        let epoch = if s.held.is_some() { unique() } else { 0 };
+        self.epoch.store(epoch, Ordering::Release);
+    }
+}
+
+/// The way back from a change that can not be written.
+pub(crate) struct Undo {
+    core: Arc<Core>,
+    state: State,
+    protection: u8,
+}
+
+impl Undo {
+    /// So many changes have been written.
+    pub fn written(&self, changes: usize) {
+        self.core.unwritten.fetch_sub(changes as u32, Ordering::Relaxed);
+    }
+
+    /// Takes this change and all after it back. `rest` fetches those that wait to be written: with the lock on the state, so there are no
+    /// others.
+    pub fn take_back(self, rest: impl FnOnce()) {
+        let mut s = locked(&self.core.state);
+        rest();
+        *s = self.state;
+        self.core.protection.store(self.protection, Ordering::Relaxed);
+        self.core.unwritten.store(0, Ordering::Relaxed);
+        self.core.move_epoch(&s);
+    }
+}
+
+/// See the module's head.
+pub(crate) struct Reservations {
+    core: Arc<Core>,
     file: Option<StateFile>,
 }
 
@@ -140,19 +183,11 @@ impl Reservations {
     pub fn new(file: Option<(StateFile, Kept)>) -> Reservations {
         let (file, kept) = file.map_or((None, Kept::default()), |(f, k)| (Some(f), k));
         let protection = if kept.write_protected { protection::PROTECTED } else { protection::NONE };
-        let r = Reservations {
-            epoch: AtomicU64::new(0),
-            protection: AtomicU8::new(protection),
-            state: Mutex::new(kept.state),
-            file,
-        };
-        r.move_epoch(&locked(&r.state));
-        r
-    }
-
-    fn move_epoch(&self, s: &State) {
-        let epoch = if s.held.is_some() { unique() } else { 0 };
-        self.epoch.store(epoch, Ordering::Release);
+        let core = Core::default();
+        core.protection.store(protection, Ordering::Relaxed);
+        core.move_epoch(&kept.state);
+        *locked(&core.state) = kept.state;
+        Reservations { core: Arc::new(core), file }
     }
 
     /// The file, if there is one.
@@ -171,14 +206,14 @@ impl Reservations {
         if access == Access::Write && self.is_protected() {
             return Err(Status::NAMESPACE_WRITE_PROTECTED.with_dnr());
         }
-        let epoch = self.epoch.load(Ordering::Acquire);
+        let epoch = self.core.epoch.load(Ordering::Acquire);
         if epoch == 0 || access == Access::Free {
             return Ok(());
         }
         if known.epoch != epoch {
-            let s = locked(&self.state);
+            let s = locked(&self.core.state);
             // Under the lock the epoch is that of the state.
-            let epoch = self.epoch.load(Ordering::Acquire);
+            let epoch = self.core.epoch.load(Ordering::Acquire);
             *known = Rights { epoch, read: s.permits(host, false), write: s.permits(host, true) };
         }
         let may = if access == Access::Read { known.read } else { known.write };
@@ -195,7 +230,8 @@ impl Reservations {
         request: Request,
         later: impl FnOnce() -> Arc<Later>,
     ) -> Result<(Outcome, Option<Arc<Later>>), Status> {
-        let mut s = locked(&self.state);
+        let mut s = locked(&self.core.state);
+        let before = self.undo(&s);
         let was_persistent = s.persistent;
         let outcome = match request {
             Request::Register { persist: Some(true), .. } if self.file.is_none() => {
@@ -209,24 +245,41 @@ impl Reservations {
             Request::Release { key, kind } => s.release(host, key, kind)?,
             Request::Clear { key } => s.clear(host, key)?,
         };
-        self.move_epoch(&s);
-        let durable = outcome.changed && (was_persistent || s.persistent);
-        let later = durable.then(|| self.save(&s, later)).flatten();
+        self.core.move_epoch(&s);
+        // Who builds on what is not written yet shares its fate.
+        let shares = self.core.unwritten.load(Ordering::Relaxed) > 0;
+        let durable = outcome.changed && (was_persistent || s.persistent || shares);
+        let later = durable.then(|| self.save(&s, before, later)).flatten();
         Ok((outcome, later))
     }
 
+    /// The way back to what is now; needed only where something may have to be written.
+    fn undo(&self, s: &State) -> Option<Undo> {
+        self.file.as_ref().map(|_| Undo {
+            core: self.core.clone(),
+            state: s.clone(),
+            protection: self.protection(),
+        })
+    }
+
     /// Called with the lock on the state, so that saves happen in the order of the changes.
-    fn save(&self, s: &State, later: impl FnOnce() -> Arc<Later>) -> Option<Arc<Later>> {
+    fn save(
+        &self,
+        s: &State,
+        before: Option<Undo>,
+        later: impl FnOnce() -> Arc<Later>,
+    ) -> Option<Arc<Later>> {
         let file = self.file.as_ref()?;
         let later = later();
-        let write_protected = self.protection.load(Ordering::Relaxed) == protection::PROTECTED;
-        file.save(&Kept { state: s.clone(), write_protected }, Some(later.clone()));
+        let write_protected = self.protection() == protection::PROTECTED;
+        self.core.unwritten.fetch_add(1, Ordering::Relaxed);
+        file.save(&Kept { state: s.clone(), write_protected }, before, Some(later.clone()));
         Some(later)
     }
 
     /// Whether reservations persist through power loss.
     pub fn persistent(&self) -> bool {
-        locked(&self.state).persistent
+        locked(&self.core.state).persistent
     }
 
     /// Makes them persist, or not.
@@ -241,9 +294,10 @@ impl Reservations {
         if on && self.file.is_none() {
             return Err(Status::INVALID_FIELD.with_dnr());
         }
-        let mut s = locked(&self.state);
+        let mut s = locked(&self.core.state);
+        let before = self.undo(&s);
         let changed = std::mem::replace(&mut s.persistent, on) != on;
-        Ok(changed.then(|| self.save(&s, later)).flatten())
+        Ok(changed.then(|| self.save(&s, before, later)).flatten())
     }
 
     /// Whether writes are refused.
@@ -255,7 +309,7 @@ impl Reservations {
     /// The state of write protection.
     #[inline]
     pub fn protection(&self) -> u8 {
-        self.protection.load(Ordering::Relaxed)
+        self.core.protection.load(Ordering::Relaxed)
     }
 
     /// Sets it.
@@ -267,7 +321,8 @@ impl Reservations {
         wanted: u8,
         later: impl FnOnce() -> Arc<Later>,
     ) -> Result<Option<Arc<Later>>, Status> {
-        let s = locked(&self.state);
+        let s = locked(&self.core.state);
+        let before = self.undo(&s);
         let now = self.protection();
         if wanted == now {
             return Ok(None);
@@ -283,8 +338,8 @@ impl Reservations {
             protection::NONE | protection::PROTECTED | protection::UNTIL_POWER_CYCLE => {}
             _ => return Err(Status::INVALID_FIELD.with_dnr()),
         }
-        self.protection.store(wanted, Ordering::Relaxed);
-        Ok(self.save(&s, later))
+        self.core.protection.store(wanted, Ordering::Relaxed);
+        Ok(self.save(&s, before, later))
     }
 
     /// The data of Reservation Report. `controllers`: those of the subsystem, with their hosts.
@@ -296,7 +351,7 @@ impl Reservations {
         if ReportCdw11(sqe.cdw11.get()).eds() == 0 {
             return Err(Status::HOST_ID_INCONSISTENT_FORMAT.with_dnr());
         }
-        let s = locked(&self.state);
+        let s = locked(&self.core.state);
         let mut entries = Vec::new();
         for (host, key) in &s.registrants {
             let entry = |cntlid: u16| {
