@@ -280,6 +280,21 @@ fn target(m: &mut Metrics, s: &Sample) {
             g["pending_bdev_io"].as_f64(),
         );
     }
+    let door = &s.nvmf["connections"];
+    for (hosts, key) in [("all", "current"), ("unknown", "unauthenticated")] {
+        let help = "Connections: all, and those whose host has not connected or authenticated";
+        m.gauge("cryptfold_nvmf_connections", help, &[("hosts", hosts)], door[key].as_f64());
+    }
+    for (name, key, help) in [
+        (
+            "cryptfold_nvmf_connections_displaced_total",
+            "displaced",
+            "Connections of unknown hosts that made room for others",
+        ),
+        ("cryptfold_nvmf_connections_refused_total", "refused", "Connections for which there was no room"),
+    ] {
+        m.counter(name, help, &[], door[key].as_f64());
+    }
     for sub in list(&s.subsystems).iter().filter(|sub| sub["subtype"] != "Discovery") {
         let labels = [("nqn", text_of(&sub["nqn"]))];
         let count = |v: &Value| Some(list(v).len() as f64);

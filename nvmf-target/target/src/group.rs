@@ -18,9 +18,10 @@ use cryptfold_reactor::sync::Semaphore;
 use cryptfold_reactor::{self as reactor, Handle, Poller, PollerGuard, SleepVerdict};
 
 use crate::conn::Conn;
+use crate::door::Standing;
 use crate::port::{Port, PortSecurity};
 use crate::stats::Totals;
-use crate::subsystem::{Namespace, NsChannel, unique};
+use crate::subsystem::{Namespace, NsChannel};
 use crate::target::Shared;
 use crate::tls::{EitherWire, TargetKeys, Terms, TlsWire};
 use crate::watch::{Ready, WatchId, Watcher, Watches};
@@ -155,8 +156,8 @@ impl Group {
         self.conns.borrow().values().cloned().collect()
     }
 
-    /// Takes a new stream in, which [`Seat::load`] counts already. `peer`: the host's address, for people.
-    pub fn adopt(self: &Rc<Self>, wire: Box<dyn Wire>, port: Arc<Port>, peer: String) {
+    /// Takes a new stream in, which [`Seat::load`] and the door count already. `peer`: the host's address, for people.
+    pub fn adopt(self: &Rc<Self>, id: u64, wire: Box<dyn Wire>, port: Arc<Port>, peer: String) {
         let terms = |generated| Terms {
             keys: Arc::new(TargetKeys { target: Arc::downgrade(&self.target), generated }),
             kernel: self.target.kernel_tls.load(Ordering::Relaxed),
@@ -170,11 +171,10 @@ impl Group {
             Ok(wire) => wire,
             Err(e) => {
                 tracing::warn!("{peer}: refused: {e}");
+                self.target.door.leave(id, Standing::Stranger);
                 return self.load(-(LOAD_CONNECTION as i32));
             }
         };
-        let id = unique();
-        self.target.connections.fetch_add(1, Ordering::Relaxed);
         let descriptor = wire.descriptor();
         let conn = Conn::new(id, self, wire, port, peer);
         self.conns.borrow_mut().insert(id, conn.clone());
@@ -225,6 +225,7 @@ impl Group {
                     if self.retrying.replace(true) {
                         return;
                     }
+                    self.target.door.thin_out(reactor::now());
                     let me = self.clone();
                     reactor::spawn_local(async move {
                         reactor::sleep(Duration::from_millis(100)).await;

@@ -145,6 +145,19 @@ pub struct PollGroupStats {
     pub completed_nvme_io: u64,
 }
 
+/// How many connections there are, and what became of those that were too many (`max_connections`).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DoorInfo {
+    /// Now.
+    pub connections: u32,
+    /// Of these: of hosts that have not connected a queue, or have to authenticate and have not, or only ask what there is to be found.
+    pub unauthenticated: u32,
+    /// Such ones that made room for others so far.
+    pub displaced: u64,
+    /// Refused so far, because nobody could make room.
+    pub refused: u64,
+}
+
 /// Another discovery service (or subsystem) that the discovery log names.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Referral {

@@ -22,6 +22,7 @@ pub mod audit;
 mod budget;
 mod conn;
 mod controller;
+mod door;
 mod error;
 mod generated;
 mod group;
@@ -45,8 +46,8 @@ pub use cryptfold_nvmf_spec::log::AnaState;
 pub use cryptfold_nvmf_tls::Layer;
 pub use error::TargetError;
 pub use info::{
-    CLAIM, ControllerInfo, DiscoveryFilter, HostInfo, ListenerInfo, NsInfo, PollGroupStats, QpairInfo,
-    Referral, SubsystemInfo, TlsUse,
+    CLAIM, ControllerInfo, DiscoveryFilter, DoorInfo, HostInfo, ListenerInfo, NsInfo, PollGroupStats,
+    QpairInfo, Referral, SubsystemInfo, TlsUse,
 };
 pub use options::{ListenAddr, NsOptions, SubsystemOptions, TransportOptions};
 pub use port::PortSecurity;

@@ -25,11 +25,12 @@ use zerocopy::IntoBytes;
 use crate::budget::{Hosts, Place};
 use crate::controller::events::EventKind;
 use crate::controller::{Controller, Host, NewController, QueueRef};
+use crate::door::Door;
 use crate::generated::GeneratedKeys;
-use crate::group::{Group, LOAD_CONNECTION, Seat};
+use crate::group::{ConnRef, Group, LOAD_CONNECTION, Seat};
 use crate::info::{
-    ControllerInfo, DiscoveryFilter, HostInfo, ListenerInfo, NsInfo, PollGroupStats, QpairInfo, Referral,
-    SubsystemInfo,
+    ControllerInfo, DiscoveryFilter, DoorInfo, HostInfo, ListenerInfo, NsInfo, PollGroupStats, QpairInfo,
+    Referral, SubsystemInfo,
 };
 use crate::port::{Port, PortSecurity};
 use crate::stats::Totals;
@@ -70,8 +71,7 @@ pub(crate) struct Shared {
     seats: Vec<Arc<Seat>>,
     /// GENCTR of the discovery log.
     generation: AtomicU64,
-    /// Connections now.
-    pub connections: AtomicU32,
+    pub door: Door,
     pub hosts: Hosts,
     pub generated: GeneratedKeys,
     /// Connections from now on leave the records of TLS to the kernel, where it takes them.
@@ -155,21 +155,20 @@ impl Shared {
     /// Gives an accepted socket to the least loaded reactor.
     pub fn assign(&self, stream: TcpStream, peer: SocketAddr, port: Arc<Port>) {
         let options = self.options();
-        if self.connections.load(Ordering::Relaxed) >= options.max_connections {
-            tracing::warn!("{peer}: refused: there are {} connections already", options.max_connections);
-            return;
-        }
         if let Err(e) = sys::prepare(&stream, options.sock_priority, options.ack_timeout) {
             tracing::warn!("{peer}: a connection could not be set up: {e}");
             return;
         }
         let Some(seat) = self.seats.iter().min_by_key(|s| s.load.load(Ordering::Relaxed)) else { return };
+        let conn = ConnRef { handle: seat.handle.clone(), target: self.id, id: unique() };
+        if !self.door.enter(&conn, options.max_connections, reactor::now()) {
+            return;
+        }
         seat.load.fetch_add(LOAD_CONNECTION, Ordering::Relaxed);
-        let id = self.id;
         seat.handle.send(move || {
-            if let Some(group) = Group::here(id) {
+            if let Some(group) = Group::here(conn.target) {
                 let wire = Box::new(TcpWire(std::rc::Rc::new(stream)));
-                group.adopt(wire, port, peer.to_string());
+                group.adopt(conn.id, wire, port, peer.to_string());
             }
         });
     }
@@ -318,7 +317,7 @@ impl Target {
             registry,
             seats: seats.clone(),
             generation: AtomicU64::new(0),
-            connections: AtomicU32::new(0),
+            door: Door::default(),
             hosts: Hosts::default(),
             generated: GeneratedKeys::default(),
             kernel_tls: AtomicBool::new(false),
@@ -525,14 +524,19 @@ impl Target {
     /// Brings a connection to this reactor, as if it had come in at `addr`. For simulations.
     ///
     /// # Errors
-    /// Nothing listens at `addr`, or this is no reactor of the target.
+    /// Nothing listens at `addr`, this is no reactor of the target, or there are too many connections.
     pub fn attach(&self, addr: &ListenAddr, wire: Box<dyn Wire>) -> Result<(), TargetError> {
         let port = self.shared.state().ports.iter().find(|p| p.port.addr == *addr).map(|p| p.port.clone());
         let port =
             port.ok_or_else(|| TargetError::NoListener { nqn: String::new(), addr: addr.to_string() })?;
         let group = Group::here(self.shared.id).ok_or(TargetError::Stopped)?;
+        let conn = ConnRef { handle: group.seat.handle.clone(), target: self.shared.id, id: unique() };
+        let limit = self.shared.options().max_connections;
+        if !self.shared.door.enter(&conn, limit, reactor::now()) {
+            return Err(TargetError::WrongState("there are as many connections as there may be"));
+        }
         group.load(LOAD_CONNECTION as i32);
-        group.adopt(wire, port, "memory".into());
+        group.adopt(conn.id, wire, port, "memory".into());
         Ok(())
     }
 
@@ -762,6 +766,11 @@ impl Target {
     /// Memory that is set aside for the data of hosts' commands now, bytes.
     pub fn buffer_bytes(&self) -> u64 {
         self.shared.hosts.used()
+    }
+
+    /// Connections, and what became of those that were too many.
+    pub fn door(&self) -> DoorInfo {
+        self.shared.door.info()
     }
 
     /// Keys for TLS that DH-HMAC-CHAP has generated and that are not wiped yet.

@@ -5,11 +5,12 @@ mod common;
 use std::time::{Duration, Instant};
 
 use common::*;
+use cryptfold_nvmf_auth::Secret;
 use cryptfold_nvmf_spec::opcode::Io;
 use cryptfold_nvmf_spec::pdu::build::{self, DataPart};
 use cryptfold_nvmf_spec::pdu::{Fes, field};
 use cryptfold_nvmf_spec::{Cid, Cntlid, Sgl, Sqe, Status};
-use cryptfold_nvmf_target::TransportOptions;
+use cryptfold_nvmf_target::{HostAccess, Named, TransportOptions};
 use cryptfold_reactor::IdlePolicy;
 
 /// An I/O queue whose host takes so many R2Ts of a command at once.
@@ -168,15 +169,84 @@ fn connections_have_limits() {
         assert_eq!(status, want, "queue {qid}");
         more.push(io);
     }
-    // Others still find room, until there is none for anybody.
-    let (_other_admin, _other) = rig.host(2);
-    let mut last = Client::open(rig.addr, false, false);
+    drop(more.pop());
+    // Others still find room, until there is none for anybody: whoever is in service stays.
+    let (_second_admin, _second) = rig.host(2);
+    let (_third_admin, _third) = rig.host(3);
     let mut refused = Client::raw(rig.addr);
     assert_eq!(refused.recv(), Pdu::Closed);
-    assert_eq!(last.connect(NQN, 0, 32, Cntlid::DYNAMIC).status(), Status::SUCCESS);
+    assert_eq!((rig.target.door().connections, rig.target.door().refused), (8, 1));
     drop(more);
-    wait(|| rig.target.qpairs(NQN).is_ok_and(|q| q.len() == 5));
-    rig.host(3);
+    wait(|| rig.target.qpairs(NQN).is_ok_and(|q| q.len() == 6));
+    rig.host(4);
+}
+
+/// What holds a place and does nothing: a socket, a greeting, a host that has to authenticate, one that only asks what there is.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Idler {
+    Silent,
+    Greeted,
+    Unproven,
+    Discovery,
+}
+
+/// Whoever reaches the port can take all places; it once kept everybody else out until the deadlines passed. Now a host that connects
+/// takes the oldest of them, in whatever state it is, and nothing happens to hosts in service.
+#[test]
+fn idle_connections_make_room_for_hosts() {
+    const HOUR: u32 = 3_600_000;
+    const PLACES: u32 = 16;
+    for idler in [Idler::Silent, Idler::Greeted, Idler::Unproven, Idler::Discovery] {
+        let options = TransportOptions {
+            max_connections: PLACES,
+            connect_timeout_ms: HOUR,
+            auth_timeout_ms: HOUR,
+            ..Default::default()
+        };
+        let rig = Rig::with(2, IdlePolicy::Interrupt, options);
+        let secret = Secret::new(&[5; 32], None).expect("32 bytes");
+        let key = Named { name: "key".into(), key: secret };
+        let access = HostAccess { dhchap: Some(key), ..Default::default() };
+        rig.target.add_host(NQN, HOST, access).expect("a new host");
+        let (_admin, mut io) = rig.host(1);
+        let idle = || {
+            let mut c = match idler {
+                Idler::Silent => return Client::raw(rig.addr),
+                _ => Client::open(rig.addr, false, false),
+            };
+            let subsystem = if idler == Idler::Discovery { DISCOVERY } else { NQN };
+            if idler != Idler::Greeted {
+                assert_eq!(c.connect(subsystem, 0, 32, Cntlid::DYNAMIC).status(), Status::SUCCESS);
+            }
+            c
+        };
+        // Three times as many as there are places.
+        let mut crowd: Vec<Client> = (0..3 * PLACES).map(|_| idle()).collect();
+        let (_second_admin, mut second) = rig.host(2);
+        // The oldest went, and two more for the queues of the second host; the youngest are there.
+        let stay = PLACES as usize - 4;
+        let gone = crowd.len() - stay;
+        for c in &mut crowd[..gone] {
+            assert_eq!(c.recv(), Pdu::Closed, "{idler:?}");
+        }
+        wait(|| rig.target.door().connections == PLACES);
+        let door = rig.target.door();
+        assert_eq!(
+            (door.unauthenticated as usize, door.displaced as usize, door.refused),
+            (stay, gone, 0),
+            "{idler:?}"
+        );
+        for c in &mut crowd[gone..] {
+            c.stream.set_nonblocking(true).expect("set");
+            let open = c.stream.peek(&mut [0]).expect_err("nothing is sent and nothing closed");
+            assert_eq!(open.kind(), std::io::ErrorKind::WouldBlock, "{idler:?}");
+        }
+        for io in [&mut io, &mut second] {
+            assert_eq!(io.write(0, &pattern(0, 8, 1)), Status::SUCCESS, "{idler:?}");
+        }
+        drop(crowd);
+        wait(|| rig.target.door().connections == 4);
+    }
 }
 
 /// One reactor, two hosts with queues full of large commands: another one's small reads are served all the while. How often is

@@ -183,7 +183,7 @@ params! {
         auth_timeout_ms: u32 = TransportOptions::default().auth_timeout_ms,
         /// Milliseconds in which a host has to send data that it was asked for or the other half of a fused operation, and to take some of what it is sent. Ours.
         r2t_timeout_ms: u32 = TransportOptions::default().r2t_timeout_ms,
-        /// Connections of all hosts. Ours.
+        /// Connections of all hosts. For one more the oldest goes whose host has not connected or authenticated. Ours.
         max_connections: u32 = TransportOptions::default().max_connections,
         /// Connections of one host. Ours.
         max_connections_per_host: u32 = TransportOptions::default().max_connections_per_host,
@@ -557,7 +557,11 @@ pub fn methods() -> Vec<Method> {
                 Ok(TRUE)
             },
         ),
-        Method::new("nvmf_get_stats", "What each reactor does for hosts.", get_stats),
+        Method::new(
+            "nvmf_get_stats",
+            "What each reactor does for hosts; ours: connections, and how many made room for others or were refused.",
+            get_stats,
+        ),
         Method::new(
             "nvmf_discovery_add_referral",
             "Names another discovery service in the discovery log.",
@@ -967,8 +971,9 @@ fn get_qpairs(c: &Control, p: Subsystem) -> RpcResult {
 }
 
 fn get_stats(c: &Control, _: OfTarget) -> RpcResult {
-    let groups: Vec<Value> = c
-        .target()?
+    let target = c.target()?;
+    let door = target.door();
+    let groups: Vec<Value> = target
         .stats()
         .iter()
         .map(|g| {
@@ -980,7 +985,11 @@ fn get_stats(c: &Control, _: OfTarget) -> RpcResult {
             })
         })
         .collect();
-    Ok(json!({"tick_rate": TICK_RATE, "poll_groups": groups}))
+    let connections = json!({
+        "current": door.connections, "unauthenticated": door.unauthenticated, "displaced": door.displaced,
+        "refused": door.refused,
+    });
+    Ok(json!({"tick_rate": TICK_RATE, "poll_groups": groups, "connections": connections}))
 }
 
 /// The calls that make the target's state again.

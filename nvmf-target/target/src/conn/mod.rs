@@ -37,6 +37,7 @@ use crate::TransportOptions;
 use crate::audit;
 use crate::budget::{Place, STEP_BYTES};
 use crate::controller::Controller;
+use crate::door::Standing;
 use crate::group::{ConnRef, Group, LOAD_CONNECTION, LOAD_IO, TICK};
 use crate::port::Port;
 use crate::reservation::{Access, Rights};
@@ -133,6 +134,8 @@ pub(crate) struct Conn {
     /// On the group's ready list.
     listed: Cell<bool>,
     load: Cell<u32>,
+    /// As the door knows it.
+    standing: Cell<Standing>,
     inner: RefCell<Inner>,
 }
 
@@ -150,6 +153,7 @@ impl Conn {
             state: Cell::new(State::AwaitIcReq),
             listed: Cell::new(false),
             load: Cell::new(LOAD_CONNECTION),
+            standing: Cell::new(Standing::Stranger),
             inner: RefCell::new(Inner {
                 wire: Some(wire),
                 readable: false,
@@ -306,7 +310,18 @@ impl Conn {
                 inner.closing = true;
                 self.abandon_input(inner);
             }
-            State::AwaitIcReq | State::AwaitConnect | State::Authenticating | State::Ready => {}
+            State::Ready => self.rise(inner),
+            State::AwaitIcReq | State::AwaitConnect | State::Authenticating => {}
+        }
+    }
+
+    /// The host is known from here on, as far as it has to be.
+    fn rise(&self, inner: &Inner) {
+        let proven = inner.wire.as_ref().is_some_and(|w| w.tls().is_some());
+        let asks = inner.queue.as_ref().is_some_and(|q| q.controller.is_discovery());
+        let to = if asks && !proven { Standing::Caller } else { Standing::Guest };
+        if self.group.upgrade().is_some_and(|g| g.target.door.rise(self.id, to)) {
+            self.standing.set(to);
         }
     }
 
@@ -354,7 +369,7 @@ impl Conn {
         if let Some(group) = self.group.upgrade() {
             group.load(-(self.load.get() as i32));
             group.forget(self.id);
-            group.target.connections.fetch_sub(1, Ordering::Relaxed);
+            group.target.door.leave(self.id, self.standing.get());
             if let Some(q) = &queue {
                 let mut past = locked(&group.seat.past);
                 *past = *past + q.stats.totals();
