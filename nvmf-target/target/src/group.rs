@@ -3,6 +3,9 @@
 //! A connection is on the ready list when bytes may have come, there may be room to send, or output is queued. A turn
 //! serves each of them once with one receive and one send at most, so a greedy one can not starve the others; nothing is
 //! asked of the kernel for connections that are not on the list.
+//!
+//! Where there are several hosts, a turn serves [`SERVED_PER_HOST`] connections of each at most; the others are first in the next one.
+//! So how long a turn takes for a host depends on how many others there are, not on how many connections these have.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
@@ -31,6 +34,8 @@ use crate::wire::Wire;
 pub(crate) const STAGING_BYTES: usize = 256 << 10;
 /// Copy and Verify commands that hold data at the same time.
 const LARGE_COMMANDS: usize = 16;
+/// Connections of one host that a turn serves, if there are other hosts.
+const SERVED_PER_HOST: u32 = 4;
 /// How often deadlines are looked at.
 pub(crate) const TICK: Duration = Duration::from_millis(250);
 
@@ -84,6 +89,22 @@ struct Listening {
     watch: Option<WatchId>,
 }
 
+/// How many connections of a host have been served in this turn. Those of whom nobody knows yet whose they are count as one host.
+#[derive(Default)]
+pub(crate) struct Turns {
+    turn: Cell<u64>,
+    served: Cell<u32>,
+}
+
+impl Turns {
+    /// Whether one more may be served.
+    fn take(&self, turn: u64) -> bool {
+        let before = if self.turn.replace(turn) == turn { self.served.get() } else { 0 };
+        self.served.set(before + 1);
+        before < SERVED_PER_HOST
+    }
+}
+
 /// The connections of one target on one reactor.
 pub(crate) struct Group {
     pub target: Arc<Shared>,
@@ -92,6 +113,11 @@ pub(crate) struct Group {
     listeners: RefCell<HashMap<u64, Listening>>,
     ready: RefCell<Vec<Rc<Conn>>>,
     serving: RefCell<Vec<Rc<Conn>>>,
+    /// Those that this turn leaves to the next.
+    late: RefCell<Vec<Rc<Conn>>>,
+    turn: Cell<u64>,
+    hosts: RefCell<HashMap<String, Weak<Turns>>>,
+    strangers: Rc<Turns>,
     staging: RefCell<Box<[u8]>>,
     channels: RefCell<HashMap<u64, Weak<NsChannel>>>,
     /// Permits for commands that hold a megabyte at a time.
@@ -120,6 +146,10 @@ impl Group {
             listeners: RefCell::default(),
             ready: RefCell::default(),
             serving: RefCell::default(),
+            late: RefCell::default(),
+            turn: Cell::new(0),
+            hosts: RefCell::default(),
+            strangers: Rc::default(),
             staging: RefCell::new(vec![0; STAGING_BYTES].into_boxed_slice()),
             channels: RefCell::default(),
             large_commands: Semaphore::new(LARGE_COMMANDS),
@@ -245,6 +275,31 @@ impl Group {
         self.ready.borrow_mut().push(conn);
     }
 
+    /// What counts a connection whose host is not known.
+    pub fn strangers(&self) -> Rc<Turns> {
+        self.strangers.clone()
+    }
+
+    /// What counts the connections of a host. To be given back to [`Group::leave`].
+    pub fn host(&self, hostnqn: &str) -> Rc<Turns> {
+        let mut hosts = self.hosts.borrow_mut();
+        if let Some(known) = hosts.get(hostnqn).and_then(Weak::upgrade) {
+            return known;
+        }
+        let fresh = Rc::<Turns>::default();
+        hosts.insert(hostnqn.into(), Rc::downgrade(&fresh));
+        fresh
+    }
+
+    /// A connection of this host has ended.
+    pub fn leave(&self, hostnqn: &str, turns: Rc<Turns>) {
+        drop(turns);
+        let mut hosts = self.hosts.borrow_mut();
+        if hosts.get(hostnqn).is_some_and(|t| t.strong_count() == 0) {
+            hosts.remove(hostnqn);
+        }
+    }
+
     /// A connection has ended: forgets it.
     pub fn forget(&self, id: u64) {
         let gone = self.conns.borrow_mut().remove(&id);
@@ -328,8 +383,22 @@ impl Poller for Group {
         let mut serving = self.serving.borrow_mut();
         std::mem::swap(&mut *serving, &mut *self.ready.borrow_mut());
         let mut staging = self.staging.borrow_mut();
+        let mut late = self.late.borrow_mut();
+        let turn = self.turn.get() + 1;
+        self.turn.set(turn);
+        let several = self.hosts.borrow().len() > 1;
         for conn in serving.drain(..) {
-            conn.serve(&mut staging);
+            let turns = conn.turns();
+            if (several || Rc::ptr_eq(&turns, &self.strangers)) && !turns.take(turn) {
+                late.push(conn);
+            } else {
+                conn.serve(&mut staging);
+            }
+        }
+        if !late.is_empty() {
+            let mut ready = self.ready.borrow_mut();
+            late.append(&mut ready);
+            std::mem::swap(&mut *late, &mut *ready);
         }
         true
     }

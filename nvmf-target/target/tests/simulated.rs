@@ -13,17 +13,18 @@ use cryptfold_bdev::Registry;
 use cryptfold_bdev_malloc::MallocOptions;
 use cryptfold_nvmf_spec::fabrics::{Connect, ConnectData, PropertyCommand};
 use cryptfold_nvmf_spec::features::Fid;
+use cryptfold_nvmf_spec::log::{GetLogPage, Health, Lid};
 use cryptfold_nvmf_spec::opcode::{Admin, Io};
 use cryptfold_nvmf_spec::pdu::build::{self, DataPart, Format};
 use cryptfold_nvmf_spec::pdu::{Event, Header, Limits, Parser, Role};
 use cryptfold_nvmf_spec::property::Property;
 use cryptfold_nvmf_spec::sqe::RwControl;
 use cryptfold_nvmf_spec::{Cid, Cntlid, Cqe, Nqn, Nsid, Qid, Sgl, Sqe};
-use cryptfold_nvmf_target::wire::{MemWire, Wire, mem_pair};
+use cryptfold_nvmf_target::wire::{MemWire, Wake, Wire, mem_pair};
 use cryptfold_nvmf_target::{ListenAddr, NsOptions, SubsystemOptions, Target, TransportOptions};
 use cryptfold_reactor::sync::Notify;
 use cryptfold_reactor::{self as reactor, Sim};
-use zerocopy::IntoBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
 const NQN: &str = "nqn.2024-01.io.cryptfold:sim";
 const HOST: &str = "nqn.2024-01.io.cryptfold:host";
@@ -39,6 +40,30 @@ struct Host {
     input: Vec<u8>,
     /// System calls left until this end hangs up.
     fuel: Cell<u64>,
+    nqn: &'static str,
+}
+
+/// The target's end of a stream, which tells when it is served.
+struct Watched {
+    wire: MemWire,
+    served: Rc<dyn Fn()>,
+}
+
+impl Wire for Watched {
+    fn recv(&self, bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
+        (self.served)();
+        self.wire.recv(bufs)
+    }
+    fn send(&self, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
+        (self.served)();
+        self.wire.send(bufs)
+    }
+    fn shutdown(&self, how: Shutdown) {
+        self.wire.shutdown(how);
+    }
+    fn on_ready(&self, wake: Wake) {
+        self.wire.on_ready(wake);
+    }
 }
 
 impl Host {
@@ -47,12 +72,25 @@ impl Host {
     }
 
     fn with_capacity(target: &Target, addr: &ListenAddr, fuel: u64, capacity: usize) -> Host {
-        let (mine, theirs) = mem_pair(capacity);
+        Host::watched(target, addr, fuel, capacity, HOST, Rc::new(|| ()))
+    }
+
+    /// `served` is called whenever the target receives or sends on this connection.
+    fn watched(
+        target: &Target,
+        addr: &ListenAddr,
+        fuel: u64,
+        capacity: usize,
+        nqn: &'static str,
+        served: Rc<dyn Fn()>,
+    ) -> Host {
+        let (wire, theirs) = mem_pair(capacity);
         let notify = Rc::new(Notify::new());
         let n = notify.clone();
-        mine.on_ready(Rc::new(move || n.notify_one()));
-        target.attach(addr, Box::new(theirs)).expect("the address listens");
-        Host { wire: mine, notify, parser: Parser::new(Role::Host), input: Vec::new(), fuel: Cell::new(fuel) }
+        wire.on_ready(Rc::new(move || n.notify_one()));
+        target.attach(addr, Box::new(Watched { wire: theirs, served })).expect("the address listens");
+        let (parser, input, fuel) = (Parser::new(Role::Host), Vec::new(), Cell::new(fuel));
+        Host { wire, notify, parser, input, fuel, nqn }
     }
 
     fn burn(&self) -> Result<(), Cut> {
@@ -144,7 +182,7 @@ impl Host {
         self.send(&buf[..n]).await?;
         self.recv().await?;
         let name = |n| Nqn::parse(n).expect("a name");
-        let data = ConnectData::new([9; 16], cntlid, name(NQN), name(HOST));
+        let data = ConnectData::new([9; 16], cntlid, name(NQN), name(self.nqn));
         let connect = Sqe::from_view(&Connect::new(Cid(0), Qid(qid), 31, 0));
         Ok(self.command(connect, data.as_bytes(), &[]).await?.0)
     }
@@ -296,9 +334,9 @@ const GREEDY_DEPTH: u16 = 30;
 const GREEDY_BLOCKS: u32 = 256;
 
 /// An enabled controller's admin and I/O queue.
-async fn queues(t: &Target, addr: &ListenAddr) -> (Host, Host) {
-    let open = || Host::with_capacity(t, addr, u64::MAX, PIPE_BYTES);
-    let (mut admin, mut io) = (open(), open());
+async fn queues(t: &Target, addr: &ListenAddr, nqn: &'static str, served: Rc<dyn Fn()>) -> (Host, Host) {
+    let open = |served| Host::watched(t, addr, u64::MAX, PIPE_BYTES, nqn, served);
+    let (mut admin, mut io) = (open(served.clone()), open(served));
     let cqe = admin.connect(0, Cntlid::DYNAMIC).await.expect("connected");
     let enable = Sqe::from_view(&PropertyCommand::set(Cid(1), Property::Cc, 0x0046_0001));
     assert!(admin.command(enable, &[], &[]).await.expect("enabled").0.status().is_success());
@@ -306,19 +344,30 @@ async fn queues(t: &Target, addr: &ListenAddr) -> (Host, Host) {
     (admin, io)
 }
 
-fn read(cid: u16, blocks: u32) -> Sqe {
-    let mut sqe = Sqe::io(Io::Read, Cid(cid), Nsid(1));
+fn rw(opcode: Io, cid: u16, blocks: u32) -> Sqe {
+    let mut sqe = Sqe::io(opcode, Cid(cid), Nsid(1));
     sqe.set_rw(0, blocks, RwControl(0));
     sqe.sgl = Sgl::transport(blocks * 512);
     sqe
 }
 
-/// Reads with as many and as large commands as there may be, until told to stop; counts the bytes that came.
-async fn greedy(t: Arc<Target>, addr: ListenAddr, bytes: Arc<AtomicU64>, stop: Arc<AtomicU64>) {
-    let (_admin, mut io) = queues(&t, &addr).await;
+fn read(cid: u16, blocks: u32) -> Sqe {
+    rw(Io::Read, cid, blocks)
+}
+
+/// Reads or writes with as many and as large commands as there may be, until told to stop; counts the bytes that came or went.
+async fn greedy_as(
+    nqn: &'static str,
+    opcode: Io,
+    (t, addr): (Arc<Target>, ListenAddr),
+    served: Rc<dyn Fn()>,
+    bytes: Arc<AtomicU64>,
+    stop: Arc<AtomicU64>,
+) {
+    let (_admin, mut io) = queues(&t, &addr, nqn, served).await;
     let submit = async |io: &mut Host, cid| {
         let mut capsule = vec![0; 128];
-        let n = build::capsule_cmd(&mut capsule, &read(cid, GREEDY_BLOCKS), 0, Format::default())
+        let n = build::capsule_cmd(&mut capsule, &rw(opcode, cid, GREEDY_BLOCKS), 0, Format::default())
             .expect("it fits");
         io.send(&capsule[..n]).await.expect("the target takes it");
     };
@@ -328,9 +377,22 @@ async fn greedy(t: Arc<Target>, addr: ListenAddr, bytes: Arc<AtomicU64>, stop: A
     while stop.load(Ordering::Relaxed) == 0 {
         match io.recv().await.expect("the target goes on") {
             (Header::CapsuleResp(cqe), _) => submit(&mut io, cqe.cid().0).await,
+            (Header::R2t { cid, ttag, offset, len }, _) => {
+                let mut pdu = vec![0; 24 + len as usize];
+                let part = DataPart { cid, offset, len, last: true };
+                let head = build::h2c_data(&mut pdu, part, ttag, Format::default()).expect("it fits");
+                assert_eq!(head, 24);
+                io.send(&pdu).await.expect("the target takes it");
+                bytes.fetch_add(u64::from(len), Ordering::Relaxed);
+            }
             (_, data) => drop(bytes.fetch_add(data.len() as u64, Ordering::Relaxed)),
         }
     }
+}
+
+/// A connection of the usual host that only reads.
+async fn greedy(t: Arc<Target>, addr: ListenAddr, bytes: Arc<AtomicU64>, stop: Arc<AtomicU64>) {
+    greedy_as(HOST, Io::Read, (t, addr), Rc::new(|| ()), bytes, stop).await;
 }
 
 /// The greedy ones stop, and their connections end.
@@ -344,7 +406,7 @@ const READS: u16 = 60;
 
 /// How many bytes of others came between each small read and its answer: the most, and all together.
 async fn polite(t: Arc<Target>, addr: ListenAddr, bytes: Arc<AtomicU64>) -> (u64, u64) {
-    let (_admin, mut io) = queues(&t, &addr).await;
+    let (_admin, mut io) = queues(&t, &addr, HOST, Rc::new(|| ())).await;
     while bytes.load(Ordering::Relaxed) < 1 << 20 {
         reactor::yield_now().await;
     }
@@ -387,6 +449,91 @@ fn a_greedy_connection_is_served_in_turn() {
     // A pipe full per turn; request, device and response take a turn each, and the simulator's random order adds its share.
     // In order of arrival it would be all that is queued, each time.
     assert!(mean <= queued / 8 && worst <= queued / 2, "{mean} on average, {worst} at most, of {queued}");
+}
+
+const GREEDY: &str = "nqn.2024-01.io.cryptfold:greedy";
+/// Connections of the greedy host.
+const GREEDY_CONNECTIONS: u64 = 32;
+/// Connections of one host that a turn serves where there are several hosts (`group.rs`).
+const SERVED_PER_HOST: u64 = 4;
+
+/// Who has been served how often.
+#[derive(Default)]
+struct Services {
+    /// The connection that was served last.
+    last: AtomicU64,
+    /// Services of the greedy host's connections so far: a receive and a send one after the other are one.
+    greedy: AtomicU64,
+    /// How many of these there had been when the polite host's bytes came, plus one; 0: it waits for nothing.
+    since: AtomicU64,
+    /// The most of them that it has waited for, and all that it has waited for.
+    worst: AtomicU64,
+    sum: AtomicU64,
+}
+
+impl Services {
+    fn greedy(&self, connection: u64) {
+        if self.last.swap(connection, Ordering::Relaxed) != connection {
+            self.greedy.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    fn polite(&self) {
+        self.last.store(0, Ordering::Relaxed);
+        let since = self.since.swap(0, Ordering::Relaxed);
+        if since > 0 {
+            let waited = self.greedy.load(Ordering::Relaxed) + 1 - since;
+            self.worst.fetch_max(waited, Ordering::Relaxed);
+            self.sum.fetch_add(waited, Ordering::Relaxed);
+        }
+    }
+
+    /// The polite host is about to send something.
+    fn waits(&self) {
+        self.since.store(self.greedy.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+    }
+}
+
+/// One command at a time, small reads and writes in turn.
+async fn polite_one((t, addr): (Arc<Target>, ListenAddr), services: Arc<Services>, bytes: Arc<AtomicU64>) {
+    let s = services.clone();
+    let (_admin, mut io) = queues(&t, &addr, HOST, Rc::new(move || s.polite())).await;
+    while bytes.load(Ordering::Relaxed) < GREEDY_CONNECTIONS << 17 {
+        reactor::yield_now().await;
+    }
+    for cid in 0..READS {
+        let mut write = rw(Io::Write, cid, 8);
+        write.sgl = Sgl::in_capsule(0, 4096);
+        let (sqe, data) = if cid % 2 == 0 { (read(cid, 8), &[][..]) } else { (write, &[7; 4096][..]) };
+        services.waits();
+        let (cqe, _) = io.command(sqe, data, &[]).await.expect("the target goes on");
+        assert!(cqe.status().is_success());
+    }
+}
+
+/// Hosts are served in turn, not connections: beside one with 32 connections, each with a queue full of reads or writes of the largest
+/// size, a host with one connection and one command waits for four services of the other until it is served, and no more.
+#[test]
+fn a_host_with_many_connections_is_served_as_one() {
+    for seed in 0..10 {
+        let (mut sim, _registry, target, addr) = simulate(seed, 1);
+        let (stop, bytes) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+        let services = Arc::<Services>::default();
+        for n in 1..=GREEDY_CONNECTIONS {
+            let (at, bytes, stop) = ((target.clone(), addr.clone()), bytes.clone(), stop.clone());
+            let (opcode, s) = (if n % 2 == 0 { Io::Read } else { Io::Write }, services.clone());
+            sim.spawn(0, move || greedy_as(GREEDY, opcode, at, Rc::new(move || s.greedy(n)), bytes, stop))
+                .detach();
+        }
+        let (at, s, b) = ((target.clone(), addr.clone()), services.clone(), bytes.clone());
+        sim.run(move || polite_one(at, s, b));
+        let (worst, sum) = (services.worst.load(Ordering::Relaxed), services.sum.load(Ordering::Relaxed));
+        println!(
+            "seed {seed}: of {READS} commands each waited for {worst} services of the greedy host at most, all for {sum}"
+        );
+        assert!(sum > 0 && worst <= SERVED_PER_HOST, "seed {seed}: {worst} services before one");
+        end(&mut sim, &target, &stop);
+    }
 }
 
 /// Connections that all want everything get the same.
@@ -493,4 +640,56 @@ fn nobody_is_charged_for_time_in_which_the_target_stood_still() {
         stop.store(1, Ordering::Relaxed);
         assert!(sim.run_until(|| host.is_finished()), "seed {seed}: silence ends it still");
     }
+}
+
+/// SMART's busy time, minutes.
+async fn busy_minutes(admin: &mut Host) -> u128 {
+    let mut sqe = GetLogPage::new(Lid::Health, 0, 512).expect("legal").to_sqe(Cid(7), Nsid(0));
+    sqe.sgl = Sgl::transport(512);
+    let (cqe, page) = admin.command(sqe, &[], &[]).await.expect("it lives");
+    assert!(cqe.status().is_success());
+    Health::read_from_bytes(&page).expect("512 bytes").busy_min.get()
+}
+
+/// Busy is the time in which I/O commands were under way, and no other.
+#[test]
+fn busy_time_rises_with_work() {
+    const COMMAND: Duration = Duration::from_secs(340);
+    let (mut sim, registry, target, addr) = simulate(1, 1);
+    let base = MallocOptions {
+        name: "base".into(),
+        num_blocks: 64,
+        block_size_bytes: 512,
+        uuid: None,
+        optimal_io_boundary: 0,
+    };
+    cryptfold_bdev_malloc::create(&registry, base).expect("a RAM disk");
+    let slow = cryptfold_bdev_delay::DelayOptions {
+        name: "slow".into(),
+        base_bdev_name: "base".into(),
+        uuid: None,
+        latencies_us: [COMMAND.as_micros() as u64; 4],
+    };
+    cryptfold_bdev_delay::create(&registry, slow).expect("a layer");
+    let ns = NsOptions { bdev_name: "slow".into(), ..Default::default() };
+    assert_eq!(target.add_ns(NQN, &ns), Ok(2));
+    let t = target.clone();
+    let seen = sim.run(move || async move {
+        let (mut admin, mut io) = queues(&t, &addr, HOST, Rc::new(|| ())).await;
+        let mut seen = Vec::new();
+        for commands in [0, 1, 0, 1] {
+            for cid in 0..commands {
+                let slow = Sqe { nsid: 2.into(), ..read(cid, 1) };
+                assert!(io.command(slow, &[], &[]).await.expect("it lives").0.status().is_success());
+            }
+            if commands == 0 {
+                reactor::sleep(COMMAND).await;
+            }
+            seen.push(busy_minutes(&mut admin).await);
+        }
+        seen
+    });
+    // 5 min 40 s each.
+    assert_eq!(seen, [0, 5, 5, 11]);
+    assert!(sim.run_until(|| target.controllers(NQN).is_ok_and(|c| c.is_empty())), "the host is gone");
 }

@@ -38,7 +38,7 @@ use crate::audit;
 use crate::budget::{Place, STEP_BYTES};
 use crate::controller::Controller;
 use crate::door::Standing;
-use crate::group::{ConnRef, Group, LOAD_CONNECTION, LOAD_IO, TICK};
+use crate::group::{ConnRef, Group, LOAD_CONNECTION, LOAD_IO, TICK, Turns};
 use crate::port::Port;
 use crate::reservation::{Access, Rights};
 use crate::stats::QueueStats;
@@ -136,6 +136,8 @@ pub(crate) struct Conn {
     load: Cell<u32>,
     /// As the door knows it.
     standing: Cell<Standing>,
+    /// Shared by the connections of its host.
+    turns: RefCell<Rc<Turns>>,
     inner: RefCell<Inner>,
 }
 
@@ -154,6 +156,7 @@ impl Conn {
             listed: Cell::new(false),
             load: Cell::new(LOAD_CONNECTION),
             standing: Cell::new(Standing::Stranger),
+            turns: RefCell::new(group.strangers()),
             inner: RefCell::new(Inner {
                 wire: Some(wire),
                 readable: false,
@@ -216,6 +219,11 @@ impl Conn {
         {
             group.push_ready(me);
         }
+    }
+
+    /// What counts the turns of its host.
+    pub fn turns(&self) -> Rc<Turns> {
+        self.turns.borrow().clone()
     }
 
     /// One turn: receives once, sends once.
@@ -320,7 +328,9 @@ impl Conn {
         let proven = inner.wire.as_ref().is_some_and(|w| w.tls().is_some());
         let asks = inner.queue.as_ref().is_some_and(|q| q.controller.is_discovery());
         let to = if asks && !proven { Standing::Caller } else { Standing::Guest };
-        if self.group.upgrade().is_some_and(|g| g.target.door.rise(self.id, to)) {
+        let (Some(group), Some(queue)) = (self.group.upgrade(), &inner.queue) else { return };
+        *self.turns.borrow_mut() = group.host(&queue.controller.host.nqn);
+        if group.target.door.rise(self.id, to) {
             self.standing.set(to);
         }
     }
@@ -371,6 +381,7 @@ impl Conn {
             group.forget(self.id);
             group.target.door.leave(self.id, self.standing.get());
             if let Some(q) = &queue {
+                group.leave(&q.controller.host.nqn, self.turns.replace(group.strangers()));
                 let mut past = locked(&group.seat.past);
                 *past = *past + q.stats.totals();
             }
