@@ -185,6 +185,9 @@ impl Device for Liar {
 }
 
 fn done(mut io: Box<cryptfold_bdev::Io>) {
+    if io.op != Op::Read {
+        return io.finish(cryptfold_bdev::Status::SUCCESS);
+    }
     io.data = cryptfold_reactor::memory::Buf::from_slice(&vec![0; io.blocks as usize * 512]).into();
     io.finish(cryptfold_bdev::Status::SUCCESS);
 }
@@ -209,8 +212,26 @@ impl Queue for LiarQueue {
     }
 }
 
-/// A thin device of 64 blocks of which so many bytes have content.
-struct Thin(DeviceInfo, u64);
+/// A thin device of 64 blocks: so many bytes of it have content, so much of the space behind it is free (percent). Whatever it is asked to
+/// do it has done at once.
+struct Thin(DeviceInfo, u64, AtomicU64);
+
+impl Thin {
+    fn create(rig: &Rig, name: &str, ops: OpSet, allocated_bytes: u64, free_percent: u64) -> Arc<Thin> {
+        let info = DeviceInfo { thin: true, ops, ..DeviceInfo::new(name, "thin", 512, 64) };
+        let device = Arc::new(Thin(info, allocated_bytes, AtomicU64::new(free_percent)));
+        rig.registry.register(device.clone()).expect("a new name");
+        device
+    }
+}
+
+struct Prompt;
+
+impl Queue for Prompt {
+    fn submit(self: Rc<Self>, io: Box<cryptfold_bdev::Io>) {
+        done(io);
+    }
+}
 
 impl Device for Thin {
     fn info(&self) -> &DeviceInfo {
@@ -218,11 +239,15 @@ impl Device for Thin {
     }
 
     fn open_queue(self: Arc<Self>) -> Result<Rc<dyn Queue>, BdevError> {
-        Ok(Rc::<LiarQueue>::default())
+        Ok(Rc::new(Prompt))
     }
 
     fn allocated_bytes(&self) -> Option<u64> {
         Some(self.1)
+    }
+
+    fn space(&self) -> Option<Space> {
+        Some(Space { free_bytes: self.2.load(Ordering::Relaxed), total_bytes: 100 })
     }
 }
 
@@ -239,27 +264,9 @@ fn identify_tells_what_is_allocated() {
     assert_eq!(sizes(&mut admin, 1), (BLOCKS, BLOCKS, BLOCKS, 0), "a RAM disk");
     for (nsid, bytes, blocks) in [(2, 0, 0), (3, 512 * 7 + 1, 8), (4, 1 << 40, 64)] {
         let name = format!("thin{nsid}");
-        let info = DeviceInfo { thin: true, ..DeviceInfo::new(name.as_str(), "thin", 512, 64) };
-        rig.registry.register(Arc::new(Thin(info, bytes))).expect("a new name");
+        Thin::create(&rig, &name, OpSet::of(&[Op::Read]), bytes, 100);
         assert_eq!(rig.target.add_ns(NQN, &NsOptions { bdev_name: name, ..Default::default() }), Ok(nsid));
         assert_eq!(sizes(&mut admin, nsid), (64, 64, blocks, 1));
-    }
-}
-
-/// A thin device of which so much is free, percent.
-struct Filling(DeviceInfo, AtomicU64);
-
-impl Device for Filling {
-    fn info(&self) -> &DeviceInfo {
-        &self.0
-    }
-
-    fn open_queue(self: Arc<Self>) -> Result<Rc<dyn Queue>, BdevError> {
-        Ok(Rc::<LiarQueue>::default())
-    }
-
-    fn space(&self) -> Option<Space> {
-        Some(Space { free_bytes: self.1.load(Ordering::Relaxed), total_bytes: 100 })
     }
 }
 
@@ -267,9 +274,7 @@ impl Device for Filling {
 #[test]
 fn too_little_space_is_told() {
     let rig = Rig::new();
-    let info = DeviceInfo { thin: true, ..DeviceInfo::new("filling", "filling", 512, 64) };
-    let device = Arc::new(Filling(info, AtomicU64::new(50)));
-    rig.registry.register(device.clone()).expect("a new name");
+    let device = Thin::create(&rig, "filling", OpSet::of(&[Op::Read]), 0, 50);
     let ns = NsOptions { bdev_name: "filling".into(), ..Default::default() };
     assert_eq!(rig.target.add_ns(NQN, &ns), Ok(2));
     let wants = |admin: &mut Client| {
@@ -293,7 +298,7 @@ fn too_little_space_is_told() {
     admin.await_event(900);
     let page = health(&mut admin);
     assert_eq!((page.available_spare_pct, page.critical_warning), (50, 0));
-    device.1.store(9, Ordering::Relaxed);
+    device.2.store(9, Ordering::Relaxed);
     told(&mut admin, 900);
     // Reset, and on again.
     admin.set(Property::Cc, 0);
@@ -346,17 +351,11 @@ fn errors_and_health() {
         (before.critical_warning, before.available_spare_pct, before.spare_threshold_pct),
         (0, 100, 10)
     );
-    let inject = |op| {
-        let i = Injection {
-            op: Some(op),
-            kind: Kind::Failure,
-            num: 1,
-            corrupt_offset_bytes: 0,
-            corrupt_value: 0,
-        };
+    let inject = |kind| {
+        let i = Injection { op: Some(Op::Read), kind, num: 1, corrupt_offset_bytes: 0, corrupt_value: 0 };
         cryptfold_bdev_error::inject(&rig.registry, &faulty, i).expect("it exists");
     };
-    inject(Op::Read);
+    inject(Kind::Failure);
     let failed = io.read(77, 1).0;
     assert!(!failed.is_success());
     assert_eq!(io.read(BLOCKS, 1).0.code(), Status::LBA_OUT_OF_RANGE);
@@ -375,10 +374,110 @@ fn errors_and_health() {
     assert_eq!(Status::from_wire(entries[2].status.get()), failed);
     let after = health(&mut admin);
     assert_eq!(after.error_log_entries.get(), 3);
-    assert_eq!(after.media_errors.get(), u128::from(failed.sct() == cryptfold_nvmf_spec::status::Sct::Media));
+    assert_eq!(after.media_errors.get(), 0, "{failed:?}: no word of the medium");
     assert_eq!((after.host_writes.get(), after.data_units_written.get()), (4, 1), "4 x 64,000 bytes");
     let id = admin.admin_in(Admin::Identify, 0, Cns::Controller as u32, 4096).1;
     assert_eq!(IdentifyController::read_from_bytes(&id).expect("4096 bytes").elpe, 63);
+    // Data that is not there any more, whoever finds out: a host that reads it, or one that has it verified.
+    for (n, opcode) in (1..).zip([Io::Read, Io::Verify]) {
+        inject(Kind::Status(cryptfold_bdev::Status::UNRECOVERED_READ));
+        let status = match opcode {
+            Io::Read => io.read(9, 1).0.code(),
+            _ => none(&mut io, opcode, 9, 1),
+        };
+        assert_eq!(status, Status::UNRECOVERED_READ_ERROR, "{opcode:?}");
+        assert_eq!(health(&mut admin).media_errors.get(), n, "{opcode:?}");
+    }
+    assert_eq!(none(&mut io, Io::Verify, 0, BLOCKS as u32), Status::SUCCESS);
+    assert_eq!((health(&mut admin).media_errors.get(), health(&mut admin).error_log_entries.get()), (2, 5));
+}
+
+/// Which opcodes the Commands Supported and Effects log page calls supported: admin, I/O.
+fn supported(admin: &mut Client) -> [Vec<u8>; 2] {
+    let page = CommandEffects::read_from_bytes(&admin.log(Lid::CommandEffects, 4096)).expect("4096 bytes");
+    let codes = |all: &[zerocopy::little_endian::U32; 256]| {
+        (0..=255).filter(|o| all[usize::from(*o)].get() & 1 == 1).collect()
+    };
+    [codes(&page.admin), codes(&page.io)]
+}
+
+/// Every opcode is tried on both kinds of queues: those that the log page calls supported are known, all others are not.
+#[test]
+fn the_effects_log_tells_what_is_accepted() {
+    let rig = Rig::new();
+    let known = |c: &mut Client, sqe: &Sqe, opcode: u8| {
+        let status = c.run(Sqe { opcode, ..*sqe }, &[], &[]).0.status().code();
+        status != Status::INVALID_OPCODE
+    };
+    // A RAM disk knows no Write Uncorrectable; the page tells of it as soon as a namespace is there that does.
+    for nsid in [1, 2] {
+        if nsid == 2 {
+            let ops = [Op::Read, Op::Write, Op::Flush, Op::Unmap, Op::WriteZeroes, Op::WriteUncorrectable];
+            Thin::create(&rig, "thin", OpSet::of(&ops), 0, 100);
+            assert_eq!(
+                rig.target.add_ns(NQN, &NsOptions { bdev_name: "thin".into(), ..Default::default() }),
+                Ok(2)
+            );
+        }
+        let (mut admin, mut io) = rig.host(1);
+        let [admin_codes, io_codes] = supported(&mut admin);
+        assert_eq!(io_codes.contains(&(Io::WriteUncorrectable as u8)), nsid == 2);
+        // No data: what needs some says so. A Fabrics command has its type where others have the namespace: Property Get.
+        let none = Sgl::transport(0);
+        for opcode in 0..=255u8 {
+            let sqe = match Admin::from_u8(opcode) {
+                Some(Admin::Fabrics) => Sqe { nsid: 4.into(), ..Sqe::admin(Admin::Fabrics, Cid(0), Nsid(4)) },
+                _ => Sqe { sgl: none, ..Sqe::admin(Admin::Identify, Cid(0), Nsid(0)) },
+            };
+            let accepted = if opcode == Admin::AsyncEventRequest as u8 {
+                // Accepted is what is not answered: the next command is answered first.
+                admin.await_event(900);
+                let (cqe, _) = admin.admin_in(Admin::Identify, 0, Cns::Controller as u32, 4096);
+                cqe.status() == Status::SUCCESS
+            } else {
+                known(&mut admin, &sqe, opcode)
+            };
+            assert_eq!(accepted, admin_codes.contains(&opcode), "admin command {opcode:#04x}");
+        }
+        for opcode in (0..=255u8).filter(|o| *o != Io::Fabrics as u8) {
+            let sqe = Sqe { sgl: none, nsid: nsid.into(), ..rw_sqe(Io::Flush, 3, 1, none) };
+            assert_eq!(
+                known(&mut io, &sqe, opcode),
+                io_codes.contains(&opcode),
+                "I/O command {opcode:#04x} of namespace {nsid}"
+            );
+        }
+        assert!(io_codes.contains(&(Io::Fabrics as u8)));
+        assert_eq!(io.disconnect().status(), Status::SUCCESS);
+    }
+}
+
+/// Host Identifier (81h): what Connect said, 128 bits of it on fabrics; nobody can change it afterwards.
+#[test]
+fn the_host_identifier_is_that_of_connect() {
+    let rig = Rig::new();
+    let (mut admin, _io) = rig.host(6);
+    let fid = Fid::HostIdentifier as u32;
+    let get = |admin: &mut Client, select: u32, extended: u32| {
+        let mut sqe = Sqe::admin(Admin::GetFeatures, Cid(0), Nsid(0));
+        (sqe.cdw10, sqe.cdw11) = ((fid | select << 8).into(), extended.into());
+        sqe.sgl = Sgl::transport(16);
+        let (cqe, data) = admin.run(sqe, &[], &[]);
+        (cqe.status().code(), data)
+    };
+    assert_eq!(get(&mut admin, 0, 1), (Status::SUCCESS, vec![6; 16]));
+    assert_eq!(get(&mut admin, 0, 0), (Status::INVALID_FIELD, vec![]), "64 bits are for other transports");
+    for extended in [0, 1] {
+        let mut sqe = Sqe::admin(Admin::SetFeatures, Cid(0), Nsid(0));
+        (sqe.cdw10, sqe.cdw11) = (fid.into(), extended.into());
+        sqe.sgl = Sgl::in_capsule(0, 16);
+        let status = admin.run(sqe, &[9; 16], &[]).0.status();
+        assert_eq!((status.code(), status.dnr()), (Status::COMMAND_SEQUENCE_ERROR, true));
+    }
+    assert_eq!(get(&mut admin, 0, 1), (Status::SUCCESS, vec![6; 16]), "unchanged");
+    // Not changeable, not saveable, not of a namespace.
+    let supported = admin.feature(Admin::GetFeatures, fid | 3 << 8, 0);
+    assert_eq!((supported.status(), supported.dw0.get()), (Status::SUCCESS, 0));
 }
 
 /// Two ports of one subsystem: what is inaccessible through one works through the other, for each group by itself; a
