@@ -9,7 +9,7 @@ use std::task::{Context, Poll, Waker};
 use std::time::{Duration, Instant};
 
 use cryptfold_nvmf_auth::TlsPsk;
-use cryptfold_nvmf_tls::{Offload, Raw, Session};
+use cryptfold_nvmf_tls::{Offload, Raw, Session, load_kernel_tls};
 use socket2::{Domain, Socket, Type};
 
 use crate::{ConnectOptions, Error, TcpWire, TlsWire, Wire};
@@ -137,6 +137,9 @@ impl Raw for Blocking<'_> {
 
 /// The handshake: done here, where waiting is possible.
 fn secure(stream: &TcpStream, key: &TlsPsk, kernel: bool, limit: Duration) -> io::Result<Session> {
+    if kernel {
+        load_kernel_tls();
+    }
     let start = Instant::now();
     let mut session = Session::client(key)?;
     loop {

@@ -341,8 +341,12 @@ impl Target {
         Target { shared }
     }
 
-    /// Whether connections from now on leave the records of TLS to the kernel, where it takes them; so it is at first.
+    /// Whether connections from now on leave the records of TLS to the kernel, where it takes them. At first they do not. The kernel may
+    /// load a module for it, which takes a moment.
     pub fn set_kernel_tls(&self, may: bool) {
+        if may {
+            cryptfold_nvmf_tls::load_kernel_tls();
+        }
         self.shared.kernel_tls.store(may, Ordering::Relaxed);
     }
 

@@ -16,3 +16,4 @@ mod socket;
 
 pub use hello::identities;
 pub use session::{Direction, Keys, Layer, Offload, Raw, RecordKeys, Session, TlsError};
+pub use socket::load_kernel_tls;

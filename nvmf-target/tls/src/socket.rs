@@ -4,7 +4,7 @@
 use std::io;
 use std::mem::MaybeUninit;
 use std::net::TcpStream;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
 use libc::{c_int, c_void};
@@ -63,20 +63,33 @@ fn listed() -> bool {
     }
 }
 
+/// Has the kernel load its `tls` module, if it is not there. The first call may take as long as a program that looks for the module: not
+/// for reactors. Without it no stream is left to the kernel, unless the module is there already.
+pub fn load_kernel_tls() {
+    static ASKED: Mutex<bool> = Mutex::new(false);
+    // Held while the kernel looks: who comes meanwhile waits for the answer.
+    let mut asked = ASKED.lock().unwrap_or_else(PoisonError::into_inner);
+    if std::mem::replace(&mut *asked, true) {
+        return;
+    }
+    // SAFETY: no pointers; the descriptor is new and nobody else's.
+    let socket = unsafe {
+        match libc::socket(libc::AF_INET, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) {
+            -1 => return,
+            fd => TcpStream::from(OwnedFd::from_raw_fd(fd)),
+        }
+    };
+    // Not connected, so the module takes it not; but it has been looked for.
+    let _ = set(&socket, libc::IPPROTO_TCP, libc::TCP_ULP, b"tls");
+}
+
 impl Offload for TcpStream {
     fn attach(&self) -> io::Result<()> {
-        /// Asked for a module that it has not loaded, the kernel runs a program that looks for it, each time. So it is asked once
-        /// (others wait for the answer), and again when it lists it.
-        static ASKED: Mutex<bool> = Mutex::new(false);
-        let mut asked = ASKED.lock().unwrap_or_else(PoisonError::into_inner);
-        if *asked && !listed() {
+        // Asked for a module that it has not loaded, the kernel would look for it now, each time.
+        if !listed() {
             return Err(io::ErrorKind::NotFound.into());
         }
-        // Held while the kernel looks.
-        let first = (!std::mem::replace(&mut *asked, true)).then_some(asked);
-        let result = set(self, libc::IPPROTO_TCP, libc::TCP_ULP, b"tls");
-        drop(first);
-        result
+        set(self, libc::IPPROTO_TCP, libc::TCP_ULP, b"tls")
     }
 
     fn install(&self, direction: Direction, keys: &RecordKeys) -> io::Result<()> {

@@ -6,9 +6,14 @@
 //!     library         library       library receives          both are the kernel's
 //! ```
 //! Who is refused stays where it is. Keys go over between the last byte of the handshake and the first of data: s2n-tls gives its
-//! state away and forgets it, so no key is ever used by both; if the kernel does not want it, the library gets it back.
+//! state away and forgets it, so no key is ever used by both; if the kernel does not want it, the library gets it back. When both
+//! directions are the kernel's, this process has no secret of the session any more.
 //!
 //! Data then passes as on a plain socket. What is no data makes the kernel refuse a receive; it is taken separately, with its type.
+//!
+//! Keys are never changed here, whatever the kernel could: Linux's own initiator reads no KeyUpdate, and before 6.14 the record layer
+//! takes no second key. A key that has made as many records as it may ends its connection with a good-bye, and a KeyUpdate of the other
+//! side ends it with an error: hosts connect again, with fresh keys.
 
 use std::io::{self, IoSlice, IoSliceMut};
 
@@ -74,12 +79,12 @@ pub struct RecordKeys {
 
 /// The kernel's record layer on a stream.
 pub trait Offload {
-    /// Gets the stream ready for keys; bytes pass as before.
+    /// Gets the stream ready for keys; bytes pass as before. Loads no module: see [`crate::load_kernel_tls`].
     ///
     /// # Errors
     /// There is no such layer here.
     fn attach(&self) -> io::Result<()>;
-    /// From now on this direction carries data instead of records. Again: other keys, after a KeyUpdate.
+    /// From now on this direction carries data instead of records. Once.
     ///
     /// # Errors
     /// The kernel's. Nothing has changed then.
@@ -100,8 +105,8 @@ pub trait Offload {
 /// The secret of one direction, from which keys are made.
 pub(super) struct Traffic {
     hash: HashId,
-    pub(super) secret: Zeroizing<Vec<u8>>,
-    sequence: u64,
+    secret: Zeroizing<Vec<u8>>,
+    pub sequence: u64,
 }
 
 impl Traffic {
@@ -111,12 +116,6 @@ impl Traffic {
         iv.copy_from_slice(&expand_label(self.hash, &self.secret, "iv", &[], 12)?);
         let key = expand_label(self.hash, &self.secret, "key", &[], key_len)?;
         Some(RecordKeys { key, iv, sequence: self.sequence })
-    }
-
-    /// The one after a KeyUpdate (RFC 8446 section 7.2).
-    pub fn next(&self) -> Option<Traffic> {
-        let secret = expand_label(self.hash, &self.secret, "traffic upd", &[], self.secret.len())?;
-        Some(Traffic { hash: self.hash, secret, sequence: 0 })
     }
 
     pub fn install(&self, kernel: &dyn Offload, direction: Direction) -> io::Result<()> {
@@ -159,58 +158,34 @@ pub(super) fn secrets(mut state: &[u8]) -> Option<[Traffic; 2]> {
 
 /// Sending through the kernel.
 pub(super) struct Sending {
-    pub traffic: Traffic,
-    /// Made with the present key, as far as can be told from here.
-    pub records: u64,
+    /// Made, as far as can be told from here.
+    records: u64,
     /// [`RECORDS_MAX`], or less in tests.
     pub records_max: u64,
-    /// A KeyUpdate has to go out before more data.
-    pub update_due: bool,
 }
 
 impl Sending {
-    pub fn new(traffic: Traffic) -> Sending {
-        let records = traffic.sequence;
-        Sending { traffic, records, records_max: RECORDS_MAX, update_due: false }
+    /// `records`: so many have been made with this key.
+    pub fn new(records: u64) -> Sending {
+        Sending { records, records_max: RECORDS_MAX }
     }
 
     /// Sends a prefix of the buffers.
     ///
     /// # Errors
-    /// The stream's; keys that are used up and can not be changed.
+    /// The stream's; a key that is worn, after the good-bye.
     pub fn send(&mut self, raw: &dyn Raw, bufs: &[IoSlice<'_>]) -> io::Result<usize> {
         let wanted = records(bufs.iter().map(|b| b.len()).sum());
-        // The last one is for the KeyUpdate.
-        self.update_due |= self.records + wanted >= self.records_max;
-        if self.update_due {
-            self.update(raw)?;
+        // The last one is for the good-bye.
+        if self.records + wanted >= self.records_max {
+            self.close(raw);
+            let why =
+                format!("the key has made {} records and may make no more: connect again", self.records);
+            return Err(TlsError::Session(why).io());
         }
         let sent = raw.send(bufs)?;
         self.records += records(sent);
         Ok(sent)
-    }
-
-    /// The peer wants other keys in this direction, too: at once, or before the next data.
-    ///
-    /// # Errors
-    /// Keys can not be changed.
-    pub fn update_soon(&mut self, raw: &dyn Raw) -> io::Result<()> {
-        self.update_due = true;
-        match self.update(raw) {
-            Err(e) if e.kind() == io::ErrorKind::WouldBlock => Ok(()),
-            other => other,
-        }
-    }
-
-    /// Changes the keys of this direction.
-    fn update(&mut self, raw: &dyn Raw) -> io::Result<()> {
-        let kernel = raw.offload().ok_or(io::ErrorKind::NotConnected)?;
-        let next = self.traffic.next().ok_or_else(|| io::Error::other("no further keys"))?;
-        kernel.send_control(HANDSHAKE, &[KEY_UPDATE, 0, 0, 1, 0])?;
-        next.install(kernel, Direction::Send)
-            .map_err(|e| cannot_change("own keys are to be changed", &e).io())?;
-        (self.traffic, self.records, self.update_due) = (next, 0, false);
-        Ok(())
     }
 
     pub fn close(&self, raw: &dyn Raw) {
@@ -226,15 +201,8 @@ fn records(bytes: usize) -> u64 {
     bytes.div_ceil(RECORD_BYTES) as u64
 }
 
-fn cannot_change(why: &str, e: &io::Error) -> TlsError {
-    TlsError::Session(format!(
-        "{why}, which this kernel's record layer can not do ({e}); Linux can since 6.14, and the library always (enable_ktls)"
-    ))
-}
-
 /// Receiving through the kernel.
 pub(super) struct Receiving {
-    pub traffic: Traffic,
     /// Which end this is: only servers send tickets.
     pub client: bool,
     /// An alert, or handshake messages, of which more has to come.
@@ -244,20 +212,15 @@ pub(super) struct Receiving {
 }
 
 impl Receiving {
-    pub fn new(traffic: Traffic, client: bool) -> Receiving {
-        Receiving { traffic, client, part: (0, Vec::new()), closed: false }
+    pub fn new(client: bool) -> Receiving {
+        Receiving { client, part: (0, Vec::new()), closed: false }
     }
 
-    /// As [`super::Session::recv`]. `update`: is set when the peer wants other keys in the other direction, too.
+    /// As [`super::Session::recv`].
     ///
     /// # Errors
     /// The stream's, and [`TlsError`]s.
-    pub fn recv(
-        &mut self,
-        raw: &dyn Raw,
-        mut bufs: &mut [IoSliceMut<'_>],
-        update: &mut bool,
-    ) -> io::Result<usize> {
+    pub fn recv(&mut self, raw: &dyn Raw, mut bufs: &mut [IoSliceMut<'_>]) -> io::Result<usize> {
         let (mut total, mut controls) = (0, 0);
         // A receive ends before a record of another type, so a short one does not mean that the stream is empty.
         while !self.closed && bufs.iter().any(|b| !b.is_empty()) {
@@ -277,7 +240,7 @@ impl Receiving {
                         let why = "the other side sends record after record without data";
                         return Err(TlsError::Session(why.into()).io());
                     }
-                    self.control(raw, update)?;
+                    self.control(raw)?;
                 }
                 Err(e) => return Err(broken(e)),
             }
@@ -286,12 +249,12 @@ impl Receiving {
     }
 
     /// Takes a record that is no data.
-    fn control(&mut self, raw: &dyn Raw, update: &mut bool) -> io::Result<()> {
+    fn control(&mut self, raw: &dyn Raw) -> io::Result<()> {
         let kernel = raw.offload().ok_or(io::ErrorKind::NotConnected)?;
         let mut buf = Zeroizing::new([0; 1024]);
         match kernel.recv_control(&mut buf[..]) {
             Ok((_, 0)) => Err(TlsError::Cut.io()),
-            Ok((kind, n)) => self.understand(kind, &buf[..n], kernel, update).map_err(TlsError::io),
+            Ok((kind, n)) => self.understand(kind, &buf[..n]).map_err(TlsError::io),
             // As "nothing more" it would lose what has been received before it.
             Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
                 Err(TlsError::Session("a record can not be taken from the kernel".into()).io())
@@ -301,13 +264,7 @@ impl Receiving {
     }
 
     /// Bytes of a record of this type.
-    pub fn understand(
-        &mut self,
-        kind: u8,
-        bytes: &[u8],
-        kernel: &dyn Offload,
-        update: &mut bool,
-    ) -> Result<(), TlsError> {
+    pub fn understand(&mut self, kind: u8, bytes: &[u8]) -> Result<(), TlsError> {
         let unexpected = |what: String| Err(TlsError::Session(format!("the other side sends {what}")));
         if !matches!(kind, ALERT | HANDSHAKE) {
             return unexpected(format!("a record of type {kind} where only data is expected"));
@@ -336,27 +293,18 @@ impl Receiving {
             let (message, len) = (*message, u32::from_be_bytes([0, *a, *b, *c]) as usize);
             match message {
                 NEW_SESSION_TICKET if self.client && len <= TICKET_BYTES_MAX => {}
-                KEY_UPDATE if len == 1 => {}
+                KEY_UPDATE if len == 1 => {
+                    let why = "the other side changes its keys, which records of the kernel do not (enable_ktls): it has to connect again";
+                    return Err(TlsError::Session(why.into()));
+                }
                 _ => {
                     return unexpected(format!("a handshake message (type {message}, {len} bytes) after it"));
                 }
             }
-            let Some(body) = part.get(4..4 + len) else { return Ok(()) };
-            // Tickets are for resuming, which is not done here.
-            if message == KEY_UPDATE {
-                *update |= match body {
-                    [wants @ (0 | 1)] => *wants == 1,
-                    _ => return unexpected("a KeyUpdate that is none".into()),
-                };
-                // Nothing may follow in the same record (RFC 8446 section 5.1).
-                if part.len() != 4 + len {
-                    return unexpected("more behind a KeyUpdate".into());
-                }
-                let next = self.traffic.next().ok_or(TlsError::Session("no further keys".into()))?;
-                let installed = next.install(kernel, Direction::Receive);
-                installed.map_err(|e| cannot_change("the other side changes its keys", &e))?;
-                self.traffic = next;
+            if part.len() < 4 + len {
+                return Ok(());
             }
+            // Tickets are for resuming, which is not done here.
             self.part.1.drain(..4 + len);
         }
         Ok(())
@@ -369,7 +317,6 @@ fn broken(e: io::Error) -> io::Error {
         Some(libc::EBADMSG) => "a record is not what its sender made (bad record MAC)",
         Some(libc::EMSGSIZE) => "a record is longer than records are",
         Some(libc::EINVAL) => "there is something that is no record",
-        Some(libc::EKEYEXPIRED) => "a record came behind a KeyUpdate that has not been seen",
         Some(libc::EIO) => "a record can not be taken",
         _ => return e,
     };

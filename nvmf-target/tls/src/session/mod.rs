@@ -231,7 +231,7 @@ impl Session {
         self.proven.0.as_deref()
     }
 
-    /// What the host says that it is (server): proven only when established.
+    /// What the host says that it is (server), until everything is the kernel's: proven only when established.
     pub fn claimed(&self) -> Option<&str> {
         self.connection.application_context::<Peer>()?.claimed.as_deref()
     }
@@ -305,10 +305,12 @@ impl Session {
         if let Some([client, server]) = secrets(&state) {
             let (ours, theirs) = if self.client { (client, server) } else { (server, client) };
             if ours.install(kernel, Direction::Send).is_ok() {
-                self.sending = Some(Sending::new(ours));
+                self.sending = Some(Sending::new(ours.sequence));
                 if theirs.install(kernel, Direction::Receive).is_ok() {
-                    self.receiving = Some(Receiving::new(theirs, self.client));
-                    return Ok(());
+                    self.receiving = Some(Receiving::new(self.client));
+                    // The library has work no more, and secrets in memory still.
+                    let wiped = self.connection.wipe();
+                    return wiped.map(drop).map_err(|e| format!("its secrets can not be wiped: {e}"));
                 }
             }
         }
@@ -354,13 +356,7 @@ impl Session {
         }
         self.check()?;
         if let Some(kernel) = &mut self.receiving {
-            let mut update = false;
-            let result = kernel.recv(raw, bufs, &mut update);
-            return match self.sending.as_mut().filter(|_| update) {
-                Some(sending) => sending.update_soon(raw).and(result),
-                None => result,
-            }
-            .map_err(|e| self.keep(e));
+            return kernel.recv(raw, bufs).map_err(|e| self.keep(e));
         }
         let mut total = 0;
         // A receive was shorter than asked for: what follows makes an edge.
