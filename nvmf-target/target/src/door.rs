@@ -120,7 +120,7 @@ impl Door {
 fn tell(news: Option<(u64, u64)>) {
     if let Some((displaced, refused)) = news {
         tracing::warn!(
-            "too many connections (max_connections, or descriptors): {displaced} of unknown hosts made room for others, {refused} were refused"
+            "too many connections (max_connections, or descriptors): {displaced} of unknown hosts made room, {refused} were refused"
         );
     }
 }
