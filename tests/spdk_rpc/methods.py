@@ -296,6 +296,32 @@ def target(r, d):
     has(stats["poll_groups"][0], "name", "admin_qpairs", "io_qpairs", "completed_nvme_io", "transports")
 
 
+def errors(r, d):
+    """The codes of docs/rpc.md's conventions, as SPDK's client prints them."""
+    # -32601: no such method. spdk-rpc checks names itself, so by SPDK's library below it.
+    code, message = d.library.refused("bdev_maloc_create", {})
+    equal((code, "Method not found" in message, "bdev_malloc_create" in message), (-32601, True, True))
+    # -1: a method in the wrong state (SPDK's own answer, where others would say -32601).
+    r.refused("bdev_set_options -p 65535", '"code": -1,', "may only be called before")
+    r.refused("framework_start_init", '"code": -1,', "may only be called before")
+    # -32602: missing, unknown and unacceptable parameters are named.
+    for params, names in (({}, "missing"), ({"num_blocks": 8, "block_size": 512, "nmae": 1}, "nmae"),
+                          ({"num_blocks": "8", "block_size": 512}, "num_blocks")):
+        code, message = d.library.refused("bdev_malloc_create", params)
+        equal((code, "Invalid parameters" in message, names in message), (-32602, True, True))
+    equal(d.library.refused("spdk_get_version", {"a": 1})[0], -32602)
+    r.refused("bdev_malloc_create -b bad 64 500", '"code": -32602,', "Invalid parameters")
+    r.refused("nvmf_subsystem_add_ns nqn.2016-06.io.spdk:none m1", '"code": -32602,', "not found")
+    r.refused("nvmf_delete_subsystem nqn.2016-06.io.spdk:none", '"code": -32602,', "not found")
+    # -32603: the transport is there already.
+    r.refused("nvmf_create_transport -t TCP", '"code": -32603,', "Transport type 'TCP' already exists")
+    # -28: a device with no room for a pool.
+    r.ok("bdev_malloc_create -b tiny 1 4096")
+    r.refused("bdev_lvol_create_lvstore tiny small", '"code": -28,', "No space left on device")
+    equal([s["name"] for s in r.ok("bdev_lvol_get_lvstores")], ["pool"])
+    r.done("bdev_malloc_delete tiny")
+
+
 def access(r, d):
     port = d.port
     for n in (1, 2):
@@ -434,9 +460,35 @@ class Target:
 
 
 class Directory(str):
-    """The directory of the run; knows the port and the saved configuration."""
+    """The directory of the run; knows the port, the saved configuration and SPDK's library."""
 
-    port = saved = None
+    port = saved = library = None
+
+
+class Library:
+    """SPDK's library below spdk-rpc, in the interpreter that has it: for what spdk-rpc itself would not send."""
+
+    CODE = """if 1:
+        import json, sys
+        from spdk.rpc.client import JSONRPCClient, JSONRPCException
+        try:
+            print(json.dumps({"result": JSONRPCClient(sys.argv[1]).call(sys.argv[2], json.loads(sys.argv[3]))}))
+        except JSONRPCException as e:
+            print(json.dumps({"error": json.loads(e.message[e.message.index("response:") + 9:])}))
+    """
+
+    def __init__(self, spdk_rpc, socket):
+        self.python, self.socket = f"{os.path.dirname(spdk_rpc)}/python", socket
+
+    def refused(self, method, params):
+        """(code, message) of a call that has to fail."""
+        command = [self.python, "-c", self.CODE, self.socket, method, json.dumps(params)]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        try:
+            error = json.loads(run.stdout)["error"]
+        except (ValueError, KeyError) as e:
+            raise Failure(f"{method} {params}: no error but {run.stdout} {run.stderr}") from e
+        return error["code"], error["message"]
 
 
 def free_port():
@@ -450,13 +502,14 @@ def main(spdk_rpc, program):
     with tempfile.TemporaryDirectory() as path:
         d = Directory(path)
         d.port = free_port()
-        first = [before_initialisation, framework, device_kinds, volumes, target, access, configuration]
+        first = [before_initialisation, framework, device_kinds, volumes, target, errors, access, configuration]
         runs = [(["--wait-for-rpc"], first), (["--wait-for-rpc"], [everything_back, and_away, remote])]
         succeeded, targets = set(), []
         try:
             for options, parts in runs:
                 targets.append(Target(program, path, *options))
                 r = Rpc(spdk_rpc, targets[-1].socket)
+                d.library = Library(spdk_rpc, targets[-1].socket)
                 for part in parts:
                     try:
                         part(r, d)
