@@ -6,6 +6,7 @@ pub mod bdev;
 pub mod figures;
 pub mod image;
 pub mod load;
+pub mod management;
 pub mod nvmf;
 pub mod primitives;
 pub mod report;

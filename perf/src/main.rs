@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use cryptfold_perf::{bdev, figures, image, nvmf, primitives};
+use cryptfold_perf::{bdev, figures, image, management, nvmf, primitives};
 
 /// Measures cryptfold and what it is made of.
 #[derive(Parser)]
@@ -19,6 +19,7 @@ enum Command {
     Primitives(primitives::Args),
     Bdev(bdev::Args),
     Nvmf(nvmf::Args),
+    Management(management::Args),
     #[command(subcommand)]
     Image(image::Command),
 }
@@ -35,6 +36,7 @@ fn main() -> ExitCode {
         Command::Primitives(args) => primitives::run(&args).map_err(|e| e.to_string()),
         Command::Bdev(args) => bdev::run(&args),
         Command::Nvmf(args) => nvmf::run(&args),
+        Command::Management(args) => management::run(&args),
         Command::Image(command) => image::run(&command),
     };
     match ended {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use cryptfold_bdev::{Io, Queue};
 use cryptfold_nvmf_initiator::{Connector, IoQueue, NamespaceInfo, NamespaceQueue};
 
-use crate::load::{self, Geometry, LoadArgs, Opener, Sink};
+use crate::load::{self, Geometry, LoadArgs, LoadResult, Opener, Sink};
 use crate::session::{Namespace, Session, start};
 
 /// Loads a namespace over NVMe/TCP.
@@ -55,15 +55,23 @@ impl Opener for Queues {
 /// # Errors
 /// What went wrong, in one line; also when an I/O failed or a block was wrong.
 pub fn run(args: &Args) -> Result<(), String> {
-    args.load.check()?;
-    let runtime = start(&args.load.cores)?;
-    let queues = args.load.jobs * args.load.cores.0.len() as u32;
-    let session = Session::open(&runtime.handles()[0], &args.namespace, queues, args.load.iodepth)?;
+    load(&args.namespace, &args.load)?.report(args.load.json)
+}
+
+/// Runs the load.
+///
+/// # Errors
+/// What went wrong, in one line.
+pub(crate) fn load(namespace: &Namespace, args: &LoadArgs) -> Result<LoadResult, String> {
+    args.check()?;
+    let runtime = start(&args.cores)?;
+    let queues = args.jobs * args.cores.0.len() as u32;
+    let session = Session::open(&runtime.handles()[0], namespace, queues, args.iodepth)?;
     let info = &session.info;
     let geometry = Geometry { block_size_bytes: u64::from(info.block_bytes), blocks: info.blocks };
-    let depth = args.load.iodepth.min(u32::from(u16::MAX)) as u16;
+    let depth = args.iodepth.min(u32::from(u16::MAX)) as u16;
     let opener = Queues { connector: session.connector.clone(), info: info.clone(), depth };
-    let result = load::run(runtime.handles(), &args.load, geometry, opener)?;
+    let result = load::run(runtime.handles(), args, geometry, opener)?;
     drop(session);
-    result.report(args.load.json)
+    Ok(result)
 }

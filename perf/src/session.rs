@@ -62,6 +62,28 @@ pub struct Namespace {
     pub io_timeout: u64,
 }
 
+impl Namespace {
+    /// The first namespace of a subsystem, without keys and digests.
+    pub(crate) fn at(traddr: &str, trsvcid: &str, subnqn: &str) -> Namespace {
+        Namespace {
+            traddr: traddr.into(),
+            trsvcid: trsvcid.into(),
+            subnqn: subnqn.into(),
+            nsid: 1,
+            hostnqn: None,
+            hdgst: false,
+            ddgst: false,
+            psk: None,
+            psk_version: 1,
+            dhchap_key: None,
+            concat: false,
+            ktls: false,
+            kato: 15_000,
+            io_timeout: 600,
+        }
+    }
+}
+
 thread_local! {
     /// Lives on the reactor that connected it.
     static CONTROLLER: RefCell<Option<Controller>> = const { RefCell::new(None) };
