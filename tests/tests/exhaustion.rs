@@ -9,12 +9,13 @@ use std::time::{Duration, Instant};
 
 use cryptfold_nvmf_spec::fabrics::{Connect, PropertyCommand};
 use cryptfold_nvmf_spec::opcode::Io;
+use cryptfold_nvmf_spec::pdu::build::DataPart;
 use cryptfold_nvmf_spec::property::Property;
 use cryptfold_nvmf_spec::sqe::RwControl;
-use cryptfold_nvmf_spec::{Cid, Cntlid, Nsid, Qid, Sgl, Sqe};
+use cryptfold_nvmf_spec::{Cid, Cntlid, Nsid, Qid, Sgl, Sqe, Ttag};
 use cryptfold_tests::fuzz::commands::{self, Geometry, Identity};
 use cryptfold_tests::fuzz::good::{Good, Model};
-use cryptfold_tests::fuzz::host::{Host, PATIENCE, Pdu};
+use cryptfold_tests::fuzz::host::{End, Host, PATIENCE, Pdu};
 use cryptfold_tests::kill::{NQN, Place, Program, find_or_build};
 use serde_json::{Value, json};
 
@@ -22,13 +23,24 @@ const GOOD_NQN: &str = "nqn.2026-01.io.cryptfold:good";
 const GOOD: Geometry = Geometry { blocks: 4096, block_bytes: 512 };
 
 fn configuration(_: &Path, port: u16) -> Value {
+    limited(port, 4096, 2048)
+}
+
+/// What hosts can make it hold, in MiB.
+const CEILING_MIB: u64 = 32;
+
+fn tight(_: &Path, port: u16) -> Value {
+    limited(port, CEILING_MIB, CEILING_MIB)
+}
+
+fn limited(port: u16, all_mib: u64, host_mib: u64) -> Value {
     let call = |method: &str, params: Value| json!({"method": method, "params": params});
     let address =
         json!({"trtype": "TCP", "adrfam": "IPv4", "traddr": "127.0.0.1", "trsvcid": port.to_string()});
     let mut bdev = Vec::new();
     // Nobody is let in because somebody else's time is over.
     let transport = json!({"trtype": "TCP", "max_connections_per_host": 4096, "min_kato": 1000, "kas": 1, "connect_timeout_ms": 3_600_000,
-        "max_buffer_mib": 4096, "max_buffer_mib_per_host": 2048});
+        "max_buffer_mib": all_mib, "max_buffer_mib_per_host": host_mib, "r2t_timeout_ms": 600_000});
     let mut nvmf = vec![call("nvmf_create_transport", transport)];
     for (name, nqn) in [("ram", NQN), ("good", GOOD_NQN)] {
         bdev.push(call("bdev_malloc_create", json!({"name": name, "num_blocks": 4096, "block_size": 512})));
@@ -41,6 +53,10 @@ fn configuration(_: &Path, port: u16) -> Value {
 
 /// Runs `abuse` against a target of its own while a host verifies its data; both must be content.
 fn beside_a_good_host(abuse: impl FnOnce(&Program, SocketAddr, &AtomicU64)) {
+    beside(configuration, abuse);
+}
+
+fn beside(configuration: fn(&Path, u16) -> Value, abuse: impl FnOnce(&Program, SocketAddr, &AtomicU64)) {
     let path = find_or_build().unwrap_or_else(|e| panic!("{e}"));
     let dir = tempfile::tempdir().expect("a directory");
     let place = Place::prepare(&path, dir.path(), 4096, configuration).unwrap_or_else(|e| panic!("{e}"));
@@ -173,6 +189,92 @@ fn descriptors_run_out() {
         wait(|| connect(addr, 9).is_some());
         program.limit("nofile", "20000:20000").unwrap_or_else(|e| panic!("{e}"));
         wait(|| connect(addr, 10).is_some());
+    });
+}
+
+/// A write of 128 KiB that the target asked the data of.
+struct Asked {
+    part: DataPart,
+    ttag: Ttag,
+}
+
+/// One of many hosts that promise more data than the target may hold.
+struct Promising {
+    _admin: Host,
+    io: Host,
+    asked: Vec<Asked>,
+    done: usize,
+}
+
+impl Promising {
+    const WRITES: u16 = 64;
+
+    fn new(addr: SocketAddr, n: u16) -> Promising {
+        let (admin, mut io) = connect(addr, n).unwrap_or_else(|| panic!("no room for host {n}"));
+        for cid in 0..Self::WRITES {
+            let capsule = io.capsule(&write(cid, 256), &[]);
+            io.send(&capsule).expect("the target takes commands");
+        }
+        Promising { _admin: admin, io, asked: Vec::new(), done: 0 }
+    }
+
+    /// Takes what has come; sends all data that was asked for but its last block, or, at the end, that too. The bytes that
+    /// were asked for meanwhile.
+    fn go_on(&mut self, finish: bool) -> u64 {
+        let mut bytes = 0;
+        loop {
+            match self.io.recv(Duration::from_millis(20)) {
+                Ok(Pdu::R2t { cid, ttag, offset, len }) => {
+                    bytes += u64::from(len);
+                    let part = DataPart { cid, offset, len: len - 512, last: false };
+                    let pdu = self.io.h2c_data(part, ttag, &vec![7; part.len as usize]);
+                    self.io.send(&pdu).expect("the target takes what it asked for");
+                    self.asked.push(Asked { part, ttag });
+                }
+                Ok(Pdu::Response(cqe)) if cqe.status().is_success() => self.done += 1,
+                Err(End::Silent) => break,
+                other => panic!("{other:?}"),
+            }
+        }
+        for Asked { part, ttag } in self.asked.drain(if finish { 0.. } else { self.asked.len().. }) {
+            let rest = DataPart { offset: part.offset + part.len, len: 512, last: true, ..part };
+            let pdu = self.io.h2c_data(rest, ttag, &[7; 512]);
+            self.io.send(&pdu).expect("the target takes what it asked for");
+        }
+        bytes
+    }
+}
+
+/// Row 19: hosts promise four times what the target may hold, and deliver all but the end of what it asks for. It asks for no
+/// more than it may hold, and the process does not grow by more; then everybody delivers, and everything is written.
+#[test]
+fn what_hosts_owe_has_a_ceiling() {
+    const MIB: u64 = 1 << 20;
+    beside(tight, |program, addr, rounds| {
+        let mut hosts: Vec<Promising> = (0..16).map(|n| Promising::new(addr, n)).collect();
+        // A connection that holds nothing may always have one command's data.
+        let ceiling = CEILING_MIB * MIB + hosts.len() as u64 * 131_072;
+        let before = program.usage().expect("it runs").1;
+        let (mut held, begin) = (0, Instant::now());
+        while held < CEILING_MIB * MIB * 3 / 4 {
+            held += hosts.iter_mut().map(|h| h.go_on(false)).sum::<u64>();
+            assert!(held <= ceiling, "{held} bytes were asked for, {ceiling} may be held");
+            assert!(begin.elapsed() < Duration::from_secs(120), "only {held} bytes were asked for");
+        }
+        held += hosts.iter_mut().map(|h| h.go_on(false)).sum::<u64>();
+        assert!(held <= ceiling, "{held} bytes were asked for, {ceiling} may be held");
+        let grown = program.peak_bytes().expect("it runs").saturating_sub(before);
+        println!("{held} bytes held, {grown} more resident at most");
+        assert!(grown < ceiling + 16 * MIB, "{grown} bytes more are resident, {ceiling} may be held");
+        let seen = rounds.load(Ordering::Relaxed);
+        wait(|| rounds.load(Ordering::Relaxed) > seen);
+        let begin = Instant::now();
+        while hosts.iter().any(|h| h.done < usize::from(Promising::WRITES)) {
+            for host in &mut hosts {
+                host.go_on(true);
+            }
+            assert!(begin.elapsed() < Duration::from_secs(120), "what was delivered is not written");
+        }
     });
 }
 

@@ -93,6 +93,8 @@ impl Place {
                 .arg(self.dir.join("config.json"))
                 .arg("-r")
                 .arg(self.dir.join("rpc.sock"))
+                .arg("--audit-log")
+                .arg(self.dir.join("audit.log"))
                 // As many reactors as there are CPUs, two at most.
                 .args(["--cores", if std::thread::available_parallelism()?.get() > 1 { "0-1" } else { "0" }])
                 .arg("--no-huge")
@@ -220,6 +222,15 @@ impl Program {
         let ticks = number(11).zip(number(12)).map(|(u, s)| u + s).ok_or("/proc has another format")?;
         let pages = read("statm")?.split(' ').nth(1).and_then(|n| n.parse::<u64>().ok()).ok_or("no RSS")?;
         Ok((Duration::from_millis(ticks * 10), pages * 4096))
+    }
+
+    /// The most bytes that were ever resident.
+    pub fn peak_bytes(&self) -> Result<u64, String> {
+        let path = format!("/proc/{}/status", self.id());
+        let text = std::fs::read_to_string(&path).map_err(|e| format!("{path}: {e}"))?;
+        let line = text.lines().find_map(|l| l.strip_prefix("VmHWM:"));
+        let kib = line.and_then(|l| l.trim().strip_suffix(" kB")?.parse::<u64>().ok());
+        kib.map(|kib| kib << 10).ok_or_else(|| format!("{path} has another format"))
     }
 
     /// SIGKILL, and its end awaited. An error if it had ended by itself.
