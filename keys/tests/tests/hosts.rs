@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use cryptfold_bdev::{Access, Complete, Frame, Io, Op, Queue, Status};
 use cryptfold_bdev_crypto::engine::{Direction, XtsContext, XtsKey};
+use cryptfold_control::audit::AuditLog;
 use cryptfold_control::jsonrpc::Handler as _;
 use cryptfold_control::logging::{Level, LogControl};
 use cryptfold_control::{Control, ControlConfig};
@@ -270,8 +271,8 @@ fn the_life_of_a_key_and_its_host() {
     let key = owner.get(&id).unwrap().key;
     let target = Target::new(kms.dir.path());
     let audit_path = kms.dir.path().join("audit.log");
-    let audit = std::fs::File::create(&audit_path).unwrap();
-    LogControl::install(Level::Error, Some(audit));
+    let log = AuditLog::open(&audit_path).unwrap();
+    LogControl::install(Level::Error, Some(&log));
     target.add_server(&kms);
     target.add_key("k", &[&id], json!({}));
     assert_eq!(target.key("k")["access"], "unused", "not fetched before it is needed");
@@ -324,8 +325,9 @@ fn the_life_of_a_key_and_its_host() {
     }
 
     // What was said about it, and what was not.
+    drop(log);
     let audit = std::fs::read_to_string(&audit_path).unwrap();
-    for words in ["key bound", "access=\"open\"", "access=\"fenced\"", "state=\"compromised\""] {
+    for words in ["key bound", "\"access\":\"open\"", "\"access\":\"fenced\"", "\"state\":\"compromised\""] {
         assert!(audit.contains(words), "no {words} in:\n{audit}");
     }
     let hex: String = key.expose().iter().map(|b| format!("{b:02x}")).collect();

@@ -13,11 +13,13 @@ use cryptfold_bdev::Registry;
 use cryptfold_bdev_nvme::Drives;
 use cryptfold_bdev_remote::Remotes;
 use cryptfold_nvmf_target::Target;
+use cryptfold_nvmf_target::audit::TARGET as AUDIT;
 use cryptfold_reactor::{Handle, IdlePolicy, MemoryConfig, Runtime, RuntimeConfig};
 use cryptfold_reduce::PoolManager;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
+use crate::access::{Grant, Peer};
 use crate::deferred::Deferred;
 use crate::jsonrpc::{Handler, RpcError, RpcResult};
 use crate::keyring::Keyring;
@@ -27,7 +29,7 @@ use crate::logging::LogControl;
 use crate::luks::Volumes;
 use crate::options::Options;
 use crate::pools::{Locked, Pools, Try};
-use crate::table::Table;
+use crate::table::{Role, Table};
 use crate::watch::Watch;
 
 /// Signals that `spdk_kill_instance` may send.
@@ -61,6 +63,8 @@ pub struct ControlConfig {
     pub key_dir: PathBuf,
     /// The logger's levels.
     pub log: LogControl,
+    /// Who besides root and this process's user may do what on the control socket.
+    pub grants: Vec<Grant>,
     /// Delivers a signal to the process.
     pub on_signal: Box<dyn Fn(Signal) + Send + Sync>,
 }
@@ -74,6 +78,7 @@ impl Default for ControlConfig {
             memory: MemoryConfig::default(),
             key_dir: crate::keys::default_key_dir(),
             log: LogControl::detached(),
+            grants: Vec::new(),
             on_signal: Box::new(|_| {}),
         }
     }
@@ -405,8 +410,9 @@ impl Control {
     }
 }
 
-impl Handler for Control {
-    fn call(&self, method: &str, params: Option<&Value>) -> RpcResult {
+impl Control {
+    /// A call on behalf of somebody, who is written down if it changes something.
+    pub(crate) fn call_by(&self, who: &str, method: &str, params: Option<&Value>) -> RpcResult {
         let started = Instant::now();
         let result = self.table.call(self, method, params);
         self.look_for_new();
@@ -418,6 +424,26 @@ impl Handler for Control {
             Ok(_) => tracing::debug!(method, ms, "rpc"),
             Err(e) => tracing::info!(method, ms, code = e.code, error = e.message, "rpc refused"),
         }
+        if let Some(m) = self.table.get(method).filter(|m| m.role != Role::Viewer) {
+            let shown = m.shown(params).to_string();
+            let (code, error) = result.as_ref().err().map(|e| (e.code, e.message.as_str())).unzip();
+            tracing::debug!(target: AUDIT, event = "configuration", method = m.name, params = shown.as_str(), by = who, code, error);
+        }
         result
+    }
+
+    /// The handler for one end of the control socket.
+    ///
+    /// # Errors
+    /// It may do nothing here.
+    pub fn session(self: &Arc<Self>, peer: Peer) -> Result<Arc<dyn Handler>, RpcError> {
+        crate::access::session(self, peer)
+    }
+}
+
+/// What the program calls itself: configurations, and what waited for a pool.
+impl Handler for Control {
+    fn call(&self, method: &str, params: Option<&Value>) -> RpcResult {
+        self.call_by("the target", method, params)
     }
 }

@@ -8,6 +8,8 @@
 //! Everything here runs on ordinary threads and may block; reactors are reached by message. `jsonrpc`, `params`,
 //! `table` and the parser of `config` do no I/O.
 
+pub mod access;
+pub mod audit;
 pub mod certificate;
 pub mod client;
 pub mod config;
@@ -23,7 +25,9 @@ mod methods;
 pub mod offline;
 mod options;
 pub mod params;
+mod peer;
 mod pools;
+mod roles;
 pub mod server;
 pub mod table;
 mod watch;

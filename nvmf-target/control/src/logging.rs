@@ -1,6 +1,5 @@
 //! The log's level, its flags (parts of the program that log everything) and time stamps, changeable at run time. Sinks:
-//! standard error, and a file for the audit log if there is one. Key material never reaches them: no type that holds
-//! keys prints them.
+//! standard error, and the audit log if there is one. Key material never reaches them: no type that holds keys prints them.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -10,12 +9,13 @@ use std::sync::{Arc, Mutex};
 use cryptfold_nvmf_target::audit::TARGET as AUDIT;
 use tracing::level_filters::LevelFilter;
 use tracing_subscriber::Layer as _;
-use tracing_subscriber::filter::Targets;
+use tracing_subscriber::filter::{Targets, filter_fn};
 use tracing_subscriber::fmt::format::Writer;
 use tracing_subscriber::fmt::time::{FormatTime, SystemTime};
 use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::{Registry, reload};
 
+use crate::audit::AuditLog;
 use crate::control::lock;
 use crate::params::choices;
 
@@ -96,9 +96,9 @@ impl FormatTime for Stamp {
     }
 }
 
-/// Everything of the level, and the audit log at any level.
+/// Everything of the level, and all of the audit log.
 fn targets(level: Level) -> Targets {
-    Targets::new().with_default(level.filter()).with_target(AUDIT, LevelFilter::INFO)
+    Targets::new().with_default(level.filter()).with_target(AUDIT, LevelFilter::TRACE)
 }
 
 impl LogControl {
@@ -110,23 +110,22 @@ impl LogControl {
         }
     }
 
-    /// Makes standard error the process's log, and `audit` (appended to) the log of who was turned away. Only the first
-    /// call of a process has a sink.
-    pub fn install(level: Level, audit: Option<std::fs::File>) -> LogControl {
+    /// Makes standard error the process's log, and sends what belongs there to the audit log. Only the first call of a process
+    /// has a sink.
+    pub fn install(level: Level, audit: Option<&AuditLog>) -> LogControl {
         let log = LogControl::detached();
         let (layer, handle) = reload::Layer::new(targets(level));
         let out = tracing_subscriber::fmt::layer()
             .with_writer(std::io::stderr)
             .with_timer(Stamp(log.timestamps.clone()))
-            .with_ansi(false);
-        let audit = audit.map(|file| {
-            tracing_subscriber::fmt::layer()
-                .with_writer(Mutex::new(file))
-                .with_ansi(false)
-                .with_filter(Targets::new().with_target(AUDIT, LevelFilter::TRACE))
-        });
-        let subscriber = Registry::default().with(layer).with(out).with(audit);
+            .with_ansi(false)
+            // Changes of the configuration are in the audit log only.
+            .with_filter(filter_fn(|m| m.target() != AUDIT || *m.level() <= tracing::Level::INFO));
+        let subscriber = Registry::default().with(layer).with(out).with(audit.map(AuditLog::layer));
         let installed = tracing::subscriber::set_global_default(subscriber).is_ok();
+        if let Some(audit) = audit {
+            tracing::warn!("{}", audit.begun());
+        }
         let mut inner = lock(&log.inner);
         inner.level = level;
         inner.reload = installed.then_some(handle);

@@ -20,6 +20,8 @@ pub struct Param {
     pub required: bool,
     /// What is taken when it is not given, if that is a value.
     pub default: Option<String>,
+    /// Whether its value may not be shown.
+    pub secret: bool,
     /// What it is for.
     pub doc: String,
     /// Members, for an object.
@@ -149,6 +151,7 @@ macro_rules! params {
                         kind: <$ty as $crate::params::FromJson>::kind(),
                         required: <$ty as $crate::params::FromJson>::REQUIRED && default.is_none(),
                         default,
+                        secret: <$ty as $crate::params::FromJson>::SECRET,
                         doc: concat!($($doc),*).trim().to_string(),
                         members: <$ty as $crate::params::FromJson>::members(),
                     }
@@ -293,6 +296,7 @@ impl<T: FromJson> FromJson for Option<T> {
 }
 
 impl<T: FromJson> FromJson for Vec<T> {
+    const SECRET: bool = T::SECRET;
     fn kind() -> String {
         format!("an array ({} each)", T::kind())
     }

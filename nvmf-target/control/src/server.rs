@@ -1,4 +1,4 @@
-//! The JSON-RPC server: a Unix socket (mode 0600) and an ordinary thread per connection, so a slow method holds up
+//! The JSON-RPC server: a Unix socket (mode 0600 unless others have roles) and an ordinary thread per connection, so a slow method holds up
 //! nobody but the client that called it, and never a reactor.
 //!
 //! The socket's file is replaced when nobody answers on it, and refused when somebody does.
@@ -17,7 +17,9 @@ use std::time::Duration;
 
 use thiserror::Error;
 
-use crate::jsonrpc::{self, Framer, Handler};
+use crate::access::Peer;
+use crate::jsonrpc::{self, Framer, Handler, RpcError};
+use crate::peer;
 
 /// Where SPDK's clients look when they are not told otherwise.
 pub const DEFAULT_SOCKET: &str = "/var/tmp/spdk.sock";
@@ -49,8 +51,11 @@ pub enum ServeError {
     },
 }
 
+/// Makes the handler of a connection, or says why there is none.
+type Admit = Box<dyn Fn(Peer) -> Result<Arc<dyn Handler>, RpcError> + Send + Sync>;
+
 struct Shared {
-    handler: Arc<dyn Handler>,
+    admit: Admit,
     stopping: AtomicBool,
     open: Mutex<HashMap<u64, Connection>>,
 }
@@ -73,8 +78,8 @@ fn lock<T>(m: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     m.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Binds with mode 0600 from the first moment: the file is made under a private name and renamed into place.
-fn bind(path: &Path) -> Result<UnixListener, ServeError> {
+/// Binds with this mode from the first moment: the file is made under a private name and renamed into place.
+fn bind(path: &Path, mode: u32) -> Result<UnixListener, ServeError> {
     let os = |error| ServeError::Os { path: path.into(), error };
     match std::fs::symlink_metadata(path) {
         Ok(m) if !m.file_type().is_socket() => return Err(ServeError::NotASocket(path.into())),
@@ -86,7 +91,7 @@ fn bind(path: &Path) -> Result<UnixListener, ServeError> {
     let fresh = PathBuf::from(fresh);
     let _ = std::fs::remove_file(&fresh);
     let listener = UnixListener::bind(&fresh).map_err(os)?;
-    let ready = std::fs::set_permissions(&fresh, PermissionsExt::from_mode(0o600))
+    let ready = std::fs::set_permissions(&fresh, PermissionsExt::from_mode(mode))
         .and_then(|()| std::fs::rename(&fresh, path));
     if let Err(e) = ready {
         let _ = std::fs::remove_file(&fresh);
@@ -96,15 +101,24 @@ fn bind(path: &Path) -> Result<UnixListener, ServeError> {
 }
 
 impl Server {
-    /// Listens on `path` and answers with `handler`.
+    /// Listens on `path` (mode 0600) and answers with `handler`.
     ///
     /// # Errors
     /// See [`ServeError`].
     pub fn start(path: &Path, handler: Arc<dyn Handler>) -> Result<Server, ServeError> {
-        let listener = bind(path)?;
+        Server::start_for_peers(path, 0o600, Box::new(move |_| Ok(handler.clone())))
+    }
+
+    /// Listens on `path`, with this mode, and answers each connection with the handler that `admit` gives for its other end;
+    /// a connection that gets none is told why and closed.
+    ///
+    /// # Errors
+    /// See [`ServeError`].
+    pub fn start_for_peers(path: &Path, mode: u32, admit: Admit) -> Result<Server, ServeError> {
+        let listener = bind(path, mode)?;
         let os = |error| ServeError::Os { path: path.into(), error };
         let waker = UnixStream::from(OwnedFd::from(listener.try_clone().map_err(os)?));
-        let shared = Arc::new(Shared { handler, stopping: AtomicBool::new(false), open: Mutex::default() });
+        let shared = Arc::new(Shared { admit, stopping: AtomicBool::new(false), open: Mutex::default() });
         let s = shared.clone();
         let acceptor = std::thread::Builder::new()
             .name("rpc-accept".into())
@@ -167,17 +181,28 @@ fn accept(shared: &Arc<Shared>, listener: &UnixListener) {
 
 fn admit(shared: &Arc<Shared>, id: u64, mut stream: UnixStream) {
     let _ = stream.set_write_timeout(Some(WRITE_TIMEOUT));
+    let handler = match peer::credentials(&stream) {
+        Ok(peer) => (shared.admit)(peer),
+        Err(e) => Err(RpcError::internal(format!("the other end of the socket is unknown: {e}"))),
+    };
+    let handler = match handler {
+        Ok(handler) => handler,
+        Err(e) => {
+            let _ = writeln!(stream, "{}", jsonrpc::refusal(e));
+            return;
+        }
+    };
     let mut open = lock(&shared.open);
     if open.len() >= MAX_CONNECTIONS {
         drop(open);
-        let busy = jsonrpc::RpcError::busy(format!("{MAX_CONNECTIONS} RPC connections are open"));
+        let busy = RpcError::busy(format!("{MAX_CONNECTIONS} RPC connections are open"));
         let _ = writeln!(stream, "{}", jsonrpc::refusal(busy));
         return;
     }
     let Ok(kept) = stream.try_clone() else { return };
     let s = shared.clone();
     let spawned = std::thread::Builder::new().name(format!("rpc-{id}")).spawn(move || {
-        if let Err(e) = serve(s.handler.as_ref(), stream) {
+        if let Err(e) = serve(handler.as_ref(), stream) {
             tracing::debug!(error = %e, "RPC connection ended");
         }
         lock(&s.open).remove(&id);
@@ -221,7 +246,7 @@ fn serve(handler: &dyn Handler, mut stream: UnixStream) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::jsonrpc::{RpcError, RpcResult};
+    use crate::jsonrpc::RpcResult;
     use serde_json::{Value, json};
 
     /// Says when "slow" has begun.

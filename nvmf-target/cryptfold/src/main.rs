@@ -3,6 +3,7 @@
 //! Exit codes: 0, 1 for what went wrong (one line on standard error), 2 for wrong usage, 3 for a key or
 //! password that does not fit.
 
+mod audit;
 mod cores;
 mod encryption;
 mod estimate;
@@ -60,6 +61,9 @@ enum Command {
     /// LUKS2 volumes whose keys are at a key server: a host's commands, and what a target makes of them.
     #[command(subcommand)]
     Host(host::HostCommand),
+    /// What is in an audit log, and whether it is whole.
+    #[command(subcommand)]
+    Audit(audit::AuditCommand),
     /// Print a completion script for a shell.
     Completion(shell::CompletionArgs),
     /// Write manual pages.
@@ -108,6 +112,7 @@ fn main() -> ExitCode {
         Command::Volume(c) => rpc::volume(c),
         Command::Encryption(c) => encryption::run(c),
         Command::Host(c) => host::run(c),
+        Command::Audit(c) => audit::run(c),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -2,12 +2,13 @@
 
 use std::io::Write as _;
 use std::net::SocketAddr;
-use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use cryptfold_control::access::Grant;
+use cryptfold_control::audit::AuditLog;
 use cryptfold_control::config::Config;
 use cryptfold_control::jsonrpc::Handler as _;
 use cryptfold_control::logging::{Level, LogControl};
@@ -56,9 +57,13 @@ pub struct TargetArgs {
     /// else /var/lib/cryptfold/keys for root and ~/.local/state/cryptfold/keys for others].
     #[arg(long, value_name = "DIR")]
     keys: Option<PathBuf>,
-    /// File to which attempts that were turned away are appended (address, names, reason; never keys).
+    /// File to which every event of keys, access and configuration is appended (never keys); see cryptfold audit.
     #[arg(long, value_name = "FILE")]
     audit_log: Option<PathBuf>,
+    /// What others than root and the target's user may do on the RPC socket: viewer, operator or security, for a user or a
+    /// primary group (ROLE=uid:NUMBER, ROLE=gid:NUMBER). May be given several times; the socket's mode is 0666 then.
+    #[arg(long, value_name = "GRANT")]
+    role: Vec<Grant>,
     /// Serve /metrics (Prometheus) and /healthz over HTTP there [default without ADDRESS: 127.0.0.1:9420].
     #[arg(long, value_name = "ADDRESS", num_args = 0..=1, default_missing_value = "127.0.0.1:9420")]
     http: Option<SocketAddr>,
@@ -90,8 +95,11 @@ pub fn run(args: TargetArgs) -> Result<(), Failure> {
         Some(path) => Config::read(path).map_err(|e| e.to_string())?,
         None => Config { origin: "no configuration".into(), calls: Vec::new() },
     };
-    let audit = args.audit_log.as_deref().map(open_audit).transpose()?;
-    let log = LogControl::install(args.log, audit);
+    // Closed after everything else.
+    let audit = args.audit_log.as_deref().map(AuditLog::open).transpose().map_err(|e| e.to_string())?;
+    let log = LogControl::install(args.log, audit.as_ref());
+    // Whoever connects is judged by who it is; without roles nobody else gets that far.
+    let mode = if args.role.is_empty() { 0o600 } else { 0o666 };
     let sender = std::sync::Mutex::new(ends.sender.clone());
     let control = Control::new(ControlConfig {
         cores: args.cores.0,
@@ -104,6 +112,7 @@ pub fn run(args: TargetArgs) -> Result<(), Failure> {
         memory: MemoryConfig { hugepages: !args.no_huge, ..MemoryConfig::default() },
         key_dir: args.keys.unwrap_or_else(keys::default_key_dir),
         log,
+        grants: args.role,
         on_signal: Box::new(move |signal| match signal {
             Signal::Int | Signal::Term | Signal::Quit => {
                 let _ = sender.lock().map(|s| s.send(()));
@@ -116,7 +125,9 @@ pub fn run(args: TargetArgs) -> Result<(), Failure> {
     config.check(&control).map_err(|e| e.to_string())?;
     control.hold();
     let web = args.http.map(|listen| serve_http(listen, args.http_token.as_deref(), &control)).transpose()?;
-    let mut server = Server::start(&args.socket.socket, control.clone()).map_err(|e| e.to_string())?;
+    let served = control.clone();
+    let admit = Box::new(move |peer| served.session(peer));
+    let mut server = Server::start_for_peers(&args.socket.socket, mode, admit).map_err(|e| e.to_string())?;
     let started = configure(&control, &config, args.wait_for_rpc, &ends);
     if let Ok(true) = started {
         control.release();
@@ -149,12 +160,6 @@ fn serve_http(listen: SocketAddr, token: Option<&Path>, control: &Arc<Control>) 
         control.call(method, params).map_err(|e| e.message)
     };
     Web::start(config, Arc::new(source)).map_err(|e| format!("HTTP: {e}"))
-}
-
-/// Appended to, readable by its owner only.
-fn open_audit(path: &Path) -> Result<std::fs::File, String> {
-    let file = std::fs::OpenOptions::new().append(true).create(true).mode(0o600).open(path);
-    file.map_err(|e| format!("audit log {}: {e}", path.display()))
 }
 
 /// False when the end was asked for while waiting.

@@ -35,6 +35,8 @@ impl RpcError {
     pub const INTERNAL: i64 = -32603;
     /// The method can not be called in this state.
     pub const INVALID_STATE: i64 = -1;
+    /// The caller may not do that.
+    pub const EPERM: i64 = -1;
     /// No such file.
     pub const ENOENT: i64 = -2;
     /// Busy.
