@@ -88,8 +88,9 @@ impl Rig {
         (plain.connect_timeout, plain.io_timeout) = (Duration::from_secs(300), Duration::from_secs(300));
         let all = program.rpc("nvmf_subsystem_get_listeners", &json!({"nqn": NQN}));
         let all = all.unwrap_or_else(|e| panic!("{e}"));
-        let ports = all.as_array().expect("a list").iter().filter_map(|l| l["address"]["trsvcid"].as_str());
-        let port = ports.filter(|p| *p != plain.trsvcid).next().expect("two listeners").to_owned();
+        let mut ports =
+            all.as_array().expect("a list").iter().filter_map(|l| l["address"]["trsvcid"].as_str());
+        let port = ports.find(|p| *p != plain.trsvcid).expect("two listeners").to_owned();
         let secure = ConnectOptions { trsvcid: port, ..plain.clone() };
         let (host, log) = (runtime.handles()[0].clone(), dir.path().join("audit.log"));
         Rig { program, binary, log, plain, secure, host, _runtime: runtime, dir }
