@@ -1,11 +1,15 @@
 # shellcheck shell=bash
 # Sourced by the scripts that run in the guest: named steps, each with one PASS or FAIL line; the first FAIL ends the run.
+# Lines of steps go here: what runs quietly (within, run, refused) may itself come to fail.
+exec 3>&1
 step=start step_start=0
-pass() { printf 'PASS %s (%d s)\n' "$step" $((SECONDS - step_start)); }
+pass() { printf 'PASS %s (%d s)\n' "$step" $((SECONDS - step_start)) >&3; }
 fail() {
-    printf 'FAIL %s: %s\n' "$step" "$*"
-    printf -- '--- kernel log\n'
-    dmesg | tail -n 25
+    {
+        printf 'FAIL %s: %s\n' "$step" "$*"
+        printf -- '--- kernel log\n'
+        dmesg | tail -n 25
+    } >&3
     exit 1
 }
 step() { step=$1 step_start=$SECONDS; }
