@@ -136,7 +136,7 @@ impl Rig {
     fn identity(&self, version: Version) -> (String, String) {
         let names = Names { host: self.tls.hostnqn.clone(), subsystem: NQN.into() };
         let tls = psk(1, HashId::Sha256).tls(&names, version).expect("fits");
-        (tls.identity, tls.key.iter().map(|b| format!("{b:02x}")).collect())
+        (tls.identity, tls.key.expose().iter().map(|b| format!("{b:02x}")).collect())
     }
 }
 

@@ -140,11 +140,16 @@ impl Response<'_> {
     }
 
     fn of_host(&self, secret: &Secret, names: &Names) -> Zeroizing<Vec<u8>> {
-        self.make(&secret.transformed(&names.host), HOST_ROLE, &names.host, &names.subsystem)
+        self.make(secret.transformed(&names.host).expose(), HOST_ROLE, &names.host, &names.subsystem)
     }
 
     fn of_controller(&self, secret: &Secret, names: &Names) -> Zeroizing<Vec<u8>> {
-        self.make(&secret.transformed(&names.subsystem), CONTROLLER_ROLE, &names.subsystem, &names.host)
+        self.make(
+            secret.transformed(&names.subsystem).expose(),
+            CONTROLLER_ROLE,
+            &names.subsystem,
+            &names.host,
+        )
     }
 }
 

@@ -16,10 +16,12 @@
 //! differs, and get the key that belongs to it ([`Version::V1Old`]).
 
 use std::fmt;
+use std::sync::Arc;
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use cryptfold_nvmf_spec::auth::HashId;
+use cryptfold_reactor::SecretBytes;
 use thiserror::Error;
 use zeroize::Zeroizing;
 
@@ -58,10 +60,10 @@ impl From<TextError> for PskError {
     }
 }
 
-/// A configured pre-shared key.
+/// A configured pre-shared key, in locked memory. Copies share it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Psk {
-    key: Zeroizing<Vec<u8>>,
+    key: Arc<SecretBytes>,
     /// Makes the retained key; none: the configured key is it.
     transform: Option<HashId>,
 }
@@ -77,8 +79,8 @@ impl fmt::Debug for Psk {
 pub struct TlsPsk {
     /// Sent in the clear.
     pub identity: String,
-    /// Secret; as long as the hash's output.
-    pub key: Zeroizing<Vec<u8>>,
+    /// Secret, in locked memory; as long as the hash's output.
+    pub key: Arc<SecretBytes>,
     /// SHA-256 goes with TLS_AES_128_GCM_SHA256, SHA-384 with TLS_AES_256_GCM_SHA384.
     pub hash: HashId,
 }
@@ -149,7 +151,7 @@ impl Psk {
             Some(h) if key.len() == h.len_bytes() => {}
             _ => return Err(PskError::Length(key.len())),
         }
-        Ok(Psk { key: Zeroizing::new(key.to_vec()), transform })
+        Ok(Psk { key: locked(key), transform })
     }
 
     /// From its text; white space around it is ignored.
@@ -163,7 +165,7 @@ impl Psk {
 
     /// Its text.
     pub fn to_text(&self) -> Zeroizing<String> {
-        interchange::to_text(PREFIX, self.transform, &self.key)
+        interchange::to_text(PREFIX, self.transform, self.key.expose())
     }
 
     /// The hash that its identities name.
@@ -180,25 +182,27 @@ impl Psk {
     pub fn tls(&self, names: &Names, version: Version) -> Option<TlsPsk> {
         let (hash, host) = (self.hash(), names.host.as_bytes());
         let code = hash as u8;
-        let retained = match (self.transform, version) {
+        let key = self.key.expose();
+        let made = match (self.transform, version) {
             (None, Version::V1Old) => return None,
-            (None, _) => self.key.clone(),
-            (Some(h), Version::V1Old) => derive_old(h, &self.key, "HostNQN", host),
-            (Some(h), _) => derive(h, &self.key, "HostNQN", host)?,
+            (None, _) => None,
+            (Some(h), Version::V1Old) => Some(derive_old(h, key, "HostNQN", host)),
+            (Some(h), _) => Some(derive(h, key, "HostNQN", host)?),
         };
+        let retained: &[u8] = made.as_ref().map_or(key, |made| made);
         let both = format!("{} {}", names.host, names.subsystem);
         if version == Version::V0 {
             let identity = format!("NVMe0R{code:02} {both}");
-            let key = derive(hash, &retained, "nvme-tls-psk", identity.as_bytes())?;
-            return Some(TlsPsk { identity, key, hash });
+            let key = derive(hash, retained, "nvme-tls-psk", identity.as_bytes())?;
+            return Some(TlsPsk { identity, key: locked(&key), hash });
         }
-        let digest = digest(hash, &retained, &both);
+        let digest = digest(hash, retained, &both);
         let context = format!("{code:02} {digest}");
         let key = match version {
-            Version::V1Old => derive_old(hash, &retained, "nvme-tls-psk", context.as_bytes()),
-            _ => derive(hash, &retained, "nvme-tls-psk", context.as_bytes())?,
+            Version::V1Old => derive_old(hash, retained, "nvme-tls-psk", context.as_bytes()),
+            _ => derive(hash, retained, "nvme-tls-psk", context.as_bytes())?,
         };
-        Some(TlsPsk { identity: format!("NVMe1R{code:02} {both} {digest}"), key, hash })
+        Some(TlsPsk { identity: format!("NVMe1R{code:02} {both} {digest}"), key: locked(&key), hash })
     }
 
     /// The key that belongs to an identity which a host of this name offers for this subsystem, if it is one of ours.
@@ -229,8 +233,12 @@ impl TlsPsk {
         let both = format!("{} {}", names.host, names.subsystem);
         let (code, digest) = (hash as u8, digest(hash, &psk, &both));
         let key = derive(hash, &psk, "nvme-tls-psk", format!("{code:02} {digest}").as_bytes())?;
-        Some(TlsPsk { identity: format!("NVMe1G{code:02} {both} {digest}"), key, hash })
+        Some(TlsPsk { identity: format!("NVMe1G{code:02} {both} {digest}"), key: locked(&key), hash })
     }
+}
+
+fn locked(key: &[u8]) -> Arc<SecretBytes> {
+    Arc::new(SecretBytes::from_slice(key))
 }
 
 /// What version 1 identities have behind the names.
@@ -341,7 +349,7 @@ mod tests {
                 Psk::new(&bytes(psk), None).expect("legal").tls(&names("hostnqn", "subsysnqn"), Version::V1);
             let tls = tls.expect("fits");
             assert!(tls.identity.ends_with(&format!(" hostnqn subsysnqn {digest}")), "{}", tls.identity);
-            assert_eq!(*tls.key, bytes(key));
+            assert_eq!(tls.key.expose(), bytes(key));
             let hash = tls.hash;
             let up = |from: u8| -> Vec<u8> { (0..hash.len_bytes() as u8).map(|i| from + i).collect() };
             let (session, c1) = (up(b'A'), up(0));
@@ -364,7 +372,7 @@ mod tests {
         let names = names("nqn.psk-test-host", "nqn.psk-test-subsys");
         let tls = Psk::parse(KEY_256).expect("legal").tls(&names, Version::V0).expect("fits");
         assert_eq!(tls.identity, "NVMe0R01 nqn.psk-test-host nqn.psk-test-subsys");
-        let hex: String = tls.key.iter().map(|b| format!("{b:02x}")).collect();
+        let hex: String = tls.key.expose().iter().map(|b| format!("{b:02x}")).collect();
         assert_eq!(hex, "05c6503551ad136e6ee32e6eeb3f6d500b69701d84ec71e328f65c7f51566f68");
         // Names that do not fit: no key, rather than one that nobody else derives.
         let long = Names { host: "h".repeat(223), subsystem: "s".repeat(223) };

@@ -3,8 +3,10 @@
 //! it: 00 none, 01 SHA-256, 02 SHA-384, 03 SHA-512.
 
 use std::fmt;
+use std::sync::Arc;
 
 use cryptfold_nvmf_spec::auth::HashId;
+use cryptfold_reactor::SecretBytes;
 use thiserror::Error;
 use zeroize::Zeroizing;
 
@@ -42,10 +44,10 @@ impl From<TextError> for SecretError {
     }
 }
 
-/// A secret.
+/// A secret, in locked memory. Copies share it.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret {
-    key: Zeroizing<Vec<u8>>,
+    key: Arc<SecretBytes>,
     transform: Option<HashId>,
 }
 
@@ -68,7 +70,7 @@ impl Secret {
         if !fits {
             return Err(SecretError::Length(key.len()));
         }
-        Ok(Secret { key: Zeroizing::new(key.to_vec()), transform })
+        Ok(Secret { key: Arc::new(SecretBytes::from_slice(key)), transform })
     }
 
     /// From its text; white space around it is ignored.
@@ -82,14 +84,17 @@ impl Secret {
 
     /// Its text.
     pub fn to_text(&self) -> Zeroizing<String> {
-        interchange::to_text(PREFIX, self.transform, &self.key)
+        interchange::to_text(PREFIX, self.transform, self.key.expose())
     }
 
     /// The key that responses are made with by the holder of this name (NVMe Base 2.0 section 8.13.5.8).
-    pub(crate) fn transformed(&self, nqn: &str) -> Zeroizing<Vec<u8>> {
+    pub(crate) fn transformed(&self, nqn: &str) -> Arc<SecretBytes> {
         match self.transform {
             None => self.key.clone(),
-            Some(h) => mac(h, &self.key, &[nqn.as_bytes(), TRANSFORM_LABEL]),
+            Some(h) => {
+                let key = mac(h, self.key.expose(), &[nqn.as_bytes(), TRANSFORM_LABEL]);
+                Arc::new(SecretBytes::from_slice(&key))
+            }
         }
     }
 }

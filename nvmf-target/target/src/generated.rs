@@ -105,13 +105,14 @@ impl GeneratedKeys {
 mod tests {
     use super::*;
     use cryptfold_nvmf_auth::HashId;
+    use cryptfold_reactor::SecretBytes;
 
     #[test]
     fn unused_keys_have_a_limit() {
         let keys = GeneratedKeys::default();
         let key = |host: &str, n: u64| TlsPsk {
             identity: format!("NVMe1G01 {host} nqn.s {n}"),
-            key: vec![n as u8; 32].into(),
+            key: Arc::new(SecretBytes::from_slice(&[n as u8; 32])),
             hash: HashId::Sha256,
         };
         keys.add(key("nqn.other", 0), 1000);

@@ -137,7 +137,7 @@ impl ClientHelloCallback for OnHello {
 fn psk(key: &TlsPsk) -> Result<Psk, Error> {
     let mut psk = Psk::builder()?;
     psk.set_identity(key.identity.as_bytes())?;
-    psk.set_secret(&key.key)?;
+    psk.set_secret(key.key.expose())?;
     psk.set_hmac(if key.hash == HashId::Sha256 { PskHmac::SHA256 } else { PskHmac::SHA384 })?;
     psk.build()
 }
