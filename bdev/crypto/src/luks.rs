@@ -93,6 +93,8 @@ struct Looks {
     /// Looks that were asked for, and the newest one that is done.
     asked: u64,
     done: u64,
+    /// The newest one that a change of the header has asked for.
+    touched: u64,
     ended: bool,
     /// Changes of the header that are under way.
     header_changes: u64,
@@ -204,6 +206,16 @@ impl Switch {
         self.mode.change(|m| m.layer = layer);
     }
 
+    /// Sets the layer unless the header has changed, or is being changed, since look number `look` was asked for. Whether it did.
+    pub fn set_unless_touched(&self, layer: Layer, look: u64) -> bool {
+        let looks = self.looks();
+        let same = looks.touched <= look && looks.header_changes == 0 && !looks.ended;
+        if same {
+            self.mode.change(|m| m.layer = layer);
+        }
+        same
+    }
+
     /// What the device began with in the look number `look`.
     pub fn found_magic(&self, found: bool, look: u64) {
         let looks = self.looks();
@@ -240,6 +252,7 @@ impl Switch {
     fn touch(&self) {
         let mut looks = self.looks();
         looks.asked += 1;
+        looks.touched = looks.asked;
         self.mode.change(|m| m.settled = false);
         self.wake.notify_all();
     }

@@ -176,6 +176,22 @@ impl KeyServer {
         }
     }
 
+    /// Has it stop where it is: connections to it are taken, and nothing is answered, until [`KeyServer::go_on`].
+    pub fn pause(&self) {
+        self.signal("-STOP");
+    }
+
+    /// Goes on after [`KeyServer::pause`].
+    pub fn go_on(&self) {
+        self.signal("-CONT");
+    }
+
+    fn signal(&self, signal: &str) {
+        let child = self.process.as_ref().expect("it runs");
+        let sent = Command::new("kill").args([signal, "--", &format!("-{}", child.id())]).status();
+        assert!(sent.expect("kill").success(), "{signal} to PyKMIP");
+    }
+
     /// Puts a key into a state that no client could ask for (a deactivated key is never active again), as an administrator
     /// of the server's database can.
     pub fn force_state(&self, id: &str, state: State) {

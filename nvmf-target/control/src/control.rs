@@ -119,7 +119,7 @@ pub struct Control {
     pub(crate) ring: Keyring,
     pub(crate) kms: Arc<Kms>,
     /// Volumes on which hosts put LUKS.
-    pub(crate) luks: Volumes,
+    pub(crate) luks: Arc<Volumes>,
     /// Calls that need devices of locked pools.
     pub(crate) deferred: Deferred,
     pub(crate) options: Mutex<Options>,
@@ -160,7 +160,7 @@ impl Control {
             keys: KeyStore::default(),
             ring: Keyring::default(),
             kms: Arc::default(),
-            luks: Volumes::default(),
+            luks: Arc::default(),
             deferred: Deferred::default(),
             me: me.clone(),
             options: Mutex::default(),
@@ -230,6 +230,8 @@ impl Control {
         .map_err(|e| RpcError::internal(e.to_string()))?;
         let handles = runtime.handles().to_vec();
         let target = Target::new(self.registry.clone(), &handles);
+        let luks = self.luks.clone();
+        target.on_arrival(move |arrival| luks.arrives(arrival));
         crate::methods::apply_nvmf_options(self, &target)?;
         let manager = PoolManager::new(self.registry.clone(), handles.clone());
         let watch = Arc::downgrade(&self.watch);
@@ -279,8 +281,11 @@ impl Control {
         self.running.get().map_or(&[], |r| &r.handles)
     }
 
-    /// The target; there is none before initialisation.
-    pub(crate) fn target(&self) -> Result<&Target, RpcError> {
+    /// The target.
+    ///
+    /// # Errors
+    /// There is none before initialisation.
+    pub fn target(&self) -> Result<&Target, RpcError> {
         let early = || RpcError::new(RpcError::INVALID_STATE, "not initialised yet");
         self.running.get().map(|r| &r.target).ok_or_else(early)
     }

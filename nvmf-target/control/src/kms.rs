@@ -27,7 +27,7 @@ use crate::jsonrpc::RpcError;
 
 pub use kek::KekError;
 pub use key::{KeyOptions, KeyView, OnEnd, Policy};
-pub use proven::Unproven;
+pub use proven::{Proven, Unproven};
 pub use server::{ServerOptions, ServerView};
 
 use key::Key;

@@ -15,8 +15,15 @@
 //!   key: no part of it is ever taken for the other.
 //! - The record is durable before the first write that is decrypted. It goes when nothing is stored behind the header again.
 //! - A key that is not proven against the header's digest is never used.
-//! - A host that need not say who it is gets nothing bound, unless the volume allows it.
+//! - A host that need not say who it is gets nothing bound, unless the volume allows it; nor does one that the volume does not name,
+//!   if it names any ([`access`]).
+//! - Another header fences before anybody else is asked anything.
 
+mod access;
+mod record;
+mod token;
+
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -26,13 +33,15 @@ use cryptfold_bdev_crypto::hostcrypt::Shape;
 use cryptfold_bdev_crypto::luks::{Bound, Layer, LuksOptions, Shut, Switch, WATCHED_BYTES, Wake};
 use cryptfold_luks2::{Header, PROBE_BYTES, Payload, Place};
 use cryptfold_nvmf_target::audit::TARGET as AUDIT;
-use cryptfold_nvmf_target::{CLAIM, SubsystemInfo};
 use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::control::{Control, lock};
 use crate::jsonrpc::RpcError;
-use crate::kms::{KeyOptions, OnEnd, Policy, Unproven};
+use crate::kms::Unproven;
+use access::Refusal;
+use record::Stored;
+use token::Trial;
 
 /// How long making a device waits for the first look.
 const FIRST_LOOK: Duration = Duration::from_secs(15);
@@ -44,8 +53,6 @@ const MAX_OFFSET_BYTES: u64 = 1 << 30;
 const STEP_BYTES: usize = 1 << 20;
 /// Number of a LUKS volume's key in the pool's map.
 const KEY_ID: u16 = 1;
-/// First byte of a record.
-const RECORD_VERSION: u8 = 1;
 /// Between two looks at what may come when there is no server to say.
 const PAUSE: Duration = Duration::from_secs(5);
 
@@ -60,41 +67,16 @@ pub struct Options {
     pub kms_server: String,
     /// Also for hosts that need not authenticate.
     pub allow_unauthenticated: bool,
+    /// The hosts (NQNs) that may get at it while it is bound; none: all that authenticate.
+    pub allowed_hosts: Vec<String>,
     /// Most iterations of a header's digest.
     pub max_iterations: u32,
     /// Identity.
     pub uuid: Option<Uuid>,
 }
 
-/// What a volume's stored payload is: the record in the pool.
-#[derive(Clone, Copy, PartialEq, Eq)]
-struct Stored {
-    offset_bytes: u64,
-    identity: [u8; 32],
-}
-
-impl Stored {
-    fn of(payload: &Payload) -> Stored {
-        Stored { offset_bytes: payload.segment.offset_bytes, identity: payload.identity() }
-    }
-
-    /// Version, offset (little-endian), identity.
-    fn encode(&self) -> Vec<u8> {
-        let mut record = vec![RECORD_VERSION];
-        record.extend_from_slice(&self.offset_bytes.to_le_bytes());
-        record.extend_from_slice(&self.identity);
-        record
-    }
-
-    fn decode(record: &[u8]) -> Option<Stored> {
-        let (version, rest) = record.split_first()?;
-        let (offset, identity) = rest.split_first_chunk::<8>()?;
-        let identity = identity.try_into().ok()?;
-        (*version == RECORD_VERSION).then_some(Stored { offset_bytes: u64::from_le_bytes(*offset), identity })
-    }
-}
-
 /// A header that can be acted on.
+#[derive(Clone)]
 struct Found {
     header: Header,
     payload: Payload,
@@ -127,6 +109,10 @@ impl Verdict {
         Verdict { layer, state, reason: Some(reason), found: None, again: true }
     }
 
+    fn still_bound() -> Verdict {
+        Verdict { layer: None, state: "bound", reason: None, found: None, again: false }
+    }
+
     fn again(self) -> Verdict {
         Verdict { again: true, ..self }
     }
@@ -143,7 +129,11 @@ impl Verdict {
 
 /// All such volumes.
 #[derive(Default)]
-pub struct Volumes(Mutex<Vec<Arc<Volume>>>);
+pub struct Volumes {
+    all: Mutex<Vec<Arc<Volume>>>,
+    /// See [`access`].
+    door: Mutex<()>,
+}
 
 /// See the module.
 pub struct Volume {
@@ -155,8 +145,12 @@ pub struct Volume {
     switch: Arc<Switch>,
     /// Who gets in without saying who it is, when it was last looked at.
     open_to: Mutex<Option<String>>,
+    /// It waits for a host that is connected to go or to authenticate.
+    strangers: AtomicBool,
     /// Of the key that is watched for it.
     gate: Mutex<Option<Arc<KeyGate>>>,
+    /// Other objects that the header names for the key.
+    trial: Mutex<Option<Arc<Trial>>>,
 }
 
 impl Volumes {
@@ -173,12 +167,16 @@ impl Volumes {
         let (_, info) = crate::methods::find_volume(c, base.name()).map_err(|_| {
             BdevError::Invalid(format!("{} is no volume of a pool: one is needed", options.base_bdev_name))
         })?;
+        let mut params = json!({"kms_server": options.kms_server, "allow_unauthenticated": options.allow_unauthenticated,
+            "max_iterations": options.max_iterations});
+        if !options.allowed_hosts.is_empty() {
+            params["allowed_hosts"] = json!(options.allowed_hosts);
+        }
         let device = LuksOptions {
             name: options.name.clone(),
             base_bdev_name: options.base_bdev_name.clone(),
             uuid: options.uuid,
-            params: json!({"kms_server": options.kms_server, "allow_unauthenticated": options.allow_unauthenticated,
-                "max_iterations": options.max_iterations}),
+            params,
         };
         let (bdev, switch) = cryptfold_bdev_crypto::luks::create(&c.registry, device)?;
         let volume = Arc::new(Volume {
@@ -186,35 +184,27 @@ impl Volumes {
             pool: c.pools()?.manager().info(&info.pool)?.uuid.to_string(),
             volume: info.uuid.to_string(),
             open_to: Mutex::default(),
+            strangers: AtomicBool::new(false),
             gate: Mutex::default(),
+            trial: Mutex::default(),
             switch: switch.clone(),
             options,
         });
         let (me, control) = (volume.clone(), c.weak());
-        lock(&self.0).push(volume.clone());
+        lock(&self.all).push(volume.clone());
         let spawned = std::thread::Builder::new().name("luks".into()).spawn(move || me.watch(&control));
         if let Err(e) = spawned {
             drop(c.registry.unregister(bdev.name()));
-            lock(&self.0).retain(|v| !Arc::ptr_eq(v, &volume));
+            lock(&self.all).retain(|v| !Arc::ptr_eq(v, &volume));
             return Err(RpcError::internal(format!("a thread for the volume: {e}")));
         }
         switch.wait_first(FIRST_LOOK);
         Ok(bdev.name().to_owned())
     }
 
-    /// Subsystems, hosts or what lies on a device may have changed: volumes for which that matters are looked at.
-    pub fn recheck(&self, c: &Control) {
-        for v in lock(&self.0).clone() {
-            let now = v.open_to(c);
-            if *lock(&v.open_to) != now {
-                v.switch.ask();
-            }
-        }
-    }
-
     /// What they are, for people.
     pub fn status(&self, c: &Control, name: Option<&str>) -> Result<Vec<Value>, RpcError> {
-        let all = lock(&self.0).clone();
+        let all = lock(&self.all).clone();
         let wanted = |v: &&Arc<Volume>| !v.switch.is_ended() && name.is_none_or(|n| n == v.options.name);
         let mut found = all.iter().filter(wanted).peekable();
         match (name, found.peek()) {
@@ -246,27 +236,29 @@ impl Volume {
             };
             status["state"] = json!(state);
             status["key_state"] = json!(key.as_ref().map(|k| &k.state));
-            status["reason"] = json!(key.and_then(|k| k.reason));
+            if status["reason"].is_null() {
+                status["reason"] = json!(key.and_then(|k| k.reason));
+            }
         }
         status
     }
 
     // ---- the thread
 
-    fn watch(&self, control: &Weak<Control>) {
+    fn watch(self: &Arc<Self>, control: &Weak<Control>) {
         let mut pause = None;
         while let Wake::Look(look) = self.switch.wait(pause) {
             let Some(c) = control.upgrade().filter(|c| !c.is_ending()) else { break };
             let verdict = self.look(&c, look);
-            self.act(&c, &verdict);
+            let again = self.act(&c, verdict, look);
             let interval = || c.kms.poll_interval(&self.options.kms_server).unwrap_or(PAUSE);
-            pause = verdict.again.then(interval);
+            pause = again.then(interval);
             self.switch.settle(look);
         }
         self.switch.end();
         if let Some(c) = control.upgrade() {
             self.forget_key(&c);
-            lock(&c.luks.0).retain(|v| !std::ptr::eq(&**v, self));
+            lock(&c.luks.all).retain(|v| !Arc::ptr_eq(v, self));
         }
     }
 
@@ -276,28 +268,60 @@ impl Volume {
         }
     }
 
-    /// Sets the layer, and tells people.
-    fn act(&self, c: &Control, verdict: &Verdict) {
-        let before = self.switch.status();
-        let mut status = verdict.found.clone().unwrap_or_else(|| json!({}));
+    /// Sets the layer, and tells people. Whether to look again in a while.
+    fn act(&self, c: &Control, verdict: Verdict, look: u64) -> bool {
+        let _door = lock(&c.luks.door);
+        let verdict = match (&verdict.layer, self.switch.layer()) {
+            (Some(Layer::Bound(bound)), _) => self.admitted(c, bound.clone(), verdict, look),
+            (None, Layer::Bound(bound)) => self.admitted(c, bound, verdict, look),
+            // Somebody has shut it meanwhile, and asked for another look.
+            (None, _) => return true,
+            (Some(layer), _) => {
+                self.switch.set(layer.clone());
+                verdict
+            }
+        };
+        if !matches!(self.switch.layer(), Layer::Bound(_)) {
+            self.forget_key(c);
+            *lock(&self.trial) = None;
+        }
+        let mut status = verdict.found.unwrap_or_else(|| json!({}));
         status["state"] = json!(verdict.state);
         status["reason"] = json!(verdict.reason);
-        if let Some(layer) = &verdict.layer {
+        self.tell(status);
+        verdict.again
+    }
+
+    /// What is about to be bound, or to stay so, is, unless somebody is there who may not be or there is another header by now. With
+    /// the door held.
+    fn admitted(&self, c: &Control, bound: Arc<Bound>, verdict: Verdict, look: u64) -> Verdict {
+        let from = bound.shape.payload_offset_bytes;
+        let shut = match self.refusal(c) {
+            Some(refusal) => self.refused(refusal, from),
+            None if verdict.layer.is_none() => return verdict,
+            None if self.switch.set_unless_touched(Layer::Bound(bound), look) => return verdict,
+            None => Verdict::shut(from, "waiting", "its header is being changed".into()),
+        };
+        if let Some(layer) = &shut.layer {
             self.switch.set(layer.clone());
-            if !matches!(layer, Layer::Bound(_)) {
-                self.forget_key(c);
-            }
         }
+        Verdict { found: verdict.found, ..shut }
+    }
+
+    fn tell(&self, status: Value) {
+        let before = self.switch.status();
         if before["state"] != status["state"] || before["reason"] != status["reason"] {
             let (device, uuid) = (&self.options.name, status["uuid"].as_str().unwrap_or(""));
-            let (state, reason) = (verdict.state, verdict.reason.as_deref().unwrap_or(""));
+            let word = |name: &str| status[name].as_str().unwrap_or("").to_owned();
+            let (state, reason) = (word("state"), word("reason"));
             tracing::info!(target: AUDIT, event = "luks volume", device, state, reason, uuid);
         }
         self.switch.say(status);
     }
 
-    fn look(&self, c: &Control, look: u64) -> Verdict {
+    fn look(self: &Arc<Self>, c: &Control, look: u64) -> Verdict {
         *lock(&self.open_to) = self.open_to(c);
+        self.strangers.store(false, Ordering::SeqCst);
         let stored = match c.pools().and_then(|p| Ok(p.manager().volume(&self.pool, &self.volume)?)) {
             Ok(info) => info.host_key,
             Err(e) => return Verdict::shut(0, "waiting", format!("the pool: {}", e.message)),
@@ -319,8 +343,8 @@ impl Volume {
         };
         let Some(stored) = stored else { return self.unbound(c, found) };
         match found {
-            Ok(found) if Stored::of(&found.payload) == stored => self.bound(c, &found),
-            other => self.estranged(c, stored, other),
+            Ok(found) if stored.is(&found.payload) => self.bound(c, &found, &stored).with(&found),
+            other => self.estranged(c, &stored, other),
         }
     }
 
@@ -385,10 +409,15 @@ impl Volume {
 
     /// Binds for the first time.
     fn first(&self, c: &Control, found: &Found) -> Result<Verdict, Box<Verdict>> {
-        if let Some(who) = lock(&self.open_to).clone() {
-            return Err(Verdict::raw(who).into());
+        match self.refusal(c) {
+            Some(Refusal::Configured(who)) => return Err(Verdict::raw(who).into()),
+            Some(Refusal::Connected(who)) => {
+                self.strangers.store(true, Ordering::SeqCst);
+                return Err(Verdict::raw(who).again().into());
+            }
+            None => {}
         }
-        if let Some(why) = self.unexported(c).or_else(|| self.unproven(c)) {
+        if let Some(why) = self.unexported(c) {
             return Err(Verdict::raw(why).again().into());
         }
         let offset = found.payload.segment.offset_bytes;
@@ -406,7 +435,7 @@ impl Volume {
         if !empty.map_err(|e| failed(e.into()))? {
             return Err(written().into());
         }
-        let gate = self.key(c, found).map_err(|e| {
+        let (gate, objects) = self.key(c, found, None).map_err(|e| {
             Box::new(match e {
                 // A token says that the host wants it: nothing is written before it is clear.
                 Unproven::NotYet(why) if found.objects.is_some() => Verdict::shut(offset, "waiting", why),
@@ -418,7 +447,7 @@ impl Volume {
             let why = "writes that are under way do not end".into();
             return Err(Verdict::shut(offset, "waiting", why).into());
         }
-        let record = Stored::of(&found.payload).encode();
+        let record = Stored::of(&found.payload, objects).encode();
         let set = manager.set_host_key(&self.pool, &self.volume, offset, Some(record));
         if !set.map_err(|e| failed(e.into()))? {
             return Err(written().into());
@@ -439,33 +468,46 @@ impl Volume {
         Verdict { layer, state: "bound", reason: None, found: None, again: false }
     }
 
-    /// With a record, and its header is there.
-    fn bound(&self, c: &Control, found: &Found) -> Verdict {
-        let offset = found.payload.segment.offset_bytes;
-        let verdict = if let Some(who) = lock(&self.open_to).clone() {
-            Verdict { again: false, ..Verdict::shut(offset, "fenced", who) }
-        } else if let Layer::Bound(_) = self.switch.layer() {
-            Verdict { layer: None, state: "bound", reason: None, found: None, again: false }
-        } else if let Some(who) = self.unproven(c) {
-            // It may be about to: hosts are told to try again.
-            Verdict::shut(offset, "waiting", who)
-        } else {
-            match self.key(c, found) {
-                Ok(gate) => self.now_bound(found, gate),
-                Err(Unproven::NotYet(why)) => Verdict::shut(offset, "waiting", why),
-                Err(Unproven::Ended(why)) => Verdict::shut(offset, "fenced", why),
-                Err(Unproven::Refused(why)) => {
-                    Verdict { again: false, ..Verdict::shut(offset, "fenced", why) }
-                }
+    /// With a record, and somebody gets at it who may not.
+    fn refused(&self, refusal: Refusal, from_bytes: u64) -> Verdict {
+        match refusal {
+            Refusal::Configured(who) => Verdict { again: false, ..Verdict::shut(from_bytes, "fenced", who) },
+            // It may be about to go: hosts are told to try again.
+            Refusal::Connected(who) => {
+                self.strangers.store(true, Ordering::SeqCst);
+                Verdict::shut(from_bytes, "waiting", who)
             }
-        };
-        verdict.with(found)
+        }
+    }
+
+    /// With a record, and its header is there.
+    fn bound(self: &Arc<Self>, c: &Control, found: &Found, stored: &Stored) -> Verdict {
+        let offset = stored.offset_bytes;
+        if let Some(refusal) = self.refusal(c) {
+            return self.refused(refusal, offset);
+        }
+        if let Layer::Bound(_) = self.switch.layer() {
+            let other = |objects: &&Vec<String>| !stored.objects.is_empty() && **objects != stored.objects;
+            return match found.objects.as_ref().filter(other) {
+                Some(objects) => self.renamed(c, found, stored, objects),
+                None => Verdict::still_bound(),
+            };
+        }
+        match self.key(c, found, Some(stored)) {
+            Ok((gate, _)) => self.now_bound(found, gate),
+            Err(Unproven::NotYet(why)) => Verdict::shut(offset, "waiting", why),
+            Err(Unproven::Ended(why)) => Verdict::shut(offset, "fenced", why),
+            Err(Unproven::Refused(why)) => Verdict { again: false, ..Verdict::shut(offset, "fenced", why) },
+        }
     }
 
     /// With a record, and its header is gone or another one. What is stored is of no use to anybody else; when it is given up,
     /// the volume is free again.
-    fn estranged(&self, c: &Control, stored: Stored, found: Result<Found, String>) -> Verdict {
+    fn estranged(&self, c: &Control, stored: &Stored, found: Result<Found, String>) -> Verdict {
         let offset = stored.offset_bytes;
+        // Before anything that may take its time: pool, changes under way, key server.
+        let shut = Shut { from_bytes: offset, status: Status::ACCESS_DENIED.do_not_retry(), discards: true };
+        self.switch.set(Layer::Shut(shut));
         let manager = match c.pools() {
             Ok(pools) => pools.manager(),
             Err(e) => return Verdict::shut(offset, "waiting", e.message),
@@ -486,97 +528,11 @@ impl Volume {
             Err(why) => format!("the header of what is stored is gone: {why}"),
         };
         let reason = format!("{what}; restore it, or discard all of the volume (blkdiscard)");
-        let shut = Shut { from_bytes: offset, status: Status::ACCESS_DENIED.do_not_retry(), discards: true };
         let layer = Some(Layer::Shut(shut));
         let verdict = Verdict { layer, state: "fenced", reason: Some(reason), found: None, again };
         match &found {
             Ok(found) => verdict.with(found),
             Err(_) => verdict,
         }
-    }
-
-    /// The volume's key, proven, watched from now on.
-    fn key(&self, c: &Control, found: &Found) -> Result<Arc<KeyGate>, Unproven> {
-        let server = &self.options.kms_server;
-        let objects = match &found.objects {
-            Some(objects) => objects.clone(),
-            None => {
-                let uuid = found.header.uuid.to_string();
-                let named = c.kms.named(server, &uuid).map_err(Unproven::NotYet)?;
-                let n = named.len();
-                if n != 1 {
-                    let why = format!(
-                        "the header has no token of type \"cryptfold-kmip\", and {n} keys at the server are named {uuid}"
-                    );
-                    // The UUID is known when the header is written: its key comes after it.
-                    return Err(if n == 0 { Unproven::NotYet(why) } else { Unproven::Refused(why) });
-                }
-                named
-            }
-        };
-        let fence = OnEnd::Fence;
-        let policy = Policy { deactivated: fence, compromised: fence, destroyed: fence, not_found: fence };
-        let options = KeyOptions {
-            name: self.key_name(),
-            server: server.clone(),
-            objects,
-            policy,
-            device: Some(self.options.name.clone()),
-        };
-        let digest = &found.payload.digest;
-        let gate = c.kms.prove(options, |key| {
-            if found.payload.key_bytes.is_some_and(|n| n as usize != key.len()) {
-                return Err(format!("the key has {} bytes, not as many as the header's", key.len()));
-            }
-            digest.prove(key, self.options.max_iterations).map_err(|e| e.to_string())
-        })?;
-        *lock(&self.gate) = Some(gate.clone());
-        Ok(gate)
-    }
-
-    /// Who gets at the volume without having to say who it is, if that matters.
-    fn open_to(&self, c: &Control) -> Option<String> {
-        if self.options.allow_unauthenticated {
-            return None;
-        }
-        let claim = c.registry.get(&self.options.name).ok().and_then(|b| b.claimed_by());
-        if let Some(by) = claim.filter(|by| by != CLAIM) {
-            return Some(format!("it is claimed (by {by}): a device on it, whose hosts are not known"));
-        }
-        for s in self.exported_by(c) {
-            let nqn = &s.options.nqn;
-            if s.options.allow_any_host {
-                return Some(format!("subsystem {nqn} lets any host in, and none has to authenticate"));
-            }
-            let open = s.hosts.iter().find(|h| h.dhchap_key.is_none() && h.psk.is_none());
-            if let Some(host) = open {
-                return Some(format!("host {} of subsystem {nqn} does not have to authenticate", host.nqn));
-            }
-        }
-        None
-    }
-
-    fn exported_by(&self, c: &Control) -> Vec<SubsystemInfo> {
-        let mut all = c.target().map(|t| t.subsystems()).unwrap_or_default();
-        all.retain(|s| s.namespaces.iter().any(|n| n.bdev_name == self.options.name));
-        all
-    }
-
-    /// Whether it is not known yet which hosts get at it: nothing is bound for the first time then.
-    fn unexported(&self, c: &Control) -> Option<String> {
-        let unknown = !self.options.allow_unauthenticated && self.exported_by(c).is_empty();
-        unknown.then(|| "no subsystem has it as a namespace yet".into())
-    }
-
-    /// A host that is connected and has not said who it is: what the configuration asks of hosts, it asks of those that come.
-    fn unproven(&self, c: &Control) -> Option<String> {
-        let target = c.target().ok().filter(|_| !self.options.allow_unauthenticated)?;
-        let queues =
-            self.exported_by(c).into_iter().flat_map(|s| target.qpairs(&s.options.nqn).unwrap_or_default());
-        let stranger = queues.into_iter().find(|q| q.auth.is_none() && q.tls.is_none())?;
-        Some(format!(
-            "host {} at {} is connected and has not authenticated",
-            stranger.hostnqn, stranger.peer_address
-        ))
     }
 }

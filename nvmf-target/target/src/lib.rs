@@ -18,6 +18,7 @@
 //! Units: bytes unless a name says otherwise.
 
 mod access;
+mod arrival;
 pub mod audit;
 mod budget;
 mod conn;
@@ -41,6 +42,7 @@ mod watch;
 pub mod wire;
 
 pub use access::{HostAccess, Named};
+pub use arrival::Arrival;
 pub use controller::{Controller, Host};
 pub use cryptfold_nvmf_spec::log::AnaState;
 pub use cryptfold_nvmf_tls::Layer;

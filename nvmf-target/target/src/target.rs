@@ -8,7 +8,7 @@
 use std::collections::btree_map::Entry;
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 use std::time::{Duration, Instant};
 
 use cryptfold_bdev::Registry;
@@ -22,6 +22,7 @@ use cryptfold_reactor::{self as reactor, Handle};
 use uuid::Uuid;
 use zerocopy::IntoBytes;
 
+use crate::arrival::{Arrival, OnArrival};
 use crate::budget::{Hosts, Place};
 use crate::controller::events::EventKind;
 use crate::controller::{Controller, Host, NewController, QueueRef};
@@ -76,6 +77,7 @@ pub(crate) struct Shared {
     pub generated: GeneratedKeys,
     /// Connections from now on leave the records of TLS to the kernel, where it takes them.
     pub kernel_tls: AtomicBool,
+    on_arrival: OnceLock<OnArrival>,
     state: Mutex<State>,
 }
 
@@ -224,6 +226,13 @@ impl Shared {
         Ok((controller, place))
     }
 
+    /// A queue of this controller is about to be used.
+    pub fn arrives(&self, controller: &Controller, peer: &str, proven: bool) {
+        if let Some(tell) = self.on_arrival.get().filter(|_| !controller.is_discovery()) {
+            tell(&Arrival::of(controller, peer, proven));
+        }
+    }
+
     /// The discovery log as this host sees it through this port.
     pub fn discovery_page(&self, hostnqn: &str, through: &Arc<Port>) -> Vec<u8> {
         let (subsystems, filter, asqsz, referrals) = {
@@ -321,6 +330,7 @@ impl Target {
             hosts: Hosts::default(),
             generated: GeneratedKeys::default(),
             kernel_tls: AtomicBool::new(false),
+            on_arrival: OnceLock::new(),
             state: Mutex::new(State {
                 transport: None,
                 subsystems: vec![Subsystem::new(discovery, true)],
@@ -348,6 +358,14 @@ impl Target {
             cryptfold_nvmf_tls::load_kernel_tls();
         }
         self.shared.kernel_tls.store(may, Ordering::Relaxed);
+    }
+
+    /// Has `tell` called with each queue (discovery's excepted) when [`Target::qpairs`] lists it already and its host can not use it
+    /// yet. It is called on reactors, and must not wait for them; once set, it stays.
+    pub fn on_arrival(&self, tell: impl Fn(&Arrival) + Send + Sync + 'static) {
+        if self.shared.on_arrival.set(Box::new(tell)).is_err() {
+            tracing::error!("somebody is told of arrivals already");
+        }
     }
 
     fn running(&self) -> Result<MutexGuard<'_, State>, TargetError> {

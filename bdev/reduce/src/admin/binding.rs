@@ -74,6 +74,10 @@ impl Shard {
     /// empty: what they show of other maps is not counted.
     fn is_empty_behind(&self, id: VolumeId, from: u64, needs: &mut Needs) -> Result<bool, ApplyError> {
         let v = self.volume(id)?;
+        // Behind its end nothing is, in no volume.
+        if from >= v.record.blocks {
+            return Ok(true);
+        }
         if v.record.base.is_some() || v.is_snapshot() {
             return Ok(false);
         }

@@ -23,38 +23,57 @@ pub enum Unproven {
     Refused(String),
 }
 
+/// A key that was fetched and proven, and that nobody watches yet.
+pub struct Proven(Key);
+
 impl Kms {
-    /// Fetches a key, asks `prove` about it, and watches it from then on under its name. Its gate is open.
+    /// Whether a key may be used now, as far as its state at the server goes.
     ///
     /// # Errors
-    /// Unknown server; no answer; it is not active, no XTS key, or not the one.
+    /// Unknown server, no answer, a state in which keys are not used.
+    pub fn usable(&self, options: &KeyOptions) -> Result<(), Unproven> {
+        let server = self.server(&options.server).map_err(|e| Unproven::NotYet(e.message))?;
+        match look(server.client(), options) {
+            Look::Active | Look::Ended(OnEnd::Keep, _) => Ok(()),
+            Look::NotYet(state) => Err(Unproven::NotYet(format!("the key is {state}"))),
+            Look::Ended(OnEnd::Fence, state) => Err(Unproven::Ended(format!("the key is {state}"))),
+            Look::NoAnswer(e) => Err(Unproven::NotYet(e.to_string())),
+        }
+    }
+
+    /// Fetches a key and asks `prove` about it.
+    ///
+    /// # Errors
+    /// As [`Kms::usable`]; it is no XTS key, or not the one.
     pub fn prove(
         &self,
         options: KeyOptions,
         prove: impl FnOnce(&[u8]) -> Result<(), String>,
-    ) -> Result<Arc<KeyGate>, Unproven> {
+    ) -> Result<Proven, Unproven> {
+        self.usable(&options)?;
         let server = self.server(&options.server).map_err(|e| Unproven::NotYet(e.message))?;
-        match look(server.client(), &options) {
-            Look::Active | Look::Ended(OnEnd::Keep, _) => {}
-            Look::NotYet(state) => return Err(Unproven::NotYet(format!("the key is {state}"))),
-            Look::Ended(OnEnd::Fence, state) => return Err(Unproven::Ended(format!("the key is {state}"))),
-            Look::NoAnswer(e) => return Err(Unproven::NotYet(e.to_string())),
-        }
         let whole = fetch(server.client(), &options.objects).map_err(|e| match e {
             FetchError::NoAnswer(e) => Unproven::NotYet(e.to_string()),
             FetchError::NotUsable(why) | FetchError::Fence(why) => Unproven::Refused(why),
         })?;
         prove(&whole).map_err(Unproven::Refused)?;
-        let device = options.device.clone().unwrap_or_default();
-        let name = options.name.clone();
-        let key = Key::fetched(options, &whole).map_err(|e| Unproven::Refused(e.message))?;
-        let gate = key.bind(&device);
-        match self.key(&name) {
+        Key::fetched(options, &whole).map(Proven).map_err(|e| Unproven::Refused(e.message))
+    }
+
+    /// Watches a proven key from now on, in place of what was watched under its name. Its gate is open.
+    ///
+    /// # Errors
+    /// The server is gone, or the name is that of another key.
+    pub fn watch_proven(&self, Proven(key): Proven) -> Result<Arc<KeyGate>, Unproven> {
+        let server = self.server(&key.options.server).map_err(|e| Unproven::NotYet(e.message))?;
+        let name = &key.options.name;
+        match self.key(name) {
             // Left by a device of this name that is just ending, or by an earlier look.
-            Ok((server, old)) if old.options.device.is_some() => server.remove_key(&name),
+            Ok((server, old)) if old.options.device.is_some() => server.remove_key(name),
             Ok(_) => return Err(Unproven::NotYet(format!("another key has the name \"{name}\""))),
             Err(_) => {}
         }
+        let gate = key.bind(key.options.device.as_deref().unwrap_or_default());
         server.add_key(key);
         Ok(gate)
     }

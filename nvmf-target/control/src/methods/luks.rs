@@ -1,5 +1,6 @@
 //! Volumes on which hosts put LUKS2.
 
+use cryptfold_nvmf_spec::Nqn;
 use serde_json::json;
 use uuid::Uuid;
 
@@ -9,6 +10,9 @@ use crate::jsonrpc::{RpcError, RpcResult};
 use crate::luks::Options;
 use crate::params::params;
 use crate::table::Method;
+
+/// Hosts that a volume can name.
+const MAX_HOSTS: usize = 256;
 
 params! {
     /// `bdev_luks_create`.
@@ -21,6 +25,8 @@ params! {
         kms_server: String,
         /// Bind also what hosts write that do not have to authenticate (DH-HMAC-CHAP or TLS).
         allow_unauthenticated: bool = false,
+        /// NQNs of the hosts that may get at the volume while it is bound. When its subsystem lets another one in, or one is connected, it stays raw, or is fenced. Without this: all hosts that authenticate.
+        allowed_hosts: Option<Vec<String>>,
         /// Most iterations of a header's digest that are done to prove a key: two million take about a second.
         max_iterations: u32 = 5_000_000,
         /// UUID; made of the base's and the name when not given.
@@ -55,11 +61,22 @@ fn create(c: &Control, p: LuksCreate) -> RpcResult {
     if p.max_iterations == 0 {
         return Err(RpcError::params("max_iterations: 0 was given; at least 1 is needed"));
     }
+    let allowed_hosts = p.allowed_hosts.unwrap_or_default();
+    if allowed_hosts.len() > MAX_HOSTS {
+        let n = allowed_hosts.len();
+        return Err(RpcError::params(format!(
+            "allowed_hosts: {n} were given; at most {MAX_HOSTS} are taken"
+        )));
+    }
+    for host in &allowed_hosts {
+        Nqn::parse(host).map_err(|e| RpcError::params(format!("allowed_hosts: \"{host}\": {e}")))?;
+    }
     let options = Options {
         name: p.name,
         base_bdev_name: p.base_bdev_name,
         kms_server: p.kms_server,
         allow_unauthenticated: p.allow_unauthenticated,
+        allowed_hosts,
         max_iterations: p.max_iterations,
         uuid: p.uuid,
     };

@@ -469,6 +469,10 @@ pub fn methods() -> Vec<Method> {
             "nvmf_ns_add_host",
             "Shows a namespace that was added with `no_auto_visible` to a host.",
             |c, p: NsHost| {
+                let all = c.target()?.subsystems();
+                let mut of = all.iter().filter(|s| s.options.nqn == p.nqn).flat_map(|s| &s.namespaces);
+                let ns = of.find(|n| n.nsid == p.nsid);
+                let _door = ns.map(|n| c.luks.hosts_change(&n.bdev_name));
                 c.target()?.set_ns_visible(&p.nqn, p.nsid, &p.host, true)?;
                 Ok(TRUE)
             },
@@ -890,6 +894,7 @@ fn add_ns(c: &Control, p: AddNs) -> RpcResult {
         ptpl_file: n.ptpl_file,
         no_auto_visible: n.no_auto_visible,
     };
+    let _door = c.luks.hosts_change(&options.bdev_name);
     Ok(json!(c.target()?.add_ns(&p.nqn, &options)?))
 }
 

@@ -519,6 +519,10 @@ impl Conn {
     /// From here on capsules of an I/O queue have its size: Fabrics commands may need more before. Hosts prove again who they are on
     /// queues in use, with messages in capsules whatever the queue's size is.
     fn ready_queue(&self, inner: &mut Inner) {
+        if let (Some(queue), Some(group)) = (&inner.queue, self.group.upgrade()) {
+            let tls = inner.wire.as_ref().is_some_and(|w| w.tls().is_some());
+            group.target.arrives(&queue.controller, &self.peer, tls || queue.stats.auth().is_some());
+        }
         let io = inner.queue.as_ref().is_some_and(|q| !q.qid.is_admin());
         if let Some(mut limits) = inner.parser.limits().filter(|_| io) {
             limits.max_capsule_data_bytes = self.options.in_capsule_data_size.max(MAX_MESSAGE_BYTES);
