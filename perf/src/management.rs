@@ -162,7 +162,7 @@ fn round(n: u64, port: &str) -> Vec<(&'static str, Value)> {
         // To the subsystem that the load goes to.
         ("nvmf_subsystem_add_ns", json!({"nqn": NQN, "namespace": {"bdev_name": volume, "nsid": 2}})),
         ("bdev_set_qos_limit", json!({"name": volume, "rw_ios_per_sec": 10_000})),
-        ("sock_impl_set_options", json!({"impl_name": "posix", "enable_quickack": n % 2 == 0})),
+        ("sock_impl_set_options", json!({"impl_name": "posix", "enable_quickack": n.is_multiple_of(2)})),
         ("bdev_nvme_set_options", json!({"bdev_retry_count": n % 4})),
     ];
     calls.extend(READING.map(|method| (method, Value::Null)));

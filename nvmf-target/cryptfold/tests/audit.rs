@@ -191,7 +191,7 @@ fn a_full_disk_holds_up_nobody() {
     command.args(["-c", "trap '' XFSZ; ulimit -S -f 16; exec \"$@\"", "sh", PROGRAM]);
     let target = Target::spawn(dir.path(), command, &[]);
     let flag = |n: usize| {
-        target.ok(if n % 2 == 0 { "log_set_flag" } else { "log_clear_flag" }, json!({"flag": "rpc"}))
+        target.ok(if n.is_multiple_of(2) { "log_set_flag" } else { "log_clear_flag" }, json!({"flag": "rpc"}))
     };
     let full = || target.log().contains("can not be written");
     let mut calls = 0;

@@ -15,7 +15,7 @@ use cryptfold_nvmf_spec::identify::Cns;
 use cryptfold_nvmf_spec::opcode::Admin;
 use cryptfold_nvmf_spec::{Cntlid, Status};
 use cryptfold_nvmf_target::{HostAccess, ListenAddr, Named, PortSecurity, TransportOptions};
-use cryptfold_reactor::IdlePolicy;
+use cryptfold_reactor::{IdlePolicy, SecretBytes};
 
 const OTHER: &str = "nqn.2024-01.io.cryptfold:other-host";
 
@@ -202,7 +202,9 @@ fn whoever_does_it_wrong_gets_no_key() {
     let key = new_key(&mut c, 8);
     unknown(self::port(&rig, PortSecurity::Tls), &key);
     let mut other = key.clone();
-    other.key[0] ^= 1;
+    let mut bytes = other.key.expose().to_vec();
+    bytes[0] ^= 1;
+    other.key = SecretBytes::from_vec(bytes).into();
     unknown(port, &other);
     secure(port, &key);
     // Somebody who begins with neither.

@@ -106,8 +106,7 @@ pub fn encode(head: Head, time: &str, mut members: Map<String, Value>) -> (Vec<u
     };
     let mut text = body(&members);
     if text.len() + TAIL_BYTES >= MAX_RECORD_BYTES {
-        let mut kept: String = Value::Object(members).to_string();
-        kept.truncate(kept.floor_char_boundary(MAX_RECORD_BYTES / 8));
+        let kept: String = Value::Object(members).to_string().chars().take(MAX_RECORD_BYTES / 32).collect();
         members = Map::new();
         members.insert("cut".into(), json!(kept));
         text = body(&members);
