@@ -75,14 +75,16 @@ impl Client {
         if let Some(p) = params {
             request["params"] = p;
         }
-        self.stream.write_all(request.to_string().as_bytes()).map_err(|e| broken(e.to_string()))?;
+        // Who is turned away finds the reason on the socket, even if it was closed before the call was written.
+        let sent = self.stream.write_all(request.to_string().as_bytes());
+        let lost = |what: String| broken(sent.as_ref().map_or_else(ToString::to_string, |()| what));
         let mut piece = vec![0; 64 << 10];
         let mut reply = loop {
             if let Some(v) = self.framer.next_message().map_err(|e| broken(e.to_string()))? {
                 break v;
             }
-            match self.stream.read(&mut piece).map_err(|e| broken(e.to_string()))? {
-                0 => return Err(broken("end of stream".into())),
+            match self.stream.read(&mut piece).map_err(|e| lost(e.to_string()))? {
+                0 => return Err(lost("end of stream".into())),
                 n => self.framer.push(&piece[..n]),
             }
         };
