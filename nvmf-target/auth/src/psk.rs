@@ -180,6 +180,12 @@ impl Psk {
     /// Identity and key for these two. `None`: the names are too long for version 0 (whose identity has 255 bytes at
     /// most), or [`Version::V1Old`] of a key that is not transformed.
     pub fn tls(&self, names: &Names, version: Version) -> Option<TlsPsk> {
+        let (identity, key) = self.derived(names, version)?;
+        Some(TlsPsk { identity, key: locked(&key), hash: self.hash() })
+    }
+
+    /// See [`Psk::tls`]; in ordinary memory, which is wiped.
+    fn derived(&self, names: &Names, version: Version) -> Option<(String, Zeroizing<Vec<u8>>)> {
         let (hash, host) = (self.hash(), names.host.as_bytes());
         let code = hash as u8;
         let key = self.key.expose();
@@ -194,7 +200,7 @@ impl Psk {
         if version == Version::V0 {
             let identity = format!("NVMe0R{code:02} {both}");
             let key = derive(hash, retained, "nvme-tls-psk", identity.as_bytes())?;
-            return Some(TlsPsk { identity, key: locked(&key), hash });
+            return Some((identity, key));
         }
         let digest = digest(hash, retained, &both);
         let context = format!("{code:02} {digest}");
@@ -202,7 +208,7 @@ impl Psk {
             Version::V1Old => derive_old(hash, retained, "nvme-tls-psk", context.as_bytes()),
             _ => derive(hash, retained, "nvme-tls-psk", context.as_bytes())?,
         };
-        Some(TlsPsk { identity: format!("NVMe1R{code:02} {both} {digest}"), key: locked(&key), hash })
+        Some((format!("NVMe1R{code:02} {both} {digest}"), key))
     }
 
     /// The key that belongs to an identity which a host of this name offers for this subsystem, if it is one of ours.
@@ -212,8 +218,10 @@ impl Psk {
             0 => &[Version::V0],
             _ => &[Version::V1, Version::V1Old],
         };
-        let mut candidates = versions.iter().filter_map(|v| self.tls(names, *v));
-        candidates.find(|c| same(c.identity.as_bytes(), identity.as_bytes()))
+        // Only what fits gets locked memory: anybody may ask.
+        let mut candidates = versions.iter().filter_map(|v| self.derived(names, *v));
+        let (identity, key) = candidates.find(|(own, _)| same(own.as_bytes(), identity.as_bytes()))?;
+        Some(TlsPsk { identity, key: locked(&key), hash: self.hash() })
     }
 }
 

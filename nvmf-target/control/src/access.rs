@@ -132,10 +132,10 @@ struct Session {
 
 impl Handler for Session {
     fn call(&self, method: &str, params: Option<&Value>) -> RpcResult {
-        if let Some(m) = self.control.table().get(method)
-            && !self.roles.allow(m.role)
+        if let Some(role) = self.control.table().get(method).map(|m| m.role.of_call(m.name, params))
+            && !self.roles.allow(role)
         {
-            let why = format!("the role {} is needed, uid {} has {}", m.role, self.peer.uid, self.roles);
+            let why = format!("the role {role} is needed, uid {} has {}", self.peer.uid, self.roles);
             return Err(denied(self.peer, method, &why));
         }
         self.control.call_by(&self.peer.to_string(), method, params)

@@ -29,7 +29,7 @@ use crate::logging::LogControl;
 use crate::luks::Volumes;
 use crate::options::Options;
 use crate::pools::{Locked, Pools, Try};
-use crate::table::{Role, Table};
+use crate::table::{Method, Role, Table};
 use crate::watch::Watch;
 
 /// Signals that `spdk_kill_instance` may send.
@@ -429,10 +429,14 @@ impl Control {
             Ok(_) => tracing::debug!(method, ms, "rpc"),
             Err(e) => tracing::info!(method, ms, code = e.code, error = e.message, "rpc refused"),
         }
-        if let Some(m) = self.table.get(method).filter(|m| m.role != Role::Viewer) {
+        let changes = |m: &&Method| m.role.of_call(m.name, params) != Role::Viewer;
+        if let Some(m) = self.table.get(method).filter(changes) {
             let shown = m.shown(params).to_string();
             let (code, error) = result.as_ref().err().map(|e| (e.code, e.message.as_str())).unzip();
-            tracing::debug!(target: AUDIT, event = "configuration", method = m.name, params = shown.as_str(), by = who, code, error);
+            // A record has an end: whose call it was comes first.
+            let error = error.map(|e: &str| e.chars().take(1024).collect::<String>());
+            let error = error.as_deref();
+            tracing::debug!(target: AUDIT, event = "configuration", method = m.name, by = who, params = shown.as_str(), code, error);
         }
         result
     }

@@ -98,7 +98,12 @@ impl FormatTime for Stamp {
 
 /// Everything of the level, and all of the audit log.
 fn targets(level: Level) -> Targets {
-    Targets::new().with_default(level.filter()).with_target(AUDIT, LevelFilter::TRACE)
+    // What the audit log's end is held against is there at every level.
+    let anchors = concat!(env!("CARGO_CRATE_NAME"), "::audit");
+    Targets::new()
+        .with_default(level.filter())
+        .with_target(AUDIT, LevelFilter::TRACE)
+        .with_target(anchors, LevelFilter::INFO)
 }
 
 impl LogControl {

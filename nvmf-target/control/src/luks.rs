@@ -490,8 +490,16 @@ impl Volume {
             let other = |objects: &&Vec<String>| !stored.objects.is_empty() && **objects != stored.objects;
             return match found.objects.as_ref().filter(other) {
                 Some(objects) => self.renamed(c, found, stored, objects),
-                None => Verdict::still_bound(),
+                None => {
+                    *lock(&self.trial) = None;
+                    Verdict::still_bound()
+                }
             };
+        }
+        // It was shut only to look who is there: the key is still watched.
+        let same = found.objects.as_ref().is_none_or(|objects| *objects == stored.objects);
+        if same && let Some(gate) = lock(&self.gate).clone() {
+            return self.now_bound(found, gate);
         }
         match self.key(c, found, Some(stored)) {
             Ok((gate, _)) => self.now_bound(found, gate),

@@ -4,6 +4,8 @@
 
 use std::fmt;
 
+use serde_json::Value;
+
 /// What a method takes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Role {
@@ -23,6 +25,14 @@ impl Role {
         [(Role::Viewer, VIEWER), (Role::Operator, OPERATOR), (Role::Security, SECURITY), (Role::Both, BOTH)]
             .into_iter()
             .find_map(|(role, list)| list.contains(&method).then_some(role))
+    }
+}
+
+impl Role {
+    /// Of a call of a method of this role: one that reads, unless a parameter says otherwise.
+    pub(crate) fn of_call(self, method: &str, params: Option<&Value>) -> Role {
+        let reset = params.and_then(|p| p.get("reset_mode")).is_some_and(|mode| mode != "none");
+        if method == "bdev_get_iostat" && reset { Role::Operator } else { self }
     }
 }
 
@@ -49,7 +59,6 @@ const VIEWER: &[&str] = &[
     "framework_get_scheduler",
     "framework_get_governor",
     "framework_get_subsystems",
-    "framework_get_config",
     "log_get_level",
     "log_get_print_level",
     "log_get_flags",
@@ -213,12 +222,23 @@ const SECURITY: &[&str] = &[
     "keyring_linux_set_options",
 ];
 
-/// Run other methods, or write files anywhere.
-const BOTH: &[&str] = &["save_config", "load_config"];
+/// Run other methods, or write files: keys that were given inline go to files when the configuration is asked for.
+const BOTH: &[&str] = &["save_config", "load_config", "framework_get_config"];
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn to_reset_statistics_is_no_reading() {
+        for (params, role) in [
+            (serde_json::json!({"name": "m"}), Role::Viewer),
+            (serde_json::json!({"reset_mode": "none"}), Role::Viewer),
+            (serde_json::json!({"reset_mode": "all"}), Role::Operator),
+        ] {
+            assert_eq!(Role::Viewer.of_call("bdev_get_iostat", Some(&params)), role, "{params}");
+        }
+    }
 
     #[test]
     fn every_method_stands_in_one_list() {

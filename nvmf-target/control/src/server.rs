@@ -27,6 +27,8 @@ pub const DEFAULT_SOCKET: &str = "/var/tmp/spdk.sock";
 pub const MAX_MESSAGE_BYTES: usize = 4 << 20;
 /// Connections served at a time.
 pub const MAX_CONNECTIONS: usize = 64;
+/// Of these, for root and the target's own user alone.
+const KEPT: usize = 16;
 /// A client that does not take its reply for this long is dropped.
 const WRITE_TIMEOUT: Duration = Duration::from_secs(30);
 
@@ -181,7 +183,9 @@ fn accept(shared: &Arc<Shared>, listener: &UnixListener) {
 
 fn admit(shared: &Arc<Shared>, id: u64, mut stream: UnixStream) {
     let _ = stream.set_write_timeout(Some(WRITE_TIMEOUT));
-    let handler = match peer::credentials(&stream) {
+    let peer = peer::credentials(&stream);
+    let owner = peer.as_ref().is_ok_and(|peer| peer.uid == 0 || peer.uid == peer::own_uid());
+    let handler = match peer {
         Ok(peer) => (shared.admit)(peer),
         Err(e) => Err(RpcError::internal(format!("the other end of the socket is unknown: {e}"))),
     };
@@ -193,9 +197,11 @@ fn admit(shared: &Arc<Shared>, id: u64, mut stream: UnixStream) {
         }
     };
     let mut open = lock(&shared.open);
-    if open.len() >= MAX_CONNECTIONS {
+    // The last places are for those who can do everything.
+    let most = if owner { MAX_CONNECTIONS } else { MAX_CONNECTIONS - KEPT };
+    if open.len() >= most {
         drop(open);
-        let busy = RpcError::busy(format!("{MAX_CONNECTIONS} RPC connections are open"));
+        let busy = RpcError::busy(format!("{most} RPC connections are open"));
         let _ = writeln!(stream, "{}", jsonrpc::refusal(busy));
         return;
     }

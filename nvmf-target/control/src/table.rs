@@ -267,6 +267,8 @@ fn shown(params: &[Param], given: &Map<String, Value>) -> Value {
         // Whole configurations: their calls are written down one by one.
         _ if p.kind == <Value as FromJson>::kind() => "(not shown)".into(),
         Value::Object(inner) => shown(&p.members, inner),
+        // Where a key's name is wanted, the key itself may be given by mistake.
+        Value::String(s) if s.starts_with("DHHC-1:") || s.starts_with("NVMeTLSkey-1:") => "(secret)".into(),
         v if v.to_string().len() > SHOWN_BYTES => "(long)".into(),
         v => v.clone(),
     };

@@ -108,7 +108,7 @@ impl Lines {
 
 fn verify(args: &VerifyArgs) -> Result<(), Failure> {
     let mut chain = Verifier::default();
-    let mut found = args.head.is_none();
+    let (mut found, mut begun) = (args.head.is_none(), false);
     for path in &args.files {
         let mut lines = Lines::open(path)?;
         let mut ends: Option<(Record, Record)> = None;
@@ -121,6 +121,12 @@ fn verify(args: &VerifyArgs) -> Result<(), Failure> {
                     let record =
                         checked.map_err(|flaw| format!("{}, line {}: {flaw}", lines.name, lines.number))?;
                     found |= args.head == Some(record.hash);
+                    if !std::mem::replace(&mut begun, true) && record.seq != 1 {
+                        println!(
+                            "{}: begins with record {}; what was before is not here",
+                            lines.name, record.seq
+                        );
+                    }
                     let first = ends.take().map_or_else(|| record.clone(), |(first, _)| first);
                     ends = Some((first, record));
                 }
@@ -136,6 +142,9 @@ fn verify(args: &VerifyArgs) -> Result<(), Failure> {
         if torn > 0 {
             println!("{}: {torn} bytes of a record that was not finished", lines.name);
         }
+    }
+    if !begun {
+        return Err("there is no record".to_owned().into());
     }
     if !found {
         let head = args.head.unwrap_or_default();
@@ -179,7 +188,12 @@ fn text(record: &Record) -> String {
         if matches!(name.as_str(), "seq" | "time" | "event" | "prev" | "hash") {
             continue;
         }
-        let value = value.as_str().map_or_else(|| value.to_string(), str::to_owned);
+        // What hosts say of themselves may look like fields: in quotes it does not.
+        let value = match value.as_str() {
+            Some(s) if !s.is_empty() && s.chars().all(|c| c.is_ascii_graphic()) => s.to_owned(),
+            Some(s) => format!("{s:?}"),
+            None => value.to_string(),
+        };
         line.push_str(&format!("  {}={}", escaped(name), escaped(&value)));
     }
     line

@@ -388,8 +388,12 @@ impl Poller for Group {
         self.turn.set(turn);
         let several = self.hosts.borrow().len() > 1;
         for conn in serving.drain(..) {
-            let turns = conn.turns();
-            if (several || Rc::ptr_eq(&turns, &self.strangers)) && !turns.take(turn) {
+            // Not held while it is served: the last connection of a host that ends takes the host's entry along.
+            let too_many = {
+                let turns = conn.turns();
+                (several || Rc::ptr_eq(&turns, &self.strangers)) && !turns.take(turn)
+            };
+            if too_many {
                 late.push(conn);
             } else {
                 conn.serve(&mut staging);

@@ -69,7 +69,7 @@ pub fn load_kernel_tls() {
     static ASKED: Mutex<bool> = Mutex::new(false);
     // Held while the kernel looks: who comes meanwhile waits for the answer.
     let mut asked = ASKED.lock().unwrap_or_else(PoisonError::into_inner);
-    if std::mem::replace(&mut *asked, true) {
+    if *asked {
         return;
     }
     // SAFETY: no pointers; the descriptor is new and nobody else's.
@@ -79,6 +79,7 @@ pub fn load_kernel_tls() {
             fd => TcpStream::from(OwnedFd::from_raw_fd(fd)),
         }
     };
+    *asked = true;
     // Not connected, so the module takes it not; but it has been looked for.
     let _ = set(&socket, libc::IPPROTO_TCP, libc::TCP_ULP, b"tls");
 }

@@ -1,10 +1,11 @@
 //! The file of the audit log: opened where it ends, appended to by a thread of its own.
 //!
-//! - **Start.** The chain goes on from the last record of the file. A last line without an end (a crash) is cut off, and the next
-//!   record says so. A file whose last line is no intact record is moved aside, and a new chain begins, which says so too.
+//! - **Start.** The chain goes on from the last record of the file, or, where there is none, of FILE.1, to which it was rotated. A last
+//!   line without an end (a crash) is cut off, and the next record says so. A file whose last line is no intact record is moved aside,
+//!   whatever it is, and a new chain begins, which says so too.
 //! - **Rotation.** A file that was renamed or removed is let go, one that was truncated is begun again; the chain goes on.
-//! - **A full disk.** The log says so once and tries again every second. Up to [`QUEUED`] records wait; what does not
-//!   fit is counted, and the count is the next record.
+//! - **A full disk.** The log says so once and tries again every second. Up to [`QUEUED`] records wait, half of them of calls that were
+//!   refused: those cost nothing. What does not fit is counted, and the count is the next record.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read as _, Seek as _, SeekFrom, Write as _};
@@ -68,7 +69,8 @@ impl Sender {
     /// Never waits for the file: the thread holds the lock only to take what is there.
     pub fn send(&self, event: Event) {
         let mut queue = lock(&self.0.0);
-        match queue.events.len() < QUEUED {
+        let refused = event.members.get("event").is_some_and(|e| e == "call refused");
+        match queue.events.len() < if refused { QUEUED / 2 } else { QUEUED } {
             true => queue.events.push(event),
             false => queue.lost += 1,
         }
@@ -203,14 +205,32 @@ impl Store for LogFile {
     }
 }
 
-/// The end of a file: its last whole line if there is one, and how many bytes come after that.
-fn last_line(file: &mut File, len: u64) -> io::Result<(Option<Vec<u8>>, u64)> {
+/// What every record begins with.
+const BEGIN: &[u8] = b"{\"seq\":";
+
+/// Whether this is a record that was not finished.
+fn is_torn_record(bytes: &[u8]) -> bool {
+    bytes.len() < MAX_RECORD_BYTES && (bytes.starts_with(BEGIN) || BEGIN.starts_with(bytes))
+}
+
+/// The last record of the file to which the log was rotated, if it has one.
+fn rotated(path: &Path) -> Option<(PathBuf, Head)> {
+    let mut old = path.as_os_str().to_owned();
+    old.push(".1");
+    let mut file = File::open(&old).ok()?;
+    let state = file.metadata().ok().filter(std::fs::Metadata::is_file)?;
+    let (line, _) = last_line(&mut file, state.len()).ok()?;
+    Some((old.into(), parse(&line?).ok()?.head()))
+}
+
+/// The end of a file: its last whole line if there is one, and what comes after that.
+fn last_line(file: &mut File, len: u64) -> io::Result<(Option<Vec<u8>>, Vec<u8>)> {
     let tail = len.min(2 * MAX_RECORD_BYTES as u64);
     file.seek(SeekFrom::Start(len - tail))?;
     let mut bytes = Vec::new();
     io::Read::take(&mut *file, tail).read_to_end(&mut bytes)?;
-    let Some(end) = bytes.iter().rposition(|b| *b == b'\n') else { return Ok((None, bytes.len() as u64)) };
-    let torn = (bytes.len() - end - 1) as u64;
+    let Some(end) = bytes.iter().rposition(|b| *b == b'\n') else { return Ok((None, bytes)) };
+    let torn = bytes[end + 1..].to_vec();
     let start = bytes[..end].iter().rposition(|b| *b == b'\n').map_or(0, |n| n + 1);
     Ok((Some(bytes[start..end].to_vec()), torn))
 }
@@ -225,24 +245,30 @@ fn open(path: &Path) -> Result<(LogFile, Head, Map<String, Value>), AuditError> 
     let mut file = open_file(path)?;
     let state = file.metadata().map_err(io)?;
     if !state.is_file() || state.len() == 0 {
-        return Ok((LogFile { path: path.into(), file }, Head::default(), first));
+        let mut head = Head::default();
+        if state.is_file()
+            && let Some((old, last)) = rotated(path)
+        {
+            first.insert("continues".into(), old.display().to_string().into());
+            head = last;
+        }
+        return Ok((LogFile { path: path.into(), file }, head, first));
     }
     let (line, torn) = last_line(&mut file, state.len()).map_err(io)?;
-    let whole = line.is_none() && torn == state.len() && torn < MAX_RECORD_BYTES as u64;
     let head = match &line {
-        None if whole => Some(Head::default()),
-        None => None,
+        None => Some(Head::default()),
         Some(line) => parse(line).ok().map(|r| r.head()),
     };
-    let Some(head) = head else {
+    let torn_record = torn.is_empty() || is_torn_record(&torn);
+    let Some(head) = head.filter(|_| torn_record) else {
         let aside = PathBuf::from(format!("{}.damaged-{}", path.display(), now().replace(':', "")));
         std::fs::rename(path, &aside).map_err(io)?;
         first.insert("damaged_log".into(), aside.display().to_string().into());
         return Ok((LogFile { path: path.into(), file: open_file(path)? }, Head::default(), first));
     };
-    if torn > 0 {
-        file.set_len(state.len() - torn).map_err(io)?;
-        first.insert("torn_bytes".into(), torn.into());
+    if !torn.is_empty() {
+        file.set_len(state.len() - torn.len() as u64).map_err(io)?;
+        first.insert("torn_bytes".into(), torn.len().into());
     }
     Ok((LogFile { path: path.into(), file }, head, first))
 }
@@ -418,7 +444,10 @@ mod tests {
     fn a_log_that_does_not_end_in_a_record_is_put_aside() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("audit.log");
-        for damaged in ["not a record\n".to_owned(), "\n".to_owned(), "x".repeat(3 * MAX_RECORD_BYTES)] {
+        // A key file among them: 32 bytes without an end of a line.
+        for damaged in
+            ["not a record\n".to_owned(), "\n".to_owned(), "k".repeat(32), "x".repeat(3 * MAX_RECORD_BYTES)]
+        {
             std::fs::write(&path, &damaged).unwrap();
             let log = AuditLog::open(&path).unwrap();
             assert!(log.begun().contains("no intact record"), "{}", log.begun());
@@ -462,7 +491,32 @@ mod tests {
             drop(log);
             assert_eq!(names(&read(&[&old, &path])), [OPENED, "e", "e", CLOSED]);
             std::fs::remove_file(&path).unwrap();
+            std::fs::remove_file(&old).unwrap();
         }
+    }
+
+    /// Nobody writes the log while it is renamed: the next start goes on all the same.
+    #[test]
+    fn rotation_while_nothing_runs_does_not_break_the_chain() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, old) = (dir.path().join("audit.log"), dir.path().join("audit.log.1"));
+        write(&path, 1);
+        std::fs::rename(&path, &old).unwrap();
+        write(&path, 1);
+        let records = read(&[&old, &path]);
+        assert_eq!(names(&records), [OPENED, "e", CLOSED, OPENED, "e", CLOSED]);
+        assert_eq!((&records[3]["seq"], &records[3]["continues"]), (&json!(4), &json!(old)));
+    }
+
+    /// Who floods the log with calls that are refused does not push out what happened.
+    #[test]
+    fn refusals_leave_room_for_the_rest() {
+        let sender = Sender::default();
+        let refused = || json!({"event": "call refused"}).as_object().unwrap().clone();
+        (0..QUEUED).for_each(|_| sender.send(Event { time: now(), members: refused() }));
+        sender.send(event(1));
+        let queue = lock(&sender.0.0);
+        assert_eq!((queue.events.len(), queue.lost), (QUEUED / 2 + 1, (QUEUED / 2) as u64));
     }
 
     /// A disk of so many bytes.

@@ -99,6 +99,9 @@ pub trait Handler: Send + Sync + 'static {
     fn call(&self, method: &str, params: Option<&Value>) -> RpcResult;
 }
 
+/// Calls in a batch: all replies are kept until the last one is there.
+pub const MAX_BATCH: usize = 1024;
+
 /// Answers one message (a request or a batch); `None` when nobody wants a reply.
 pub fn answer(handler: &dyn Handler, message: &Value) -> Option<Value> {
     let Value::Array(batch) = message else { return answer_one(handler, message) };
@@ -107,6 +110,10 @@ pub fn answer(handler: &dyn Handler, message: &Value) -> Option<Value> {
             Value::Null,
             Err(RpcError::new(RpcError::INVALID_REQUEST, "Invalid request: empty batch")),
         ));
+    }
+    if batch.len() > MAX_BATCH {
+        let why = format!("Invalid request: a batch of {}, at most {MAX_BATCH} calls", batch.len());
+        return Some(reply(Value::Null, Err(RpcError::new(RpcError::INVALID_REQUEST, why))));
     }
     let replies: Vec<Value> = batch.iter().filter_map(|r| answer_one(handler, r)).collect();
     (!replies.is_empty()).then_some(Value::Array(replies))

@@ -3,7 +3,8 @@
 //!
 //! One lock, the door, is held by who gives a volume the host's layer while it looks who is there, and by whoever brings somebody
 //! in: a queue that has connected and may be used next, a subsystem that gets the volume, a host that gets to see it. So either the
-//! binding sees the host, or the host finds the volume shut. It is held for moments; nobody waits for a reactor with it.
+//! binding sees the host, or the host finds the volume shut. Nobody waits for a reactor with it. While a subsystem gets a restricted volume
+//! with a file for its reservations, that file is opened with it held: hosts of such volumes that connect just then wait for that.
 
 use std::sync::MutexGuard;
 use std::sync::atomic::Ordering;
@@ -104,15 +105,14 @@ impl Volumes {
         }
     }
 
-    /// Somebody is about to get at the device of this name: as long as the lock is held it does not get a host's layer, and if it had
-    /// one it is looked at again.
-    pub fn hosts_change(&self, bdev: &str) -> MutexGuard<'_, ()> {
+    /// Somebody is about to get at the device of this name. If it matters who does: as long as the lock is held the device does not
+    /// get a host's layer, and if it had one it is looked at again.
+    pub fn hosts_change(&self, bdev: &str) -> Option<MutexGuard<'_, ()>> {
         let all = lock(&self.all).clone();
+        let restricted = all.iter().find(|v| v.options.name == bdev && v.options.is_restricted())?;
         let door = lock(&self.door);
-        for v in all.iter().filter(|v| v.options.name == bdev && v.options.is_restricted()) {
-            v.shut_now(Refusal::Connected("who gets at it is changing".into()));
-        }
-        door
+        restricted.shut_now(Refusal::Connected("who gets at it is changing".into()));
+        Some(door)
     }
 
     /// Subsystems, hosts or what lies on a device may have changed: volumes for which that matters are looked at.

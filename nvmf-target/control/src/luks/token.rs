@@ -9,7 +9,7 @@
 
 use std::sync::{Arc, Mutex};
 
-use cryptfold_bdev_crypto::gate::KeyGate;
+use cryptfold_bdev_crypto::gate::{Access, KeyGate};
 
 use super::record::Stored;
 use super::{Found, Verdict, Volume};
@@ -82,7 +82,9 @@ impl Volume {
         objects: &[String],
         stored: Option<&Stored>,
     ) -> Result<Proven, Unproven> {
-        if let Some(before) = stored.filter(|s| !s.objects.is_empty() && s.objects != objects) {
+        let before = stored.filter(|s| !s.objects.is_empty() && s.objects != objects);
+        let usable_before = || {
+            let Some(before) = before else { return Ok(()) };
             let of_before = |why| {
                 let before = before.objects.join(", ");
                 format!("the header names another key object; of the one before ({before}) {why}")
@@ -91,15 +93,19 @@ impl Volume {
                 Unproven::NotYet(why) => Unproven::NotYet(of_before(why)),
                 Unproven::Ended(why) => Unproven::Ended(of_before(why)),
                 Unproven::Refused(why) => Unproven::Refused(of_before(why)),
-            })?;
-        }
+            })
+        };
+        usable_before()?;
         let digest = &found.payload.digest;
-        c.kms.prove(self.key_options(objects), |key| {
+        let proven = c.kms.prove(self.key_options(objects), |key| {
             if found.payload.key_bytes.is_some_and(|n| n as usize != key.len()) {
                 return Err(format!("the key has {} bytes, not as many as the header's", key.len()));
             }
             digest.prove(key, self.options.max_iterations).map_err(|e| e.to_string())
-        })
+        })?;
+        // The proof takes as long as the header wants.
+        usable_before()?;
+        Ok(proven)
     }
 
     /// Records the objects, durably.
@@ -138,6 +144,11 @@ impl Volume {
         let Some(result) = lock(&current.result).take() else {
             return Verdict { reason, ..Verdict::still_bound() };
         };
+        // The key was fenced while the other objects were proven: they do not take its place.
+        if lock(&self.gate).as_ref().is_some_and(|gate| matches!(gate.access(), Access::Fenced)) {
+            *trial = None;
+            return Verdict { reason, again: true, ..Verdict::still_bound() };
+        }
         let taken = result.and_then(|proven| {
             self.note(c, stored, objects)?;
             self.take(c, proven)

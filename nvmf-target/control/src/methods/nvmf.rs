@@ -472,7 +472,7 @@ pub fn methods() -> Vec<Method> {
                 let all = c.target()?.subsystems();
                 let mut of = all.iter().filter(|s| s.options.nqn == p.nqn).flat_map(|s| &s.namespaces);
                 let ns = of.find(|n| n.nsid == p.nsid);
-                let _door = ns.map(|n| c.luks.hosts_change(&n.bdev_name));
+                let _door = ns.and_then(|n| c.luks.hosts_change(&n.bdev_name));
                 c.target()?.set_ns_visible(&p.nqn, p.nsid, &p.host, true)?;
                 Ok(TRUE)
             },
@@ -894,7 +894,9 @@ fn add_ns(c: &Control, p: AddNs) -> RpcResult {
         ptpl_file: n.ptpl_file,
         no_auto_visible: n.no_auto_visible,
     };
-    let _door = c.luks.hosts_change(&options.bdev_name);
+    // By its own name, whichever of its names was given.
+    let device = c.registry.get(&options.bdev_name).map(|device| device.name().to_owned());
+    let _door = device.ok().and_then(|name| c.luks.hosts_change(&name));
     Ok(json!(c.target()?.add_ns(&p.nqn, &options)?))
 }
 

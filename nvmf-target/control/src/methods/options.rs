@@ -179,8 +179,7 @@ fn sock_set(c: &Control, p: SockOptions) -> RpcResult {
     let mut options = lock(&c.options);
     options.sock.entry(p.impl_name).or_default().extend(given);
     let kernel_tls = options.kernel_tls();
-    drop(options);
-    // Before there is a target, its start looks at the options.
+    // With the lock: the last call wins. Before there is a target, its start looks at the options.
     if let Ok(target) = c.target() {
         target.set_kernel_tls(kernel_tls);
     }

@@ -329,7 +329,10 @@ impl Conn {
         let asks = inner.queue.as_ref().is_some_and(|q| q.controller.is_discovery());
         let to = if asks && !proven { Standing::Caller } else { Standing::Guest };
         let (Some(group), Some(queue)) = (self.group.upgrade(), &inner.queue) else { return };
-        *self.turns.borrow_mut() = group.host(&queue.controller.host.nqn);
+        // Who has proven nothing does not take the turns of the host whose name it gives.
+        if to == Standing::Guest {
+            *self.turns.borrow_mut() = group.host(&queue.controller.host.nqn);
+        }
         if group.target.door.rise(self.id, to) {
             self.standing.set(to);
         }

@@ -184,9 +184,11 @@ fn replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
     let mut file = File::create(&beside)?;
     file.write_all(bytes)?;
     file.sync_all()?;
-    fs::rename(&beside, path)?;
     let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(directory)?.sync_all()
+    // What can fail comes before the new content is there.
+    let directory = File::open(directory)?;
+    fs::rename(&beside, path)?;
+    directory.sync_all()
 }
 
 fn encode(kept: &Kept, device: Uuid) -> Vec<u8> {

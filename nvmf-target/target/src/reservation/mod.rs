@@ -4,7 +4,8 @@
 //! host may do together with the epoch in which that was true; every change moves the epoch.
 //!
 //! A change counts from the moment it is made, and its command completes when it is durable, if it has to be. If the file can not be
-//! written the change is taken back, with whatever was done on top of it, and all those commands fail.
+//! written the change is taken back, with whatever was done on top of it, and all those commands fail. Notices that others were sent
+//! meanwhile, commands that were aborted and writes that were let through are not taken back.
 
 mod file;
 mod state;
@@ -246,9 +247,9 @@ impl Reservations {
             Request::Clear { key } => s.clear(host, key)?,
         };
         self.core.move_epoch(&s);
-        // Who builds on what is not written yet shares its fate.
+        // Who builds on what is not written yet, or is told that it is so, shares its fate.
         let shares = self.core.unwritten.load(Ordering::Relaxed) > 0;
-        let durable = outcome.changed && (was_persistent || s.persistent || shares);
+        let durable = shares || outcome.changed && (was_persistent || s.persistent);
         let later = durable.then(|| self.save(&s, before, later)).flatten();
         Ok((outcome, later))
     }
@@ -297,7 +298,8 @@ impl Reservations {
         let mut s = locked(&self.core.state);
         let before = self.undo(&s);
         let changed = std::mem::replace(&mut s.persistent, on) != on;
-        Ok(changed.then(|| self.save(&s, before, later)).flatten())
+        let shares = self.core.unwritten.load(Ordering::Relaxed) > 0;
+        Ok((changed || shares).then(|| self.save(&s, before, later)).flatten())
     }
 
     /// Whether writes are refused.
@@ -324,7 +326,7 @@ impl Reservations {
         let s = locked(&self.core.state);
         let before = self.undo(&s);
         let now = self.protection();
-        if wanted == now {
+        if wanted == now && self.core.unwritten.load(Ordering::Relaxed) == 0 {
             return Ok(None);
         }
         match wanted {
