@@ -120,6 +120,32 @@ fn a_host_that_has_not_said_who_it_is_finds_nothing_bound() {
     assert_eq!(a.read(PAYLOAD), Err(denied()));
 }
 
+/// A volume that is bound stays so while no subsystem has it. Who was connected before gets nothing of it when one has it again,
+/// by whichever of its names.
+#[test]
+fn a_bound_volume_is_shut_when_a_subsystem_gets_it_by_its_uuid() {
+    let rig = Rig::new(json!({"allow_unauthenticated": false}));
+    let t = &rig.target;
+    rig.add_host(A, "a");
+    rig.export(false);
+    t.becomes("v", "bound");
+    let a = rig.connect(A, Some(1));
+    a.write(PAYLOAD, &[0x5A; 4096]).unwrap();
+    t.ok("nvmf_subsystem_remove_ns", json!({"nqn": NQN, "nsid": 1}));
+    t.ok("nvmf_subsystem_allow_any_host", json!({"nqn": NQN, "allow_any_host": true}));
+    let stranger = rig.connect(STRANGER, None);
+    t.ok("nvmf_subsystem_allow_any_host", json!({"nqn": NQN, "allow_any_host": false}));
+    assert_eq!(t.status("v")["state"], "bound", "{}", t.status("v"));
+    let uuid = t.ok("bdev_get_bdevs", json!({"name": "luks-v"}))[0]["uuid"].clone();
+    t.ok("nvmf_subsystem_add_ns", json!({"nqn": NQN, "namespace": {"bdev_name": uuid, "nsid": 1}}));
+    assert!(shut(a.read(PAYLOAD)), "{}", t.status("v"));
+    t.is_because("v", "waiting", "is connected and has not authenticated");
+    assert!(shut(a.read(PAYLOAD)));
+    drop(stranger);
+    t.becomes("v", "bound");
+    assert!(a.read(PAYLOAD).unwrap() == [0x5A; 4096]);
+}
+
 #[test]
 fn a_host_that_the_volume_does_not_name_finds_nothing_bound() {
     let rig = Rig::new(json!({"allow_unauthenticated": false, "allowed_hosts": [A]}));
