@@ -183,6 +183,7 @@ const NOT_SAVED: &[(&str, &[&str])] = &[
             "framework_start_init",
             "load_config",
             "save_config",
+            "framework_get_config",
             "spdk_kill_instance",
         ],
     ),
