@@ -18,3 +18,9 @@ pub use chap::{Controller, Entropy, Host, HostNext, Names, Offer, Progress};
 pub use cryptfold_nvmf_spec::auth::{Concat, DhGroup, Failure, HashId};
 pub use psk::{Identity, Psk, PskError, TlsPsk, Version, expand_label};
 pub use secret::{Secret, SecretError};
+
+/// Whether this looks like the text of a secret or a key, which nobody writes down: the forms of [`Secret`] and [`Psk`].
+pub fn is_key_text(text: &str) -> bool {
+    let follows = |prefix| text.strip_prefix(prefix).is_some_and(|rest| rest.starts_with(':'));
+    follows(secret::PREFIX) || follows(psk::PREFIX)
+}

@@ -29,7 +29,7 @@ use crate::chap::Names;
 use crate::interchange::{self, TextError};
 use crate::mac::{mac, same};
 
-const PREFIX: &str = "NVMeTLSkey-1";
+pub(crate) const PREFIX: &str = "NVMeTLSkey-1";
 /// What goes into the digest of a version 1 identity beside the names.
 const DIGEST_LABEL: &[u8] = b" NVMe-over-Fabrics";
 

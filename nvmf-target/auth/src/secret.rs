@@ -13,7 +13,7 @@ use zeroize::Zeroizing;
 use crate::interchange::{self, TextError};
 use crate::mac::mac;
 
-const PREFIX: &str = "DHHC-1";
+pub(crate) const PREFIX: &str = "DHHC-1";
 /// What goes into a transformed key beside the name.
 const TRANSFORM_LABEL: &[u8] = b"NVMe-over-Fabrics";
 

@@ -25,6 +25,13 @@ pub struct Peer {
     pub gid: u32,
 }
 
+impl Peer {
+    /// Root and the target's own user.
+    pub fn may_everything(&self, own_uid: u32) -> bool {
+        self.uid == 0 || self.uid == own_uid
+    }
+}
+
 impl fmt::Display for Peer {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "uid {} gid {} pid {}", self.uid, self.gid, self.pid)
@@ -81,7 +88,7 @@ impl Roles {
     const ALL: Roles = Roles { viewer: true, operator: true, security: true };
 
     fn of(peer: Peer, own_uid: u32, grants: &[Grant]) -> Roles {
-        if peer.uid == 0 || peer.uid == own_uid {
+        if peer.may_everything(own_uid) {
             return Roles::ALL;
         }
         let mut roles = Roles::default();
@@ -132,7 +139,7 @@ struct Session {
 
 impl Handler for Session {
     fn call(&self, method: &str, params: Option<&Value>) -> RpcResult {
-        if let Some(role) = self.control.table().get(method).map(|m| m.role.of_call(m.name, params))
+        if let Some(role) = self.control.table().get(method).map(|m| m.role_of(params))
             && !self.roles.allow(role)
         {
             let why = format!("the role {role} is needed, uid {} has {}", self.peer.uid, self.roles);

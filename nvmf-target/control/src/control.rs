@@ -29,7 +29,7 @@ use crate::logging::LogControl;
 use crate::luks::Volumes;
 use crate::options::Options;
 use crate::pools::{Locked, Pools, Try};
-use crate::table::{Method, Role, Table};
+use crate::table::{Role, Table};
 use crate::watch::Watch;
 
 /// Signals that `spdk_kill_instance` may send.
@@ -429,8 +429,7 @@ impl Control {
             Ok(_) => tracing::debug!(method, ms, "rpc"),
             Err(e) => tracing::info!(method, ms, code = e.code, error = e.message, "rpc refused"),
         }
-        let changes = |m: &&Method| m.role.of_call(m.name, params) != Role::Viewer;
-        if let Some(m) = self.table.get(method).filter(changes) {
+        if let Some(m) = self.table.get(method).filter(|m| m.role_of(params) != Role::Viewer) {
             let shown = m.shown(params).to_string();
             let (code, error) = result.as_ref().err().map(|e| (e.code, e.message.as_str())).unzip();
             // A record has an end: whose call it was comes first.

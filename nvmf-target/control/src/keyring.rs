@@ -4,6 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 
+use cryptfold_nvmf_auth::is_key_text;
 use zeroize::Zeroizing;
 
 use crate::control::lock;
@@ -67,8 +68,7 @@ impl Keyring {
     fn find(&self, name: &str) -> Result<RingKey, RpcError> {
         let found = lock(&self.0).iter().find(|k| k.name == name).cloned();
         // Perhaps the key itself was given: it is not said again.
-        let secret = name.starts_with("DHHC-1:") || name.starts_with("NVMeTLSkey-1:");
-        let name = if secret { "(a key; its name is wanted)" } else { name };
+        let name = if is_key_text(name) { "(a key; its name is wanted)" } else { name };
         found.ok_or_else(|| RpcError::not_found(format!("key \"{name}\" (add it with keyring_file_add_key)")))
     }
 }

@@ -184,7 +184,7 @@ fn accept(shared: &Arc<Shared>, listener: &UnixListener) {
 fn admit(shared: &Arc<Shared>, id: u64, mut stream: UnixStream) {
     let _ = stream.set_write_timeout(Some(WRITE_TIMEOUT));
     let peer = peer::credentials(&stream);
-    let owner = peer.as_ref().is_ok_and(|peer| peer.uid == 0 || peer.uid == peer::own_uid());
+    let owner = peer.as_ref().is_ok_and(|peer| peer.may_everything(peer::own_uid()));
     let handler = match peer {
         Ok(peer) => (shared.admit)(peer),
         Err(e) => Err(RpcError::internal(format!("the other end of the socket is unknown: {e}"))),

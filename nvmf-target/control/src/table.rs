@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::fmt::Write as _;
 
+use cryptfold_nvmf_auth::is_key_text;
 use serde_json::{Map, Value};
 
 use crate::Control;
@@ -45,6 +46,11 @@ pub struct Method {
 }
 
 impl Method {
+    /// Who may make this call of it.
+    pub(crate) fn role_of(&self, params: Option<&Value>) -> Role {
+        self.role.of_call(self.name, params)
+    }
+
     /// A run-time method.
     pub fn new<P: Params + 'static>(
         name: &'static str,
@@ -268,7 +274,7 @@ fn shown(params: &[Param], given: &Map<String, Value>) -> Value {
         _ if p.kind == <Value as FromJson>::kind() => "(not shown)".into(),
         Value::Object(inner) => shown(&p.members, inner),
         // Where a key's name is wanted, the key itself may be given by mistake.
-        Value::String(s) if s.starts_with("DHHC-1:") || s.starts_with("NVMeTLSkey-1:") => "(secret)".into(),
+        Value::String(s) if is_key_text(s) => "(secret)".into(),
         v if v.to_string().len() > SHOWN_BYTES => "(long)".into(),
         v => v.clone(),
     };

@@ -388,7 +388,7 @@ impl Poller for Group {
         self.turn.set(turn);
         let several = self.hosts.borrow().len() > 1;
         for conn in serving.drain(..) {
-            // Not held while it is served: the last connection of a host that ends takes the host's entry along.
+            // Not borrowed while it is served: it may get another one then.
             let too_many = {
                 let turns = conn.turns();
                 (several || Rc::ptr_eq(&turns, &self.strangers)) && !turns.take(turn)

@@ -208,7 +208,7 @@ impl Store for LogFile {
 /// What every record begins with.
 const BEGIN: &[u8] = b"{\"seq\":";
 
-/// Whether this is a record that was not finished.
+/// Whether this is a record that was not finished, or nothing.
 fn is_torn_record(bytes: &[u8]) -> bool {
     bytes.len() < MAX_RECORD_BYTES && (bytes.starts_with(BEGIN) || BEGIN.starts_with(bytes))
 }
@@ -259,8 +259,7 @@ fn open(path: &Path) -> Result<(LogFile, Head, Map<String, Value>), AuditError> 
         None => Some(Head::default()),
         Some(line) => parse(line).ok().map(|r| r.head()),
     };
-    let torn_record = torn.is_empty() || is_torn_record(&torn);
-    let Some(head) = head.filter(|_| torn_record) else {
+    let Some(head) = head.filter(|_| is_torn_record(&torn)) else {
         let aside = PathBuf::from(format!("{}.damaged-{}", path.display(), now().replace(':', "")));
         std::fs::rename(path, &aside).map_err(io)?;
         first.insert("damaged_log".into(), aside.display().to_string().into());

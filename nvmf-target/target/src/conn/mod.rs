@@ -20,7 +20,7 @@ pub mod state;
 mod tasks;
 mod transfer;
 
-use std::cell::{Cell, RefCell};
+use std::cell::{Cell, Ref, RefCell};
 use std::collections::VecDeque;
 use std::net::Shutdown;
 use std::rc::{Rc, Weak};
@@ -222,8 +222,8 @@ impl Conn {
     }
 
     /// What counts the turns of its host.
-    pub fn turns(&self) -> Rc<Turns> {
-        self.turns.borrow().clone()
+    pub fn turns(&self) -> Ref<'_, Rc<Turns>> {
+        self.turns.borrow()
     }
 
     /// One turn: receives once, sends once.

@@ -142,6 +142,11 @@ pub(crate) struct Core {
 }
 
 impl Core {
+    /// Whether the file does not have everything yet.
+    fn has_unwritten(&self) -> bool {
+        self.unwritten.load(Ordering::Relaxed) > 0
+    }
+
     fn move_epoch(&self, s: &State) {
         let epoch = if s.held.is_some() { unique() } else { 0 };
         self.epoch.store(epoch, Ordering::Release);
@@ -248,7 +253,7 @@ impl Reservations {
         };
         self.core.move_epoch(&s);
         // Who builds on what is not written yet, or is told that it is so, shares its fate.
-        let shares = self.core.unwritten.load(Ordering::Relaxed) > 0;
+        let shares = self.core.has_unwritten();
         let durable = shares || outcome.changed && (was_persistent || s.persistent);
         let later = durable.then(|| self.save(&s, before, later)).flatten();
         Ok((outcome, later))
@@ -298,8 +303,7 @@ impl Reservations {
         let mut s = locked(&self.core.state);
         let before = self.undo(&s);
         let changed = std::mem::replace(&mut s.persistent, on) != on;
-        let shares = self.core.unwritten.load(Ordering::Relaxed) > 0;
-        Ok((changed || shares).then(|| self.save(&s, before, later)).flatten())
+        Ok((changed || self.core.has_unwritten()).then(|| self.save(&s, before, later)).flatten())
     }
 
     /// Whether writes are refused.
@@ -326,7 +330,7 @@ impl Reservations {
         let s = locked(&self.core.state);
         let before = self.undo(&s);
         let now = self.protection();
-        if wanted == now && self.core.unwritten.load(Ordering::Relaxed) == 0 {
+        if wanted == now && !self.core.has_unwritten() {
             return Ok(None);
         }
         match wanted {
