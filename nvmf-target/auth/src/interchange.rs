@@ -27,7 +27,7 @@ pub fn parse(prefix: &str, text: &str) -> Result<(Option<HashId>, Zeroizing<Vec<
     let crc = *bytes.last_chunk::<4>().ok_or(TextError::Form)?;
     let len = bytes.len() - crc.len();
     bytes.truncate(len);
-    if crc32fast::hash(&bytes) != u32::from_le_bytes(crc) {
+    if crc_fast::crc32_iso_hdlc(&bytes) != u32::from_le_bytes(crc) {
         return Err(TextError::Crc);
     }
     Ok((hash, bytes))
@@ -38,7 +38,7 @@ pub fn to_text(prefix: &str, hash: Option<HashId>, key: &[u8]) -> Zeroizing<Stri
     let code = hash.map_or(0, |h| h as u8);
     let mut bytes = Zeroizing::new(Vec::with_capacity(key.len() + 4));
     bytes.extend_from_slice(key);
-    bytes.extend_from_slice(&crc32fast::hash(key).to_le_bytes());
+    bytes.extend_from_slice(&crc_fast::crc32_iso_hdlc(key).to_le_bytes());
     let encoded = Zeroizing::new(STANDARD.encode(&*bytes));
     Zeroizing::new(format!("{prefix}:{code:02x}:{}:", encoded.as_str()))
 }

@@ -55,7 +55,7 @@ fn the_json_has_its_fields() {
     let report = measure(&Args { only: Some("crc32c".into()), block: Some(4096), ..args() }).unwrap();
     let v = serde_json::to_value(&report).unwrap();
     let r = &v["results"][0];
-    assert_eq!((r["name"].as_str(), r["engine"].as_str()), (Some("crc32c"), Some("crc32c")));
+    assert_eq!((r["name"].as_str(), r["engine"].as_str()), (Some("crc32c"), Some("crc-fast")));
     assert_eq!((r["unit"].as_u64(), r["block"].as_u64()), (Some(4096), Some(4096)));
     assert_eq!((r["where"].as_str(), v["results"][1]["where"].as_str()), (Some("cache"), Some("span")));
     assert!(r["gb_s"].is_f64() && r["ops_s"].is_f64() && v["machine"]["cpu"].is_string());
