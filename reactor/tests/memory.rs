@@ -334,6 +334,13 @@ fn plaintext_and_keys_stay_out_of_core_dumps() {
     for address in [pooled.as_ptr(), large.as_ptr(), secret.expose().as_ptr()] {
         assert!(mapping_flags(address).contains(" dd"), "{}", mapping_flags(address));
     }
+    for len in [16, 100_000] {
+        let at = cryptfold_reactor::memory::heap::alloc(len);
+        let flags = mapping_flags(at);
+        assert!(flags.contains(" dd") && flags.contains(" dc"), "{flags}");
+        // SAFETY: given once, and not used any more.
+        unsafe { cryptfold_reactor::memory::heap::free(at) };
+    }
     let flags = mapping_flags(secret.expose().as_ptr());
     assert!(flags.contains(" lo") && flags.contains(" dc"), "{flags}");
 }

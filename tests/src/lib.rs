@@ -2,6 +2,7 @@
 
 pub mod fuzz;
 pub mod kill;
+pub mod search;
 
 use std::time::{SystemTime, UNIX_EPOCH};
 

@@ -16,6 +16,7 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use thiserror::Error;
+use zeroize::Zeroize as _;
 
 use crate::access::Peer;
 use crate::jsonrpc::{self, Framer, Handler, RpcError};
@@ -227,8 +228,10 @@ fn serve(handler: &dyn Handler, mut stream: UnixStream) -> io::Result<()> {
         loop {
             match framer.next_message() {
                 Ok(None) => break,
-                Ok(Some(message)) => {
-                    if let Some(reply) = jsonrpc::answer(handler, &message) {
+                Ok(Some(mut message)) => {
+                    let reply = jsonrpc::answer(handler, &message);
+                    jsonrpc::wipe(&mut message);
+                    if let Some(reply) = reply {
                         let mut text = reply.to_string();
                         text.push('\n');
                         stream.write_all(text.as_bytes())?;
@@ -242,7 +245,10 @@ fn serve(handler: &dyn Handler, mut stream: UnixStream) -> io::Result<()> {
         }
         match stream.read(&mut piece) {
             Ok(0) => return Ok(()),
-            Ok(n) => framer.push(&piece[..n]),
+            Ok(n) => {
+                framer.push(&piece[..n]);
+                piece[..n].zeroize();
+            }
             Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
             Err(e) => return Err(e),
         }

@@ -1,5 +1,5 @@
 //! Signals of the process: SIGINT, SIGTERM and SIGQUIT arrive on one thread and ask for an orderly end; a second one
-//! ends at once. The only `unsafe` of the program.
+//! ends at once. With the first call of `target.rs` the only `unsafe` of the program.
 
 use std::sync::mpsc::{Receiver, Sender, channel};
 

@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use cryptfold_bdev_crypto::engine::awslc;
 use cryptfold_control::access::Grant;
 use cryptfold_control::audit::AuditLog;
 use cryptfold_control::config::Config;
@@ -85,6 +86,12 @@ fn level(word: &str) -> Result<Level, String> {
 
 /// Runs until asked to end, then drains, flushes and checkpoints.
 pub fn run(args: TargetArgs) -> Result<(), Failure> {
+    // SAFETY: first of all: nothing has used the library yet.
+    if !unsafe { awslc::keep_out_of_dumps() } {
+        return Err("the cipher library does not take the memory that is kept out of core dumps"
+            .to_owned()
+            .into());
+    }
     if !args.core_dumps {
         forbid_core_dumps()
             .map_err(|e| format!("core dumps can not be forbidden: {e} (--core-dumps allows them)"))?;

@@ -2,6 +2,8 @@
 
 mod common;
 
+use std::sync::{Arc, Mutex};
+
 use common::{Client, HOST, NQN, Rig, auth_receive, auth_send, read_sqe, wait};
 use cryptfold_bdev_malloc::MallocOptions;
 use cryptfold_nvmf_auth::{Concat, DhGroup, Entropy, HashId, Host, HostNext, Names, Offer, Secret};
@@ -244,6 +246,39 @@ fn prove(c: &mut Client) {
             other => panic!("{other:?}"),
         }
     }
+}
+
+/// Who wants to know of hosts hears of each queue before it can be used, and not of hosts that have yet to prove who they are.
+#[test]
+fn arrivals_are_told_before_the_queue_is_used() {
+    let rig = secured(TransportOptions::default());
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let here = told.clone();
+    rig.target.on_arrival(move |a| {
+        here.lock().unwrap().push((a.subsystem.clone(), a.host.clone(), a.proven, a.bdevs.clone()));
+    });
+    let said = || told.lock().unwrap().clone();
+    let arrival = |host: &str, proven| (NQN.to_owned(), host.to_owned(), proven, vec!["disk".to_owned()]);
+    let mut admin = challenged(&rig);
+    assert_eq!(said(), [], "not before it has authenticated");
+    prove(&mut admin);
+    assert_eq!(said(), [arrival(HOST, true)]);
+    let (_other_admin, _other_io) = host(&rig, OTHER);
+    assert_eq!(said(), [arrival(HOST, true), arrival(OTHER, false), arrival(OTHER, false)]);
+    // Another proof on a queue in use is none, nor does discovery count.
+    prove(&mut admin);
+    let mut discovery = Client::open(rig.addr, false, false);
+    assert_eq!(
+        discovery.connect(cryptfold_nvmf_spec::nqn::DISCOVERY, 0, 32, Cntlid::DYNAMIC).status(),
+        Status::SUCCESS
+    );
+    assert_eq!(said().len(), 3);
+    // What it does not see is not named.
+    rig.target.remove_ns(NQN, 1).expect("it is there");
+    let hidden = NsOptions { bdev_name: "disk".into(), no_auto_visible: true, ..Default::default() };
+    assert_eq!(rig.target.add_ns(NQN, &hidden), Ok(1));
+    let _other = host(&rig, OTHER);
+    assert_eq!(said().last().map(|a| a.3.len()), Some(0));
 }
 
 /// A host proves again who it is, on a queue in use: its messages come in capsules, also where data of commands does not. Commands

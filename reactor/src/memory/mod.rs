@@ -12,6 +12,7 @@
 
 mod arena;
 mod buf;
+pub mod heap;
 mod pool;
 mod prefetch;
 mod secret;

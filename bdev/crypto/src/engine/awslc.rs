@@ -7,7 +7,7 @@
 //! Invariant: the contexts are never null, hold an AES-256-XTS key for their direction, and are used by one thread at
 //! a time ([`AwsLc`] is not `Sync`).
 
-use std::ffi::{CStr, c_char};
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::marker::PhantomData;
 use std::ptr::{self, NonNull};
 
@@ -16,7 +16,33 @@ use aws_lc_fips_sys as ffi;
 #[cfg(not(feature = "fips"))]
 use aws_lc_sys as ffi;
 
+use cryptfold_reactor::memory::heap;
+
 use super::{EngineError, EngineKind, XtsCipher, XtsEngine, XtsKey, check_unit};
+
+unsafe extern "C" fn allocate(len: usize, _: *const c_char, _: c_int) -> *mut c_void {
+    heap::alloc(len).cast()
+}
+
+unsafe extern "C" fn reallocate(at: *mut c_void, len: usize, _: *const c_char, _: c_int) -> *mut c_void {
+    // SAFETY: AWS-LC gives what `allocate` or this has given it.
+    unsafe { heap::realloc(at.cast(), len).cast() }
+}
+
+unsafe extern "C" fn release(at: *mut c_void, _: *const c_char, _: c_int) {
+    // SAFETY: as above, and it does not use it any more.
+    unsafe { heap::free(at.cast()) }
+}
+
+/// Has AWS-LC keep everything in memory that no core dump has ([`heap`]): its key schedules begin with the keys. For the start of a
+/// program: what it has allocated before could not be freed. Whether it will.
+///
+/// # Safety
+/// Nothing in this process has used AWS-LC yet.
+pub unsafe fn keep_out_of_dumps() -> bool {
+    // SAFETY: the three functions belong together; no memory of another allocator comes to them, the caller says.
+    unsafe { ffi::CRYPTO_set_mem_functions(Some(allocate), Some(reallocate), Some(release)) == 1 }
+}
 
 struct Context {
     ctx: NonNull<ffi::EVP_CIPHER_CTX>,

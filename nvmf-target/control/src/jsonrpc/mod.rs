@@ -7,6 +7,7 @@ mod scan;
 use std::fmt;
 
 use serde_json::{Map, Value, json};
+use zeroize::Zeroize as _;
 
 pub use scan::{FrameError, Framer, MAX_DEPTH};
 
@@ -117,6 +118,16 @@ pub fn answer(handler: &dyn Handler, message: &Value) -> Option<Value> {
     }
     let replies: Vec<Value> = batch.iter().filter_map(|r| answer_one(handler, r)).collect();
     (!replies.is_empty()).then_some(Value::Array(replies))
+}
+
+/// Zeroes the texts in a message that has been answered: passwords and keys are among them.
+pub fn wipe(message: &mut Value) {
+    match message {
+        Value::String(text) => text.zeroize(),
+        Value::Array(all) => all.iter_mut().for_each(wipe),
+        Value::Object(all) => all.values_mut().for_each(wipe),
+        _ => {}
+    }
 }
 
 /// The reply to bytes that are not JSON, sent before the connection is closed.

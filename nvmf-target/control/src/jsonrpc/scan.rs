@@ -4,6 +4,7 @@
 
 use serde_json::Value;
 use thiserror::Error;
+use zeroize::Zeroize as _;
 
 /// Deepest nesting of arrays and objects in a message.
 pub const MAX_DEPTH: u32 = 32;
@@ -221,10 +222,26 @@ impl Framer {
     /// Takes what arrived. Call [`Framer::next_message`] until it returns `None` before pushing more, so that never
     /// much more than one message is held.
     pub fn push(&mut self, bytes: &[u8]) {
-        self.buf.drain(..self.start);
+        self.forget_read();
+        let len = self.buf.len() + bytes.len();
+        if len > self.buf.capacity() {
+            // Growing by itself would leave a copy behind.
+            let mut larger = Vec::with_capacity(2 * len);
+            larger.extend_from_slice(&self.buf);
+            self.buf.zeroize();
+            self.buf = larger;
+        }
+        self.buf.extend_from_slice(bytes);
+    }
+
+    /// Wipes what has been handed out: passwords and keys are among it.
+    fn forget_read(&mut self) {
+        self.buf.copy_within(self.start.., 0);
+        let left = self.buf.len() - self.start;
+        self.buf[left..].zeroize();
+        self.buf.truncate(left);
         self.at -= self.start;
         self.start = 0;
-        self.buf.extend_from_slice(bytes);
     }
 
     /// Whether a message has begun and not ended.
@@ -243,7 +260,7 @@ impl Framer {
         let r = self.advance();
         if let Err(e) = &r {
             self.dead = Some(e.clone());
-            self.buf = Vec::new();
+            self.buf.zeroize();
             (self.start, self.at) = (0, 0);
         }
         r
@@ -272,7 +289,14 @@ impl Framer {
                 }
             }
         }
+        self.forget_read();
         Ok(None)
+    }
+}
+
+impl Drop for Framer {
+    fn drop(&mut self) {
+        self.buf.zeroize();
     }
 }
 
