@@ -4,7 +4,7 @@ use cryptfold_tests::kill::{Options, find_or_build, run};
 
 fn options(kills: u64) -> Options {
     let program = find_or_build().unwrap_or_else(|e| panic!("{e}"));
-    Options { program, kills, seed: 1, forget: false, verbose: false }
+    Options { program, kills, seed: 1, forget: false, keys: false, verbose: false }
 }
 
 #[test]
@@ -13,6 +13,15 @@ fn kills_under_load_lose_nothing_flushed() {
     assert_eq!(summary.kills, 5);
     assert!(summary.done.writes > 0 && summary.done.flushes > 0 && summary.audited > 0, "{summary}");
     assert!(summary.cut > 0, "something was under way at the kills: {summary}");
+    println!("{summary}");
+}
+
+#[test]
+fn kills_while_keys_change_lose_nothing_and_undo_nothing() {
+    let summary = run(&Options { keys: true, ..options(8) }).unwrap_or_else(|e| panic!("{e}"));
+    assert!(summary.changes >= 2 && summary.changes_cut > 0, "{summary}");
+    let [done, not] = summary.erasures;
+    assert!(done >= 2 && done + not == 4, "{summary}");
     println!("{summary}");
 }
 

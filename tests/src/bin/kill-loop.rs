@@ -15,6 +15,9 @@ struct Args {
     /// Decides what is written and when to kill; from the clock when not given.
     #[arg(long)]
     seed: Option<u64>,
+    /// Change keys under the load.
+    #[arg(long)]
+    keys: bool,
     /// Tell every round.
     #[arg(short, long)]
     verbose: bool,
@@ -24,7 +27,14 @@ fn main() -> ExitCode {
     let args = Args::parse();
     let seed = announce_seed(args.seed);
     let done = find_or_build().and_then(|program| {
-        run(&Options { program, kills: args.kills, seed, forget: false, verbose: args.verbose })
+        run(&Options {
+            program,
+            kills: args.kills,
+            seed,
+            forget: false,
+            keys: args.keys,
+            verbose: args.verbose,
+        })
     });
     match done {
         Ok(summary) => {

@@ -24,7 +24,7 @@ const MAX_IO_BYTES: u64 = 128 << 10;
 /// Half of the I/O goes to the first so many bytes of a volume.
 const HOT_BYTES: u64 = 2 << 20;
 /// Different contents among the duplicates.
-const SETS: u64 = 400;
+pub const SETS: u64 = 400;
 const VERIFY_BYTES: u64 = 1 << 20;
 
 /// Operations that completed.

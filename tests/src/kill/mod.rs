@@ -10,6 +10,7 @@
 //! The seed decides what is written where and when to kill; what has completed by then is the machine's affair, so a seed
 //! repeats the circumstances, not the run.
 
+mod keys;
 mod load;
 mod program;
 
@@ -27,8 +28,25 @@ pub use program::{NQN, Place, Program, find_or_build};
 
 /// Name, MiB, bytes in a block, domain: two that share data, one with another key and another block.
 const VOLUMES: [(&str, u64, u64, &str); 3] =
-    [("a", 48, 4096, "shared"), ("b", 48, 4096, "shared"), ("c", 8, 512, "alone")];
+    [("a", 48, 4096, "shared"), ("b", 48, 4096, "shared"), ("c", 8, 512, ALONE)];
+const ALONE: &str = "alone";
 const POOL_BYTES: u64 = 1 << 30;
+/// How often the domain that is alone is erased.
+const ERASURES: u64 = 4;
+/// For what comes by itself.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Asks again and again.
+fn wait_until(what: &str, mut is_so: impl FnMut() -> Result<bool, String>) -> Result<(), String> {
+    let deadline = Instant::now() + PATIENCE;
+    while !is_so()? {
+        if Instant::now() > deadline {
+            return Err(format!("waited for {PATIENCE:?} until {what}"));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
+}
 
 /// What to do.
 #[derive(Clone, Debug)]
@@ -41,6 +59,8 @@ pub struct Options {
     pub seed: u64,
     /// Negative control: the pool is put back to what it was before the load, as if nothing had been flushed.
     pub forget: bool,
+    /// Keys change under the load: see [`keys`].
+    pub keys: bool,
     /// Tells every round on standard error.
     pub verbose: bool,
 }
@@ -64,6 +84,12 @@ pub struct Summary {
     pub time: Duration,
     /// Slowest start of those that recovered.
     pub slowest_start: Duration,
+    /// Changes of keys that came to their end.
+    pub changes: u64,
+    /// Kills while keys were being changed.
+    pub changes_cut: u64,
+    /// Erasures that were cut off: done, and not done.
+    pub erasures: [u64; 2],
 }
 
 impl fmt::Display for Summary {
@@ -86,7 +112,17 @@ impl fmt::Display for Summary {
             self.audited,
             self.slowest_start.as_millis(),
             self.time.as_secs_f64()
-        )
+        )?;
+        if self.changes > 0 {
+            let [done, not] = self.erasures;
+            let (changes, cut) = (self.changes, self.changes_cut);
+            write!(
+                f,
+                "; {changes} changes of keys, killed {cut} times on their way; {done} of {} erasures done",
+                done + not
+            )?;
+        }
+        Ok(())
     }
 }
 
@@ -129,6 +165,7 @@ fn campaign(options: &Options, dir: &Path) -> Result<Summary, String> {
         volumes,
         generation: 0,
         usual_start: Duration::ZERO,
+        changes: keys::Changes::default(),
         summary: Summary::default(),
     };
     let started = Instant::now();
@@ -149,6 +186,9 @@ fn campaign(options: &Options, dir: &Path) -> Result<Summary, String> {
             );
         }
     }
+    if options.keys {
+        program = run.change_and_erase(program, &dir.join("disk"))?;
+    }
     run.end(program).map_err(|e| format!("at the orderly end: {e}"))?;
     run.summary.time = started.elapsed();
     Ok(run.summary)
@@ -163,6 +203,7 @@ struct Campaign<'a> {
     volumes: Vec<VolumeId>,
     generation: u64,
     usual_start: Duration,
+    changes: keys::Changes,
     summary: Summary,
 }
 
@@ -171,7 +212,15 @@ impl Campaign<'_> {
         if self.options.forget {
             self.place.save_pool()?;
         }
-        self.load(program)?;
+        let change = if self.options.keys { self.changes.next(&program, &mut self.rng)? } else { None };
+        let mut call = change.as_ref().map(|c| (c.method, c.params.clone()));
+        // Every other call is answered before the load begins, the others race with the kill.
+        let first = if self.summary.kills % 2 == 1 { call.take() } else { None };
+        if let Some((method, params)) = &first {
+            program.rpc(method, params)?;
+        }
+        let delay = 5 + if self.rng.one_in(3) { self.rng.magnitude(795) } else { self.rng.below(796) };
+        let answered = self.load(program, delay, self.volumes.clone(), call)? || first.is_some();
         self.summary.kills += 1;
         if self.options.forget {
             self.place.restore_pool()?;
@@ -187,6 +236,49 @@ impl Campaign<'_> {
         let program = self.place.start()?;
         self.usual_start = program.start_time;
         self.summary.slowest_start = self.summary.slowest_start.max(program.start_time);
+        if self.options.keys {
+            self.changes.judge(&program, change.map(|c| (c, answered)))?;
+        }
+        self.verify(&program)?;
+        Ok(program)
+    }
+
+    /// Lets the last change of keys end and sees that nothing is left of what was in clear; then the domain that is alone is erased
+    /// again and again, each time cut off.
+    fn change_and_erase(&mut self, program: Program, disk: &Path) -> Result<Program, String> {
+        self.changes.end(&program, disk)?;
+        self.verify(&program)?;
+        let mut program = program;
+        for n in 1..=ERASURES {
+            program = self.erase(program).map_err(|e| format!("erasure {n} of {ERASURES}: {e}"))?;
+        }
+        (self.summary.changes, self.summary.changes_cut) = (self.changes.ended, self.changes.cut);
+        Ok(program)
+    }
+
+    fn erase(&mut self, program: Program) -> Result<Program, String> {
+        let before = keys::identity(&program, ALONE)?;
+        let (method, params) = keys::erase(ALONE);
+        // Every other one is answered before the load begins, the others race with the kill.
+        let first = self.summary.erasures.iter().sum::<u64>() % 2 == 1;
+        if first {
+            program.rpc(method, &params)?;
+        }
+        let delay = self.rng.below(400);
+        // Its own volume goes; the load is on those of the other domain.
+        let others = self.volumes[..2].to_vec();
+        let answered = self.load(program, delay, others, (!first).then_some((method, params)))? || first;
+        let program = self.place.start()?;
+        let erased = keys::identity(&program, ALONE)? != before;
+        if answered && !erased {
+            return Err("it was answered, and has not happened".into());
+        }
+        self.summary.erasures[usize::from(!erased)] += 1;
+        if erased {
+            // The configuration has made it anew: empty.
+            let (name, _, block, _) = VOLUMES[2];
+            self.volumes[2] = self.history.add_volume(name, block as usize);
+        }
         self.verify(&program)?;
         Ok(program)
     }
@@ -200,12 +292,19 @@ impl Campaign<'_> {
         Duration::from_micros(self.rng.range(begin, end))
     }
 
-    /// Load until the program is dead: 5 to 800 ms, early and late kills alike.
-    fn load(&mut self, program: Program) -> Result<(), String> {
-        let delay = 5 + if self.rng.one_in(3) { self.rng.magnitude(795) } else { self.rng.below(796) };
+    /// Load until the program is dead, which is killed after `delay` ms; somewhere in between it gets a call. Whether that was
+    /// answered before.
+    fn load(
+        &mut self,
+        program: Program,
+        delay: u64,
+        volumes: Vec<VolumeId>,
+        call: Option<(&'static str, serde_json::Value)>,
+    ) -> Result<bool, String> {
+        let before = self.rng.below(delay + 1);
         let load = load::Load {
             options: self.place.connect_options(),
-            volumes: self.volumes.clone(),
+            volumes,
             rng: self.rng.fork(),
             generation: self.generation,
             phase: Arc::default(),
@@ -216,13 +315,16 @@ impl Campaign<'_> {
         let wanted = if self.options.forget { 20 } else { 0 };
         let killer = std::thread::spawn(move || {
             let running = phase.wait_until_running();
-            std::thread::sleep(Duration::from_millis(delay));
+            std::thread::sleep(Duration::from_millis(before));
+            let call = call.map(|(method, params)| program.begin_rpc(method, &params)).transpose()?;
+            std::thread::sleep(Duration::from_millis(delay - before));
             let deadline = Instant::now() + Duration::from_secs(20);
             while running && flushed.load(Ordering::Relaxed) < wanted && Instant::now() < deadline {
                 std::thread::sleep(Duration::from_millis(5));
             }
             phase.killed();
-            program.kill()
+            program.kill()?;
+            call.map_or(Ok(false), program::Pending::is_answered)
         });
         let history = std::mem::take(&mut self.history);
         let outcome = self.runtime.handles()[0].block_on(move || load::run(load, history));
@@ -233,8 +335,9 @@ impl Campaign<'_> {
         self.summary.done += outcome.done;
         self.summary.cut += outcome.cut;
         // A program that had ended by itself explains everything else.
-        killed?;
-        outcome.verdict.map_err(|e| format!("under load, killed after {delay} ms: {e}"))
+        let answered = killed?;
+        outcome.verdict.map_err(|e| format!("under load, killed after {delay} ms: {e}"))?;
+        Ok(answered)
     }
 
     /// Reads and judges every block, then asks for the audit.

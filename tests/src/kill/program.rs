@@ -256,19 +256,45 @@ impl Program {
         Err(format!("the target did not end within {PATIENCE:?}: {}", self.log_end()))
     }
 
+    fn call(&self, method: &str, params: &Value) -> Command {
+        let mut command = Command::new(&self.path);
+        command.args(["rpc", "-r"]).arg(self.dir.join("rpc.sock")).args([method, &params.to_string()]);
+        command
+    }
+
+    /// Begins a call that the program may not live to answer.
+    pub fn begin_rpc(&self, method: &str, params: &Value) -> Result<Pending, String> {
+        let mut command = self.call(method, params);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::piped());
+        command.spawn().map(Pending).map_err(|e| format!("{}: {e}", self.path.display()))
+    }
+
     /// Calls a method by the program's own `rpc` command.
     pub fn rpc(&self, method: &str, params: &Value) -> Result<Value, String> {
-        let output = Command::new(&self.path)
-            .args(["rpc", "-r"])
-            .arg(self.dir.join("rpc.sock"))
-            .args([method, &params.to_string()])
-            .output()
-            .map_err(|e| format!("{}: {e}", self.path.display()))?;
+        let output =
+            self.call(method, params).output().map_err(|e| format!("{}: {e}", self.path.display()))?;
         if !output.status.success() {
             let said = String::from_utf8_lossy(&output.stderr);
             return Err(format!("{method}: {}; end of the target's log: {}", said.trim(), self.log_end()));
         }
         serde_json::from_slice(&output.stdout).map_err(|e| format!("{method} answers no JSON: {e}"))
+    }
+}
+
+/// A call under way.
+pub struct Pending(Child);
+
+impl Pending {
+    /// After the program's end: whether it had answered. An error if it had refused.
+    pub fn is_answered(self) -> Result<bool, String> {
+        let output = self.0.wait_with_output().map_err(|e| e.to_string())?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        let cut_off = ["closed the connection before it answered", "no target answers"];
+        match output.status.success() {
+            true => Ok(true),
+            false if cut_off.iter().any(|what| said.contains(what)) => Ok(false),
+            false => Err(format!("refused: {}", said.trim())),
+        }
     }
 }
 
