@@ -1,5 +1,5 @@
-//! What a device did: counters (always) and latency histograms (on request), written by one channel each and read by
-//! control threads.
+//! What a device did: counters and latencies in coarse buckets (always), finer latency histograms (on request), written by
+//! one channel each and read by control threads.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -7,6 +7,7 @@ use std::sync::{Arc, Mutex};
 
 use hdrhistogram::Histogram;
 
+use crate::latency::{Latencies, LatencyCounts};
 use crate::registry::locked;
 use crate::{Op, Status};
 
@@ -89,6 +90,7 @@ struct ClassCounters {
 #[derive(Default)]
 pub(crate) struct ChannelStats {
     classes: [ClassCounters; CLASSES],
+    latencies: [Latencies; CLASSES],
     errors: Mutex<BTreeMap<(u8, u8), u64>>,
     histograms: Mutex<Option<Box<[Histogram<u64>; CLASSES]>>>,
 }
@@ -114,6 +116,7 @@ impl ChannelStats {
         if latency_ns < min || min == 0 {
             c.min.0.store(latency_ns, Ordering::Relaxed);
         }
+        self.latencies[class as usize].record(latency_ns);
         if !status.is_ok() {
             *locked(&self.errors).entry((status.sct(), status.sc())).or_default() += 1;
         }
@@ -171,6 +174,7 @@ pub struct BdevStats {
 struct Inner {
     live: Vec<Arc<ChannelStats>>,
     closed: [ClassTotals; CLASSES],
+    latencies: [LatencyCounts; CLASSES],
     errors: BTreeMap<(u8, u8), u64>,
     histograms: Option<Box<[Histogram<u64>; CLASSES]>>,
     /// Totals at the last reset, subtracted from what is shown.
@@ -189,6 +193,7 @@ impl BdevStats {
         i.live.retain(|x| !Arc::ptr_eq(x, s));
         for class in Class::ALL {
             i.closed[class as usize].add(&s.totals(class));
+            s.latencies[class as usize].add_to(&mut i.latencies[class as usize]);
         }
         for (k, v) in locked(&s.errors).iter() {
             *i.errors.entry(*k).or_default() += v;
@@ -202,6 +207,15 @@ impl BdevStats {
     pub fn totals(&self, class: Class) -> ClassTotals {
         let i = locked(&self.inner);
         i.sum(class).minus(&i.base[class as usize])
+    }
+
+    /// Latencies of a class since the device was made, over all channels: a reset does not touch them.
+    pub fn latencies(&self, class: Class) -> LatencyCounts {
+        let i = locked(&self.inner);
+        let mut all = i.latencies[class as usize].clone();
+        i.live.iter().for_each(|s| s.latencies[class as usize].add_to(&mut all));
+        all.sum_ns = i.sum(class).latency_ns;
+        all
     }
 
     /// Failed operations by (status code type, status code).
