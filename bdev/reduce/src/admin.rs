@@ -21,7 +21,7 @@ use uuid::Uuid;
 
 use crate::error::PoolError;
 use crate::index::Key;
-use crate::info::{DomainInfo, PoolInfo, Space, VolumeInfo, VolumeOptions};
+use crate::info::{DeletionInfo, DomainInfo, PoolInfo, ScrubState, Space, VolumeInfo, VolumeOptions};
 use crate::load::Lists;
 use crate::open::now_ms;
 use crate::pool::{Life, Pool};
@@ -326,6 +326,14 @@ impl Pool {
             scrub: self.scrub.borrow().clone(),
             late: self.late.borrow().clone(),
             renewal: self.renewal.borrow().clone(),
+            deletion: DeletionInfo {
+                volumes: shard.volumes.values().filter(|v| v.is_deleting()).count() as u64,
+                state: match self.deleting.get() {
+                    true => ScrubState::Running,
+                    false if shard.volumes.values().any(|v| v.is_deleting()) => ScrubState::Stopped,
+                    false => ScrubState::Never,
+                },
+            },
             failed: self.failure.get().map(|status| status.to_string()),
             created_ms: superblock.created_ms,
         }

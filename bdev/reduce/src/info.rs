@@ -254,6 +254,8 @@ pub struct PoolInfo {
     pub late: LateInfo,
     /// The rewriting of data under new keys.
     pub renewal: RenewalInfo,
+    /// The end of volumes and snapshots that were deleted.
+    pub deletion: DeletionInfo,
     /// Why the pool stopped, if it did.
     pub failed: Option<String>,
     /// When it was made, ms since 1970.
@@ -373,6 +375,15 @@ pub struct LateInfo {
     pub found: u64,
     /// Blocks of volumes that refer to the earlier chunk now.
     pub blocks: u64,
+}
+
+/// How what was deleted comes to its end.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct DeletionInfo {
+    /// How it stands: never while nothing waits, stopped when the device failed (it goes on when the pool is opened again).
+    pub state: ScrubState,
+    /// Volumes and snapshots whose space is not back yet.
+    pub volumes: u64,
 }
 
 /// What is done to a domain's keys.

@@ -174,6 +174,7 @@ impl Pool {
             return Ok(late.clone());
         }
         *late = LateInfo { state: ScrubState::Running, ..LateInfo::default() };
+        tracing::info!(pool = %self.name(), "late deduplication begins");
         let pool = self.clone();
         self.background(async move {
             let state = match pool.run_late(batch).await {

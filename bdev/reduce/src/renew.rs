@@ -108,6 +108,7 @@ impl Pool {
             return Ok(renewal.clone());
         }
         *renewal = RenewalInfo { state: ScrubState::Running, bytes_per_s, ..RenewalInfo::default() };
+        tracing::info!(pool = %self.name(), "renewal under new keys begins");
         let pool = self.clone();
         self.background(async move {
             let (state, reason) = match pool.run_renewal().await {

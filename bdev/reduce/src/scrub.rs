@@ -39,6 +39,7 @@ impl Pool {
         }
         let total_bytes = self.shard.borrow().segments.live_data_bytes;
         *scrub = ScrubInfo { state: ScrubState::Running, bytes_per_s, total_bytes, ..ScrubInfo::default() };
+        tracing::info!(pool = %self.name(), total_bytes, "scrub begins");
         let pool = self.clone();
         self.background(async move {
             let state = match pool.run_scrub().await {

@@ -4,7 +4,7 @@
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::{Condvar, Mutex, PoisonError};
 
-use cryptfold_bdev::{Registry, Room};
+use cryptfold_bdev::{LOW_PERCENT, Registry, Room};
 use cryptfold_reduce::PoolEvent;
 use serde_json::{Value, json};
 use uuid::Uuid;
@@ -119,12 +119,28 @@ impl Watch {
     /// Adds what has happened to a pool.
     pub fn pool_event(&self, pool: &str, event: PoolEvent) {
         let kind = match event {
-            PoolEvent::Room(Room::Low) => "pool_space_low",
-            PoolEvent::Room(Room::Critical) => "pool_space_critical",
-            PoolEvent::Room(Room::Enough) => "pool_space_enough",
-            PoolEvent::Capacity => "pool_capacity",
+            PoolEvent::Room(Room::Low) => {
+                tracing::warn!(pool, "less than {LOW_PERCENT}% of the space is left");
+                "pool_space_low"
+            }
+            PoolEvent::Room(Room::Critical) => {
+                tracing::error!(pool, "almost no space is left; writes will fail soon");
+                "pool_space_critical"
+            }
+            PoolEvent::Room(Room::Enough) => {
+                tracing::info!(pool, "there is enough space again");
+                "pool_space_enough"
+            }
+            PoolEvent::Capacity => {
+                tracing::info!(pool, "another capacity");
+                "pool_capacity"
+            }
+            // The pool has said why.
             PoolEvent::Failed => "pool_failed",
-            PoolEvent::Closed => "pool_close",
+            PoolEvent::Closed => {
+                tracing::info!(pool, "pool closed");
+                "pool_close"
+            }
         };
         self.note(kind, pool);
     }

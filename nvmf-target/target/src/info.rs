@@ -1,6 +1,7 @@
 //! What the target tells control requests about itself: plain values, taken at one moment.
 
 use std::fmt;
+use std::time::Duration;
 
 use cryptfold_nvmf_spec::auth::{DhGroup, HashId};
 use cryptfold_nvmf_spec::log::AnaState;
@@ -83,6 +84,8 @@ pub struct ControllerInfo {
     pub num_io_qpairs: u32,
     /// Keep-alive timer, ms.
     pub kato_ms: u32,
+    /// Since the host's last sign of life that counts for this timer; none while there is no timer.
+    pub keep_alive_age: Option<Duration>,
     /// Commands so far.
     pub totals: Totals,
 }

@@ -820,6 +820,7 @@ impl Target {
             hostid: Uuid::from_bytes(c.host.id),
             num_io_qpairs: c.queues().iter().filter(|q| !q.0.is_admin()).count() as u32,
             kato_ms: c.kato_ms(),
+            keep_alive_age: c.keep_alive_age(),
             totals: c.totals(),
         };
         Ok(controllers.iter().map(describe).collect())

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use cryptfold_kmip::{Client, ClientConfig, Identity, KmipError, ServerAddress};
 use cryptfold_nvmf_target::audit::TARGET as AUDIT;
@@ -47,12 +47,15 @@ pub struct ServerView {
     pub reachable: Option<bool>,
     /// Why not.
     pub error: Option<String>,
+    /// Since its last answer.
+    pub answer_age: Option<Duration>,
 }
 
 #[derive(Default)]
 struct Health {
     reachable: Option<bool>,
     error: Option<String>,
+    answered: Option<Instant>,
 }
 
 #[derive(Default)]
@@ -167,7 +170,7 @@ impl Server {
         if health.reachable == Some(false) {
             tracing::warn!(target: AUDIT, event = "key server answers again", server = self.options.name);
         }
-        *health = Health { reachable: Some(true), error: None };
+        *health = Health { reachable: Some(true), error: None, answered: Some(Instant::now()) };
     }
 
     fn unreachable(&self, e: &KmipError) {
@@ -176,7 +179,7 @@ impl Server {
             let reason = e.to_string();
             tracing::warn!(target: AUDIT, event = "key server does not answer", server = self.options.name, reason);
         }
-        *health = Health { reachable: Some(false), error: Some(e.to_string()) };
+        (health.reachable, health.error) = (Some(false), Some(e.to_string()));
     }
 
     pub fn keys(&self) -> Vec<Arc<Key>> {
@@ -197,6 +200,11 @@ impl Server {
 
     pub fn view(&self) -> ServerView {
         let health = lock(&self.health);
-        ServerView { options: self.options.clone(), reachable: health.reachable, error: health.error.clone() }
+        ServerView {
+            options: self.options.clone(),
+            reachable: health.reachable,
+            error: health.error.clone(),
+            answer_age: health.answered.map(|at| at.elapsed()),
+        }
     }
 }

@@ -170,6 +170,7 @@ fn server(s: &ServerView) -> Value {
     let mut v = server_params(&s.options);
     v["reachable"] = json!(s.reachable);
     v["error"] = json!(s.error);
+    v["last_answer_age_seconds"] = json!(s.answer_age.map(|age| age.as_secs_f64()));
     v
 }
 

@@ -245,7 +245,8 @@ pub fn methods() -> Vec<Method> {
         Method::new("bdev_lvol_delete_lvstore", "Destroys a pool with its volumes.", delete_store),
         Method::new(
             "bdev_lvol_get_lvstores",
-            "Pools. A cluster is a segment; `logical_bytes` and what follows are the pool's accounting. A pool that is not open for \
+            "Pools. A cluster is a segment; `logical_bytes` and what follows are the pool's accounting; `written_bytes` and `moved_bytes` \
+             are what hosts and collection have appended since it was opened, reduced. A pool that is not open for \
              want of a key has no size and `locked` says why; one whose device went away has none and `failed` says so, until it is \
              back or closed.",
             get_stores,
@@ -554,7 +555,8 @@ fn describe_store(pools: &Pools, p: &PoolInfo) -> Value {
         "index_sampling": p.index_sampling,
         "damaged": p.damaged,
         "healed": p.healed,
-        "scrub": p.scrub, "late_dedupe": p.late,
+        "scrub": p.scrub, "late_dedupe": p.late, "renewal": p.renewal, "deletion": p.deletion,
+        "written_bytes": p.written_bytes, "moved_bytes": p.moved_bytes,
         "failed": p.failed,
         "key_file": pools.key_file(p.uuid),
     })

@@ -520,7 +520,11 @@ pub fn methods() -> Vec<Method> {
             },
         ),
         Method::new("nvmf_subsystem_get_listeners", "Listeners of a subsystem.", get_listeners),
-        Method::new("nvmf_subsystem_get_controllers", "Controllers of a subsystem.", get_controllers),
+        Method::new(
+            "nvmf_subsystem_get_controllers",
+            "Controllers of a subsystem. Ours: counters, and `keep_alive_age_ms`, null without a keep-alive timer.",
+            get_controllers,
+        ),
         Method::new(
             "nvmf_subsystem_get_qpairs",
             "Queues of a subsystem's controllers. With TLS, `send` and `receive` of `tls` say who makes and who opens its records: \"kernel\" or \"library\".",
@@ -944,6 +948,7 @@ fn get_controllers(c: &Control, p: Subsystem) -> RpcResult {
             json!({
                 "cntlid": k.cntlid, "cntrltype": kind, "hostnqn": k.hostnqn, "hostid": k.hostid.to_string(),
                 "num_io_qpairs": k.num_io_qpairs, "kato_ms": k.kato_ms,
+                "keep_alive_age_ms": k.keep_alive_age.map(|age| age.as_millis() as u64),
                 "reads": k.totals.reads, "writes": k.totals.writes, "read_bytes": k.totals.read_bytes,
                 "write_bytes": k.totals.write_bytes, "other_commands": k.totals.other, "errors": k.totals.errors,
             })

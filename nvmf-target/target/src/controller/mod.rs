@@ -237,6 +237,12 @@ impl Controller {
         self.alive.store(cryptfold_reactor::now().0, Ordering::Relaxed);
     }
 
+    /// Since the host was last heard of; none without a timer.
+    pub fn keep_alive_age(&self) -> Option<Duration> {
+        let alive = Nanos(self.alive.load(Ordering::Relaxed));
+        (self.kato_ms() > 0).then(|| cryptfold_reactor::now().since(alive))
+    }
+
     /// The host gets so much longer for its next Keep Alive.
     pub(crate) fn forgive(&self, now: Nanos, lost: Duration) {
         let alive = Nanos(self.alive.load(Ordering::Relaxed)) + lost;
