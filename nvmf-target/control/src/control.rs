@@ -16,6 +16,7 @@ use cryptfold_nvmf_target::Target;
 use cryptfold_nvmf_target::audit::TARGET as AUDIT;
 use cryptfold_reactor::{Handle, IdlePolicy, MemoryConfig, Runtime, RuntimeConfig};
 use cryptfold_reduce::PoolManager;
+use cryptfold_view::Hub;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -128,6 +129,8 @@ pub struct Control {
     /// Kind of I/O that `bdev_get_histogram` shows, by device.
     pub(crate) histogram_opc: Mutex<HashMap<String, String>>,
     pub(crate) config: ControlConfig,
+    /// What people see.
+    pub(crate) hub: Hub,
     table: Table,
     running: OnceLock<Running>,
     phase: Mutex<Phase>,
@@ -168,6 +171,7 @@ impl Control {
             watch: Arc::default(),
             histogram_opc: Mutex::default(),
             config,
+            hub: Hub::default(),
             table: Table::new(crate::methods::all()),
             running: OnceLock::new(),
             phase: Mutex::new(Phase::Startup),

@@ -1,5 +1,5 @@
 //! The log's level, its flags (parts of the program that log everything) and time stamps, changeable at run time. Sinks:
-//! standard error, and the audit log if there is one. Key material never reaches them: no type that holds keys prints them.
+//! standard error, the audit log if there is one, and the newest events for people. Key material never reaches them: no type that holds keys prints them.
 
 use std::collections::BTreeSet;
 use std::fmt;
@@ -17,6 +17,7 @@ use tracing_subscriber::{Registry, reload};
 
 use crate::audit::AuditLog;
 use crate::control::lock;
+use crate::events::Events;
 use crate::params::choices;
 
 choices! {
@@ -80,6 +81,7 @@ struct Inner {
 pub struct LogControl {
     inner: Arc<Mutex<Inner>>,
     timestamps: Arc<AtomicBool>,
+    events: Events,
 }
 
 impl fmt::Debug for LogControl {
@@ -112,6 +114,7 @@ impl LogControl {
         LogControl {
             inner: Arc::new(Mutex::new(Inner { level: Level::Notice, flags: BTreeSet::new(), reload: None })),
             timestamps: Arc::new(AtomicBool::new(true)),
+            events: Events::default(),
         }
     }
 
@@ -126,7 +129,11 @@ impl LogControl {
             .with_ansi(false)
             // Changes of the configuration are in the audit log only.
             .with_filter(filter_fn(|m| m.target() != AUDIT || *m.level() <= tracing::Level::INFO));
-        let subscriber = Registry::default().with(layer).with(out).with(audit.map(AuditLog::layer));
+        let subscriber = Registry::default()
+            .with(layer)
+            .with(out)
+            .with(audit.map(AuditLog::layer))
+            .with(log.events.layer());
         let installed = tracing::subscriber::set_global_default(subscriber).is_ok();
         if let Some(audit) = audit {
             tracing::warn!("{}", audit.begun());
@@ -136,6 +143,11 @@ impl LogControl {
         inner.reload = installed.then_some(handle);
         drop(inner);
         log
+    }
+
+    /// What it has said last.
+    pub(crate) fn events(&self) -> &Events {
+        &self.events
     }
 
     /// The level now.

@@ -64,6 +64,8 @@ const VIEWER: &[&str] = &[
     "log_get_flags",
     "notify_get_types",
     "notify_get_notifications",
+    "cryptfold_get_overview",
+    "cryptfold_get_history",
     "bdev_get_bdevs",
     "bdev_wait_for_examine",
     "bdev_get_iostat",

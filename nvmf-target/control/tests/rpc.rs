@@ -736,6 +736,65 @@ fn pools_and_volumes() {
 }
 
 #[test]
+fn what_people_see_is_what_the_methods_say() {
+    let early = uninitialised();
+    let starting = early.call("cryptfold_get_overview", Value::Null);
+    assert_eq!(
+        (&starting["state"], &starting["problems"]),
+        (&json!("starting"), &json!(["not initialised"]))
+    );
+    drop(early);
+
+    let t = start();
+    let file = disk(&t, "disk", 128);
+    t.call("bdev_uring_create", json!({"name": "u0", "filename": file, "block_size": 4096}));
+    t.call("bdev_lvol_create_lvstore", json!({"bdev_name": "u0", "lvs_name": "p", "memory_budget_mib": 32}));
+    let v = t.call(
+        "bdev_lvol_create",
+        json!({"lvs_name": "p", "lvol_name": "v", "size_in_mib": 16, "domain": "d"}),
+    );
+    t.call("bdev_passthru_create", json!({"base_bdev_name": "p/v", "name": "top"}));
+    t.call("nvmf_create_transport", json!({"trtype": "TCP"}));
+    let nqn = "nqn.2026-01.io.cryptfold:s";
+    t.call("nvmf_create_subsystem", json!({"nqn": nqn, "allow_any_host": true}));
+    t.call("nvmf_subsystem_add_ns", json!({"nqn": nqn, "namespace": {"bdev_name": "top", "nsid": 5}}));
+
+    let seen = t.call("cryptfold_get_overview", Value::Null);
+    assert_eq!((&seen["state"], &seen["problems"]), (&json!("running"), &json!([])));
+    let store = &t.call("bdev_lvol_get_lvstores", Value::Null)[0];
+    let pool = &seen["pools"][0];
+    for member in
+        ["name", "uuid", "base_bdev", "size_bytes", "free_bytes", "logical_bytes", "memory_budget_bytes"]
+    {
+        assert_eq!(pool[member], store[member], "{member}");
+    }
+    assert_eq!((&seen["space"]["size_bytes"], &pool["state"]), (&store["size_bytes"], &json!("online")));
+    let encryption = &t.call("cryptfold_encryption_status", Value::Null)["pools"][0];
+    assert_eq!(
+        (&pool["encryption"]["state"], &encryption["state"]),
+        (&json!("unlocked"), &json!("unlocked"))
+    );
+    assert_eq!(pool["encryption"]["slots"][0]["kind"], encryption["slots"][0]["kind"]);
+    let states: Vec<&Value> = pool["domains"].as_array().unwrap().iter().map(|d| &d["state"]).collect();
+    assert_eq!(states, [&json!("encrypted"); 2]);
+    let volume = &seen["volumes"][0];
+    assert_eq!((&volume["name"], &volume["uuid"], &volume["domain"]), (&json!("v"), &v, &json!("d")));
+    assert_eq!((&volume["bdev"], &volume["exported"]), (&json!("top"), &json!([format!("{nqn}/5")])));
+    let names: Vec<&Value> = seen["devices"].as_array().unwrap().iter().map(|d| &d["name"]).collect();
+    assert_eq!(names, ["u0", "top"]);
+    assert_eq!((&seen["devices"][1]["base"], &seen["devices"][0]["size_bytes"]), (&v, &json!(128 << 20)));
+    // The pool has written to its device since it was made: that is known without switching anything on.
+    let disk = t.control.look().sample.devices.iter().find(|d| d.name == "u0").cloned().unwrap();
+    let write = cryptfold_bdev::Class::Write as usize;
+    assert!(disk.totals[write].ops > 0 && disk.latencies[write].count() > 0, "{disk:?}");
+    let history = t.call("cryptfold_get_history", Value::Null);
+    assert_eq!(history["rings"].as_array().unwrap().len(), 3);
+    // Neither tells anything of a key.
+    let text = seen.to_string();
+    assert!(!text.contains("key_file\":") && !text.contains(".key"), "{text}");
+}
+
+#[test]
 fn devices_that_are_no_good_for_pools() {
     let t = start();
     t.call("bdev_malloc_create", json!({"name": "small", "num_blocks": 256, "block_size": 4096}));

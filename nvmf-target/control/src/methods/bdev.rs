@@ -180,6 +180,12 @@ fn get_bdevs(c: &Control, p: GetBdevs) -> RpcResult {
     }
 }
 
+/// What kind of device it is. Clients of SPDK's tell volumes by this name.
+pub fn product(b: &Bdev) -> &'static str {
+    let name = b.info().product_name;
+    if name == VOLUME_PRODUCT { "Logical Volume" } else { name }
+}
+
 /// An entry of `bdev_get_bdevs`.
 fn describe(b: &Bdev) -> Value {
     let i = b.info();
@@ -187,12 +193,10 @@ fn describe(b: &Bdev) -> Value {
     // What the device does not do itself, the core does on top of reads and writes.
     let emulated = has(Op::Read) && has(Op::Write);
     let limits = b.qos();
-    // Clients of SPDK's tell volumes by this name.
-    let product = if i.product_name == VOLUME_PRODUCT { "Logical Volume" } else { i.product_name };
     json!({
         "name": i.name,
         "aliases": b.aliases(),
-        "product_name": product,
+        "product_name": product(b),
         "block_size": i.block_size_bytes,
         "num_blocks": b.blocks(),
         "uuid": i.uuid.to_string(),

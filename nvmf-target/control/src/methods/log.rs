@@ -37,6 +37,17 @@ params! {
 const ONE_SINK: &str =
     "There is one log (standard error) and one level: log_set_level and log_set_print_level are the same.";
 
+const OVERVIEW: &str = "What the web page and `cryptfold top` show: space, load, pools, volumes, devices, hosts, reactors, background \
+    work, keys, the newest events. A new look once a second at most; rates, percentiles and `heat` are over the time since the \
+    one before (`interval_seconds`; null at the first). Bytes, seconds, operations per second, shares from 0 to 1; null is \
+    unknown. `totals` and `heat` are those of devices that are namespaces, `heat` counts operations between the borders of \
+    `edges` (below the first, ..., above the last); latencies are the device's, without the network. Lists of volumes, devices \
+    and hosts have the 500 busiest, `left_out` counts the others. Ours.";
+
+const HISTORY: &str = "What looks (cryptfold_get_overview) have seen: in `rings` of 1 s for 5 minutes, 10 s for an hour, a minute for \
+    a day, each with columns of the same length, the oldest first; `seconds` is what a point is about. With the HTTP listener \
+    the target looks by itself each 10 s. Ours.";
+
 const KINDS_OF_EVENTS: &str = "Types of events. Of pools: opened, closed (also because the device goes away), less than 10% or 2% of the \
     space left or enough again, another capacity, failed (takes no more changes).";
 
@@ -68,6 +79,8 @@ pub fn methods() -> Vec<Method> {
         Method::plain("notify_get_types", KINDS_OF_EVENTS, |_| Ok(json!(KINDS))).when(When::Any),
         Method::new("notify_get_notifications", "Events; the last 1024 are kept.", notifications)
             .when(When::Any),
+        Method::plain("cryptfold_get_overview", OVERVIEW, |c| Ok(c.look().snapshot.clone())).when(When::Any),
+        Method::plain("cryptfold_get_history", HISTORY, |c| Ok(c.history())).when(When::Any),
     ]
 }
 

@@ -24,6 +24,7 @@ use crate::control::{Control, lock};
 use crate::jsonrpc::RpcError;
 use crate::table::Method;
 
+pub(crate) use bdev::product;
 pub(crate) use crypto::config as crypto_config;
 pub(crate) use keyring::config as keyring_config;
 pub(crate) use lvol::{describe_check, find_volume};
