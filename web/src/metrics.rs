@@ -1,12 +1,13 @@
-//! A sample in Prometheus's text form: base units (seconds, bytes), `_total` for what only grows.
+//! A sample in Prometheus's text form: base units (seconds, bytes), `_total` for what only grows. States are gauges of 0 and 1.
 
 use std::collections::BTreeMap;
 
-use prometheus::proto::{Counter, Gauge, LabelPair, Metric, MetricFamily, MetricType};
+use cryptfold_bdev::{Class, ClassTotals, LatencyCounts, borders_s};
+use cryptfold_view::snapshot::MOST;
+use cryptfold_view::{Sample, State, list, text as text_of};
+use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType};
 use prometheus::{Encoder, TextEncoder};
 use serde_json::Value;
-
-use crate::sample::{Sample, list};
 
 /// Content type of [`text`].
 pub const CONTENT_TYPE: &str = prometheus::TEXT_FORMAT;
@@ -18,8 +19,9 @@ pub fn text(s: &Sample) -> Result<Vec<u8>, prometheus::Error> {
         "cryptfold_up",
         "Whether the target is initialised and answers",
         &[],
-        Some(f64::from(u8::from(s.is_running()))),
+        truth(s.state == State::Running),
     );
+    m.gauge("cryptfold_uptime_seconds", "Since the program's start", &[], Some(s.uptime.as_secs_f64()));
     let version = s.version["cryptfold"].as_str().or(s.version["version"].as_str()).unwrap_or("");
     m.gauge("cryptfold_build_info", "The program's version, as a label", &[("version", version)], Some(1.0));
     reactors(&mut m, s);
@@ -27,7 +29,9 @@ pub fn text(s: &Sample) -> Result<Vec<u8>, prometheus::Error> {
     pools(&mut m, s);
     volumes(&mut m, s);
     domains(&mut m, s);
+    encryption(&mut m, s);
     target(&mut m, s);
+    hosts(&mut m, s);
     keys(&mut m, s);
     let mut out = Vec::new();
     TextEncoder::new().encode(&m.0.into_values().collect::<Vec<_>>(), &mut out)?;
@@ -39,8 +43,14 @@ pub fn text(s: &Sample) -> Result<Vec<u8>, prometheus::Error> {
 struct Metrics(BTreeMap<&'static str, MetricFamily>);
 
 impl Metrics {
-    fn add(&mut self, name: &'static str, help: &str, kind: MetricType, labels: &[(&str, &str)], value: f64) {
-        let mut metric = Metric::default();
+    fn add(
+        &mut self,
+        name: &'static str,
+        help: &str,
+        kind: MetricType,
+        labels: &[(&str, &str)],
+        mut metric: Metric,
+    ) {
         let pairs = labels.iter().map(|(name, value)| {
             let mut pair = LabelPair::default();
             pair.set_name((*name).into());
@@ -48,15 +58,6 @@ impl Metrics {
             pair
         });
         metric.set_label(pairs.collect());
-        if kind == MetricType::COUNTER {
-            let mut counter = Counter::default();
-            counter.set_value(value);
-            metric.set_counter(counter);
-        } else {
-            let mut gauge = Gauge::default();
-            gauge.set_value(value);
-            metric.set_gauge(gauge);
-        }
         let family = self.0.entry(name).or_insert_with(|| {
             let mut family = MetricFamily::default();
             family.set_name(name.into());
@@ -70,20 +71,44 @@ impl Metrics {
     /// Left out where the sample has no figure.
     fn gauge(&mut self, name: &'static str, help: &str, labels: &[(&str, &str)], value: Option<f64>) {
         if let Some(value) = value {
-            self.add(name, help, MetricType::GAUGE, labels, value);
+            let (mut metric, mut gauge) = (Metric::default(), Gauge::default());
+            gauge.set_value(value);
+            metric.set_gauge(gauge);
+            self.add(name, help, MetricType::GAUGE, labels, metric);
         }
     }
 
     /// Left out where the sample has no figure.
     fn counter(&mut self, name: &'static str, help: &str, labels: &[(&str, &str)], value: Option<f64>) {
         if let Some(value) = value {
-            self.add(name, help, MetricType::COUNTER, labels, value);
+            let (mut metric, mut counter) = (Metric::default(), Counter::default());
+            counter.set_value(value);
+            metric.set_counter(counter);
+            self.add(name, help, MetricType::COUNTER, labels, metric);
         }
+    }
+
+    /// Seconds, with the borders of [`borders_s`].
+    fn histogram(&mut self, name: &'static str, help: &str, labels: &[(&str, &str)], counts: &LatencyCounts) {
+        let mut below = 0;
+        let bucket = |(le, n): (f64, u64)| {
+            below += n;
+            let mut bucket = Bucket::default();
+            bucket.set_upper_bound(le);
+            bucket.set_cumulative_count(below);
+            bucket
+        };
+        let (mut metric, mut histogram) = (Metric::default(), Histogram::default());
+        histogram.set_bucket(borders_s().into_iter().zip(counts.between_borders()).map(bucket).collect());
+        histogram.set_sample_count(counts.count());
+        histogram.set_sample_sum(counts.sum_ns as f64 / 1e9);
+        metric.set_histogram(histogram);
+        self.add(name, help, MetricType::HISTOGRAM, labels, metric);
     }
 }
 
-fn text_of(v: &Value) -> &str {
-    v.as_str().unwrap_or("")
+fn truth(is: bool) -> Option<f64> {
+    Some(f64::from(u8::from(is)))
 }
 
 fn reactors(m: &mut Metrics, s: &Sample) {
@@ -103,55 +128,56 @@ fn reactors(m: &mut Metrics, s: &Sample) {
     }
 }
 
-/// Operation, and what the control plane calls its numbers: operations, bytes, ticks.
-const OPERATIONS: [(&str, &str, &str, &str); 5] = [
-    ("read", "num_read_ops", "bytes_read", "read_latency_ticks"),
-    ("write", "num_write_ops", "bytes_written", "write_latency_ticks"),
-    ("unmap", "num_unmap_ops", "bytes_unmapped", "unmap_latency_ticks"),
-    ("copy", "num_copy_ops", "bytes_copied", "copy_latency_ticks"),
-    ("flush", "num_flush_ops", "", ""),
+const OPERATIONS: [(&str, Class); 5] = [
+    ("read", Class::Read),
+    ("write", Class::Write),
+    ("unmap", Class::Unmap),
+    ("copy", Class::Copy),
+    ("flush", Class::Other),
 ];
 
 fn devices(m: &mut Metrics, s: &Sample) {
-    let rate = s.iostat["tick_rate"].as_f64().unwrap_or(1e9);
-    for d in list(&s.iostat["bdevs"]) {
-        let name = text_of(&d["name"]);
-        let known = list(&s.bdevs).iter().find(|b| b["name"] == d["name"]);
-        let alias = known.and_then(|b| b["aliases"][0].as_str()).unwrap_or("");
-        let device = [("bdev", name), ("alias", alias)];
-        if let Some(b) = known {
-            let bytes = b["num_blocks"].as_f64().zip(b["block_size"].as_f64()).map(|(n, size)| n * size);
-            m.gauge("cryptfold_bdev_size_bytes", "Size of a device", &device, bytes);
-        }
-        for (op, operations, bytes, ticks) in OPERATIONS {
+    for d in &s.devices {
+        let device = [("bdev", d.name.as_str()), ("alias", d.alias.as_str())];
+        m.gauge("cryptfold_bdev_size_bytes", "Size of a device", &device, Some(d.size_bytes as f64));
+        for (op, class) in OPERATIONS {
             let labels = [device[0], device[1], ("op", op)];
+            let ClassTotals { ops, bytes, latency_ns, .. } = d.totals[class as usize];
+            let latencies = &d.latencies[class as usize];
+            let count = |n: u64| Some(n as f64);
             m.counter(
                 "cryptfold_bdev_ops_total",
                 "Operations of a device that have ended",
                 &labels,
-                d[operations].as_f64(),
+                count(ops),
             );
-            m.counter(
-                "cryptfold_bdev_bytes_total",
-                "Bytes of a device's operations",
-                &labels,
-                d[bytes].as_f64(),
-            );
-            let seconds = d[ticks].as_f64().map(|t| t / rate);
+            if class != Class::Other {
+                m.counter(
+                    "cryptfold_bdev_bytes_total",
+                    "Bytes of a device's operations",
+                    &labels,
+                    count(bytes),
+                );
+            }
             m.counter(
                 "cryptfold_bdev_op_seconds_total",
                 "Time of a device's operations, added up",
                 &labels,
-                seconds,
+                Some(latency_ns as f64 / 1e9),
             );
+            // What every device does has its series from the beginning: the first operations count, too.
+            if matches!(class, Class::Read | Class::Write) || latencies.count() > 0 {
+                let help = "Latencies of a device's operations since it was made";
+                m.histogram("cryptfold_bdev_latency_seconds", help, &labels, latencies);
+            }
         }
-        for (error, count) in d["io_error"].as_object().into_iter().flatten() {
+        for (error, count) in &d.errors {
             let labels = [device[0], device[1], ("error", error.as_str())];
             m.counter(
                 "cryptfold_bdev_errors_total",
                 "Operations of a device that failed",
                 &labels,
-                count.as_f64(),
+                Some(*count as f64),
             );
         }
     }
@@ -181,36 +207,57 @@ fn pools(m: &mut Metrics, s: &Sample) {
             "Logical bytes without zeros to stored bytes with metadata",
         ),
     ];
+    const COUNTED: [(&str, &str, &str); 3] = [
+        ("cryptfold_pool_healed_total", "healed", "Fragments that a later write healed"),
+        (
+            "cryptfold_pool_written_bytes_total",
+            "written_bytes",
+            "Reduced bytes that hosts' writes have appended",
+        ),
+        ("cryptfold_pool_moved_bytes_total", "moved_bytes", "Reduced bytes that collection has moved"),
+    ];
     for p in list(&s.pools) {
         let pool = [("pool", text_of(&p["name"]))];
         for (name, key, help) in SPACE.into_iter().chain(STATE) {
             m.gauge(name, help, &pool, p[key].as_f64());
         }
-        m.counter(
-            "cryptfold_pool_healed_total",
-            "Fragments that a later write healed",
-            &pool,
-            p["healed"].as_f64(),
-        );
-        let failed = Some(f64::from(u8::from(!p["failed"].is_null())));
-        m.gauge("cryptfold_pool_failed", "Whether a pool has stopped", &pool, failed);
-        for (work, done, total) in
-            [("scrub", "bytes", "total_bytes"), ("late_dedupe", "containers", "total_containers")]
-        {
-            let w = &p[work];
-            let labels = [pool[0], ("work", work)];
-            let running = Some(f64::from(u8::from(w["state"] == "running")));
-            m.gauge("cryptfold_pool_work_running", "Whether background work runs", &labels, running);
-            let share =
-                w[done].as_f64().zip(w[total].as_f64()).filter(|(_, all)| *all > 0.0).map(|(n, all)| n / all);
-            m.gauge(
-                "cryptfold_pool_work_done_ratio",
-                "Share of background work that is done, 0 to 1",
-                &labels,
-                share,
-            );
+        for (name, key, help) in COUNTED {
+            m.counter(name, help, &pool, p[key].as_f64());
+        }
+        m.gauge("cryptfold_pool_failed", "Whether a pool has stopped", &pool, truth(!p["failed"].is_null()));
+        let help = "Whether a pool is not open for want of a key";
+        m.gauge("cryptfold_pool_locked", help, &pool, truth(!p["locked"].is_null()));
+        work(m, p);
+    }
+}
+
+/// Background work: its name as a label, what it has done, and of how much (where that is known).
+const WORK: [(&str, &str, Option<&str>); 4] = [
+    ("scrub", "bytes", Some("total_bytes")),
+    ("late_dedupe", "containers", Some("total_containers")),
+    ("renewal", "bytes", None),
+    ("deletion", "", None),
+];
+
+fn work(m: &mut Metrics, p: &Value) {
+    for (work, done, total) in WORK {
+        let (w, labels) = (&p[work], [("pool", text_of(&p["name"])), ("work", work)]);
+        let help = "Whether background work runs";
+        m.gauge("cryptfold_pool_work_running", help, &labels, truth(w["state"] == "running"));
+        let help = "Whether background work was ended before its time, by a person or a failure";
+        m.gauge("cryptfold_pool_work_stopped", help, &labels, truth(w["state"] == "stopped"));
+        let of = total.and_then(|total| w[total].as_f64()).filter(|all| *all > 0.0);
+        let share = w[done].as_f64().zip(of).map(|(n, all)| n / all);
+        let help = "Share of background work that is done, 0 to 1";
+        m.gauge("cryptfold_pool_work_done_ratio", help, &labels, share);
+        if done == "bytes" {
+            let help = "Stored bytes that background work has gone through since it began last";
+            m.gauge("cryptfold_pool_work_bytes", help, &labels, w[done].as_f64());
         }
     }
+    let waiting = p["deletion"]["volumes"].as_f64();
+    let help = "Deleted volumes and snapshots whose space is not back yet";
+    m.gauge("cryptfold_pool_deleting_volumes", help, &[("pool", text_of(&p["name"]))], waiting);
 }
 
 fn volumes(m: &mut Metrics, s: &Sample) {
@@ -255,6 +302,29 @@ fn domains(m: &mut Metrics, s: &Sample) {
             ("cryptfold_domain_stored_bytes", "stored_bytes", "Unique bytes of a domain after compression"),
         ] {
             m.gauge(name, help, &labels, d[key].as_f64());
+        }
+    }
+}
+
+fn encryption(m: &mut Metrics, s: &Sample) {
+    for p in list(&s.encryption["pools"]) {
+        let pool = [("pool", text_of(&p["name"]))];
+        let known = p["encrypted"].as_bool().and_then(truth);
+        m.gauge("cryptfold_pool_encrypted", "Whether a pool needs a key to be opened", &pool, known);
+        for kind in ["password", "key_file", "kms", "open"] {
+            let n = list(&p["slots"]).iter().filter(|slot| slot["kind"] == kind).count();
+            let labels = [pool[0], ("kind", kind)];
+            m.gauge("cryptfold_pool_key_slots", "Key slots of a pool", &labels, Some(n as f64));
+        }
+        for d in list(&p["domains"]) {
+            let labels = [pool[0], ("domain", text_of(&d["name"]))];
+            let known = d["encrypted"].as_bool().and_then(truth);
+            let help = "Whether what is written to a domain is encrypted";
+            m.gauge("cryptfold_domain_encrypted", help, &labels, known);
+            let help = "Generation of a domain's keys";
+            m.gauge("cryptfold_domain_key_generation", help, &labels, d["generation"].as_f64());
+            let help = "Stored bytes of a domain that lie under older keys";
+            m.gauge("cryptfold_domain_old_key_bytes", help, &labels, d["old_bytes"].as_f64());
         }
     }
 }
@@ -311,16 +381,64 @@ fn target(m: &mut Metrics, s: &Sample) {
     }
 }
 
+/// Controllers, by subsystem and number; of very many only the first.
+fn hosts(m: &mut Metrics, s: &Sample) {
+    let all = s.controllers.iter().flat_map(|(nqn, all)| list(all).iter().map(move |c| (nqn, c)));
+    for (nqn, c) in all.take(MOST) {
+        let cntlid = c["cntlid"].to_string();
+        let host = [("nqn", nqn.as_str()), ("host", text_of(&c["hostnqn"])), ("cntlid", cntlid.as_str())];
+        for (op, ops, bytes) in [("read", "reads", "read_bytes"), ("write", "writes", "write_bytes")] {
+            let labels = [host[0], host[1], host[2], ("op", op)];
+            let help = "Commands of a host's controller that have ended";
+            m.counter("cryptfold_nvmf_host_ops_total", help, &labels, c[ops].as_f64());
+            let help = "Bytes of a host's commands";
+            m.counter("cryptfold_nvmf_host_bytes_total", help, &labels, c[bytes].as_f64());
+        }
+        let help = "Commands of a host's controller that failed";
+        m.counter("cryptfold_nvmf_host_errors_total", help, &host, c["errors"].as_f64());
+        let help = "I/O queues of a host's controller";
+        m.gauge("cryptfold_nvmf_host_queues", help, &host, c["num_io_qpairs"].as_f64());
+        let age = c["keep_alive_age_ms"].as_f64().map(|ms| ms / 1000.0);
+        let help = "Since a host's last sign of life";
+        m.gauge("cryptfold_nvmf_host_keep_alive_age_seconds", help, &host, age);
+    }
+}
+
 fn keys(m: &mut Metrics, s: &Sample) {
     for k in list(&s.keys) {
         let labels = [("key", text_of(&k["name"])), ("state", text_of(&k["state"]))];
         m.gauge("cryptfold_key_info", "A key from a key server, its state as a label", &labels, Some(1.0));
+        for access in ["unused", "waiting", "open", "fenced"] {
+            let labels = [labels[0], ("server", text_of(&k["server"])), ("access", access)];
+            let help = "What devices may do with a key: 1 for what is the case";
+            m.gauge("cryptfold_key_access", help, &labels, truth(k["access"] == access));
+        }
+    }
+    for server in list(&s.key_servers) {
+        let labels = [("server", text_of(&server["name"]))];
+        let up = server["reachable"].as_bool().and_then(truth);
+        m.gauge(
+            "cryptfold_key_server_up",
+            "Whether a key server answered when it was last asked",
+            &labels,
+            up,
+        );
+        let age = server["last_answer_age_seconds"].as_f64();
+        m.gauge("cryptfold_key_server_answer_age_seconds", "Since a key server's last answer", &labels, age);
+    }
+    for l in list(&s.luks) {
+        for state in ["raw", "bound", "waiting", "fenced"] {
+            let labels = [("bdev", text_of(&l["name"])), ("state", state)];
+            let help = "What a volume for hosts' LUKS is: 1 for what is the case";
+            m.gauge("cryptfold_luks_state", help, &labels, truth(l["state"] == state));
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use cryptfold_view::Device;
     use serde_json::json;
 
     fn lines(s: &Sample) -> Vec<String> {
@@ -328,15 +446,36 @@ mod tests {
         text.lines().map(str::to_owned).collect()
     }
 
+    fn device() -> Device {
+        let mut d = Device { name: "u1".into(), alias: "p/v".into(), size_bytes: 5120, ..Device::default() };
+        d.errors = vec![("a\"b".into(), 2)];
+        d.totals[Class::Read as usize] =
+            ClassTotals { ops: 7, bytes: 28672, latency_ns: 250_000_000, ..ClassTotals::default() };
+        // In the first, the second and the last bucket.
+        [900, 1_500, 1_500, 10_000_000_000]
+            .iter()
+            .for_each(|ns| d.latencies[Class::Read as usize].record(*ns));
+        d
+    }
+
     #[test]
     fn figures_come_in_base_units_with_their_labels() {
         let s = Sample {
+            state: State::Running,
             reactors: json!({"tick_rate": 1000, "reactors": [{"lcore": 3, "busy": 1500, "idle": 500}]}),
-            iostat: json!({"tick_rate": 1000, "bdevs": [
-                {"name": "u1", "num_read_ops": 7, "bytes_read": 28672, "read_latency_ticks": 250, "io_error": {"a\"b": 2}}]}),
-            bdevs: json!([{"name": "u1", "aliases": ["p/v"], "num_blocks": 10, "block_size": 512}]),
-            pools: json!([{"name": "p", "size_bytes": 100, "failed": null, "ratio_without_zeroes": null,
-                           "scrub": {"state": "running", "bytes": 1, "total_bytes": 4}}]),
+            devices: vec![device()],
+            pools: json!([{"name": "p", "size_bytes": 100, "failed": null, "ratio_without_zeroes": null, "moved_bytes": 8,
+                           "scrub": {"state": "running", "bytes": 1, "total_bytes": 4}, "renewal": {"state": "stopped", "bytes": 3},
+                           "deletion": {"state": "never", "volumes": 0}}]),
+            encryption: json!({"pools": [{"name": "p", "encrypted": true, "slots": [{"kind": "kms"}, {"kind": "kms"}],
+                                          "domains": [{"name": "d", "encrypted": false, "generation": 2, "old_bytes": 9}]}]}),
+            controllers: vec![(
+                "nqn.x:a".into(),
+                json!([{"cntlid": 1, "hostnqn": "h\n\"", "reads": 5, "read_bytes": 512, "keep_alive_age_ms": 1500}]),
+            )],
+            keys: json!([{"name": "k", "server": "s", "state": "Active", "access": "open"}]),
+            key_servers: json!([{"name": "s", "reachable": false, "last_answer_age_seconds": 3.5}, {"name": "t", "reachable": null}]),
+            luks: json!([{"name": "l", "state": "bound"}]),
             ..Sample::default()
         };
         let lines = lines(&s);
@@ -345,15 +484,38 @@ mod tests {
             "cryptfold_reactor_seconds_total{cpu=\"3\",state=\"busy\"} 1.5",
             "cryptfold_bdev_ops_total{bdev=\"u1\",alias=\"p/v\",op=\"read\"} 7",
             "cryptfold_bdev_op_seconds_total{bdev=\"u1\",alias=\"p/v\",op=\"read\"} 0.25",
+            "cryptfold_bdev_latency_seconds_bucket{bdev=\"u1\",alias=\"p/v\",op=\"read\",le=\"0.000001\"} 1",
+            "cryptfold_bdev_latency_seconds_bucket{bdev=\"u1\",alias=\"p/v\",op=\"read\",le=\"0.000002\"} 3",
+            "cryptfold_bdev_latency_seconds_bucket{bdev=\"u1\",alias=\"p/v\",op=\"read\",le=\"8.388608\"} 3",
+            "cryptfold_bdev_latency_seconds_bucket{bdev=\"u1\",alias=\"p/v\",op=\"read\",le=\"+Inf\"} 4",
+            "cryptfold_bdev_latency_seconds_count{bdev=\"u1\",alias=\"p/v\",op=\"read\"} 4",
+            "cryptfold_bdev_latency_seconds_sum{bdev=\"u1\",alias=\"p/v\",op=\"read\"} 10.0000039",
+            "cryptfold_bdev_latency_seconds_count{bdev=\"u1\",alias=\"p/v\",op=\"write\"} 0",
             "cryptfold_bdev_errors_total{bdev=\"u1\",alias=\"p/v\",error=\"a\\\"b\"} 2",
             "cryptfold_bdev_size_bytes{bdev=\"u1\",alias=\"p/v\"} 5120",
             "cryptfold_pool_size_bytes{pool=\"p\"} 100",
             "cryptfold_pool_failed{pool=\"p\"} 0",
+            "cryptfold_pool_locked{pool=\"p\"} 0",
+            "cryptfold_pool_moved_bytes_total{pool=\"p\"} 8",
             "cryptfold_pool_work_done_ratio{pool=\"p\",work=\"scrub\"} 0.25",
+            "cryptfold_pool_work_stopped{pool=\"p\",work=\"renewal\"} 1",
+            "cryptfold_pool_work_running{pool=\"p\",work=\"late_dedupe\"} 0",
+            "cryptfold_pool_encrypted{pool=\"p\"} 1",
+            "cryptfold_pool_key_slots{pool=\"p\",kind=\"kms\"} 2",
+            "cryptfold_domain_encrypted{pool=\"p\",domain=\"d\"} 0",
+            "cryptfold_domain_old_key_bytes{pool=\"p\",domain=\"d\"} 9",
+            "cryptfold_nvmf_host_ops_total{nqn=\"nqn.x:a\",host=\"h\\n\\\"\",cntlid=\"1\",op=\"read\"} 5",
+            "cryptfold_nvmf_host_keep_alive_age_seconds{nqn=\"nqn.x:a\",host=\"h\\n\\\"\",cntlid=\"1\"} 1.5",
+            "cryptfold_key_access{key=\"k\",server=\"s\",access=\"open\"} 1",
+            "cryptfold_key_access{key=\"k\",server=\"s\",access=\"fenced\"} 0",
+            "cryptfold_key_server_up{server=\"s\"} 0",
+            "cryptfold_luks_state{bdev=\"l\",state=\"bound\"} 1",
         ] {
             assert!(lines.iter().any(|l| l == wanted), "{wanted} is missing in {lines:#?}");
         }
-        assert!(!lines.iter().any(|l| l.contains("reduction_ratio")), "no ratio is known, and none told");
+        for unknown in ["reduction_ratio", "key_server_up{server=\"t\"", "op=\"unmap\",le="] {
+            assert!(!lines.iter().any(|l| l.contains(unknown)), "{unknown} is not known, and not told");
+        }
     }
 
     #[test]

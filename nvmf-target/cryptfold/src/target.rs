@@ -3,7 +3,7 @@
 use std::io::Write as _;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
@@ -11,12 +11,12 @@ use cryptfold_bdev_crypto::engine::awslc;
 use cryptfold_control::access::Grant;
 use cryptfold_control::audit::AuditLog;
 use cryptfold_control::config::Config;
-use cryptfold_control::jsonrpc::Handler as _;
 use cryptfold_control::logging::{Level, LogControl};
 use cryptfold_control::server::Server;
 use cryptfold_control::{Control, ControlConfig, Signal, keys};
 use cryptfold_reactor::memory::forbid_core_dumps;
 use cryptfold_reactor::{IdlePolicy, MemoryConfig};
+use cryptfold_view::Look;
 use cryptfold_web::{Web, WebConfig};
 use serde_json::Value;
 use zeroize::Zeroizing;
@@ -65,7 +65,7 @@ pub struct TargetArgs {
     /// primary group (ROLE=uid:NUMBER, ROLE=gid:NUMBER). May be given several times; the socket's mode is 0666 then.
     #[arg(long, value_name = "GRANT")]
     role: Vec<Grant>,
-    /// Serve /metrics (Prometheus) and /healthz over HTTP there [default without ADDRESS: 127.0.0.1:9420].
+    /// Serve a web page, /metrics (Prometheus), /healthz and /api/v1 over HTTP there [default without ADDRESS: 127.0.0.1:9420].
     #[arg(long, value_name = "ADDRESS", num_args = 0..=1, default_missing_value = "127.0.0.1:9420")]
     http: Option<SocketAddr>,
     /// File with the token that HTTP clients have to present (Authorization: Bearer); needed for addresses that others
@@ -150,7 +150,6 @@ pub fn run(args: TargetArgs) -> Result<(), Failure> {
     Ok(ended?)
 }
 
-/// Samples are the results of the control plane's own methods.
 fn serve_http(listen: SocketAddr, token: Option<&Path>, control: &Arc<Control>) -> Result<Web, String> {
     let token = token.map(|path| {
         let text = std::fs::read_to_string(path).map(Zeroizing::new);
@@ -161,12 +160,20 @@ fn serve_http(listen: SocketAddr, token: Option<&Path>, control: &Arc<Control>) 
         }
     });
     let config = WebConfig { listen, token: token.transpose()? };
-    let control = Arc::downgrade(control);
-    let source = move |method: &str, params: Option<&Value>| {
-        let control = control.upgrade().ok_or("the target has ended")?;
-        control.call(method, params).map_err(|e| e.message)
-    };
-    Web::start(config, Arc::new(source)).map_err(|e| format!("HTTP: {e}"))
+    Web::start(config, Arc::new(Seen(Arc::downgrade(control)))).map_err(|e| format!("HTTP: {e}"))
+}
+
+/// The control plane as HTTP sees it.
+struct Seen(Weak<Control>);
+
+impl cryptfold_web::Source for Seen {
+    fn look(&self) -> Option<Arc<Look>> {
+        self.0.upgrade().map(|c| c.look())
+    }
+
+    fn history(&self) -> Value {
+        self.0.upgrade().map_or(Value::Null, |c| c.history())
+    }
 }
 
 /// False when the end was asked for while waiting.
@@ -196,7 +203,7 @@ fn announce(control: &Control, server: &Server, web: Option<&Web>) {
         line.push_str(&format!("; {nqn} on {address}"));
     }
     if let Some(web) = web {
-        line.push_str(&format!("; http://{}/metrics", web.address()));
+        line.push_str(&format!("; http://{}/", web.address()));
     }
     println!("{line}");
     let _ = std::io::stdout().flush();

@@ -172,7 +172,7 @@ fn start_status_and_end() {
 }
 
 #[test]
-fn metrics_and_health_over_http() {
+fn page_metrics_and_health_over_http() {
     refused(&["target", "--http", "0.0.0.0:0"], 1, &["HTTP", "token is needed"]);
     let dir = tempfile::tempdir().unwrap();
     let empty = dir.path().join("token");
@@ -190,7 +190,7 @@ fn metrics_and_health_over_http() {
     let address = t.ready.split("http://").nth(1).and_then(|rest| rest.split('/').next()).unwrap();
     let get = |path: &str| {
         let mut stream = std::net::TcpStream::connect(address).unwrap();
-        write!(stream, "GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n").unwrap();
+        write!(stream, "GET {path} HTTP/1.1\r\nHost: {address}\r\nConnection: close\r\n\r\n").unwrap();
         let mut out = String::new();
         stream.read_to_string(&mut out).unwrap();
         out
@@ -198,6 +198,27 @@ fn metrics_and_health_over_http() {
     let metrics = get("/metrics");
     assert!(metrics.contains("cryptfold_bdev_size_bytes{bdev=\"M0\",alias=\"\"} 4194304"), "{metrics}");
     assert!(get("/healthz").contains("\"ok\""));
+    assert!(get("/").contains("<title>"));
+    // The page, the RPC and `top` say the same.
+    let answer = get("/api/v1/snapshot");
+    let seen: serde_json::Value = serde_json::from_str(answer.split("\r\n\r\n").nth(1).unwrap()).unwrap();
+    let sock = dir.path().join("s.sock");
+    let out = run(&["rpc", "cryptfold_get_overview", "-r", sock.to_str().unwrap()]);
+    let told: serde_json::Value = serde_json::from_slice(&out.stdout).unwrap();
+    let keys = |v: &serde_json::Value| v.as_object().unwrap().keys().cloned().collect::<Vec<_>>();
+    assert_eq!(
+        (keys(&seen), &seen["devices"][0]["size_bytes"]),
+        (keys(&told), &told["devices"][0]["size_bytes"])
+    );
+    assert_eq!(
+        (&seen["devices"][0]["name"], &seen["state"]),
+        (&serde_json::json!("M0"), &serde_json::json!("running"))
+    );
+    let erring = ["rpc", "bdev_error_create", r#"{"base_name":"M0"}"#, "-r", sock.to_str().unwrap()];
+    assert!(run(&erring).status.success());
+    let out = run(&["top", "--once", "-r", sock.to_str().unwrap()]);
+    let text = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success() && text.contains("EE_M0") && text.contains("running"), "{text}");
     assert_eq!(t.end("-TERM"), Some(0));
 }
 
@@ -251,6 +272,10 @@ fn a_pool_is_checked_online_and_offline() {
     while !pool(&["scrub", "p", "status"]).contains("\"done\"") {
         assert!(Instant::now() < limit, "the scrub of an empty pool does not end");
     }
+    // What the log says are events for people, too.
+    let seen = run(&["rpc", "cryptfold_get_overview", "-r", &sock]);
+    let text = String::from_utf8_lossy(&seen.stdout);
+    assert!(text.contains("scrub begins: pool p") && text.contains("scrub ended: pool p"), "{text}");
     // The file grows under the running target.
     std::fs::OpenOptions::new().write(true).open(&disk).unwrap().set_len(192 << 20).unwrap();
     assert!(run(&["rpc", "bdev_uring_rescan", r#"{"name":"u"}"#, "-r", &sock]).status.success());
