@@ -1,6 +1,6 @@
 //! `cryptfold top`: what a running target does, now, in a terminal.
 //!
-//! Asks the socket once per interval; rates are differences between two answers. `--once` prints one screen as text.
+//! Asks the socket once per interval for what the web page shows, too. `--once` prints one screen as text.
 
 use std::collections::VecDeque;
 use std::io::IsTerminal as _;
@@ -15,7 +15,7 @@ use ratatui::style::{Style, Stylize as _};
 use ratatui::text::{Line, Text};
 use ratatui::widgets::{Block, Paragraph, Sparkline};
 use ratatui::{Frame, Terminal};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::rpc::{call, connect};
 use crate::status::{self, Table, list};
@@ -38,101 +38,18 @@ const HISTORY: usize = 512;
 /// Size of the screen that `--once` prints.
 const TEXT_SCREEN: (u16, u16) = (120, 40);
 
-/// What the target said at one time.
-struct Sample {
-    version: Value,
-    iostat: Value,
-    reactors: Value,
-    pools: Value,
-    volumes: Value,
-    subsystems: Value,
-    queues: Value,
-}
+/// Hosts and events that are shown at most: the rest of the screen is for devices.
+const HOSTS: usize = 6;
+const EVENTS: usize = 6;
 
-impl Sample {
-    fn take(client: &mut Client) -> Result<Sample, Failure> {
-        Ok(Sample {
-            version: call(client, "spdk_get_version", None)?["cryptfold"].take(),
-            iostat: call(client, "bdev_get_iostat", None)?,
-            reactors: call(client, "framework_get_reactors", None)?,
-            pools: call(client, "bdev_lvol_get_lvstores", None)?,
-            volumes: call(client, "bdev_lvol_get_lvols", None)?,
-            subsystems: call(client, "nvmf_get_subsystems", None)?,
-            queues: call(client, "nvmf_get_stats", None)?,
-        })
-    }
-
-    fn device(&self, name: &Value) -> Option<&Value> {
-        list(&self.iostat["bdevs"]).iter().find(|d| d["name"] == *name)
-    }
-}
-
-/// What a device did in a second, between two samples.
-#[derive(Clone, Default)]
-struct Rate {
-    name: String,
-    read_ios: f64,
-    write_ios: f64,
-    read_bytes: f64,
-    write_bytes: f64,
-    /// Mean, microseconds; none without an I/O.
-    read_us: Option<f64>,
-    write_us: Option<f64>,
-    exported: bool,
-}
-
-impl Rate {
-    fn bytes(&self) -> f64 {
-        self.read_bytes + self.write_bytes
-    }
-}
-
-fn grown(before: &Value, after: &Value, key: &str) -> f64 {
-    // A reset of the counters is no negative rate.
-    after[key].as_u64().unwrap_or(0).saturating_sub(before[key].as_u64().unwrap_or(0)) as f64
-}
-
-/// Rates of all devices, the busiest first.
-fn rates(before: &Sample, after: &Sample) -> Vec<Rate> {
-    let tick_rate = after.iostat["tick_rate"].as_f64().unwrap_or(1.0);
-    let seconds = grown(&before.iostat, &after.iostat, "ticks") / tick_rate;
-    let exported: Vec<&Value> = list(&after.subsystems)
-        .iter()
-        .flat_map(|s| list(&s["namespaces"]))
-        .map(|ns| &ns["bdev_name"])
-        .collect();
-    let none = json!({});
-    let mut all: Vec<Rate> = list(&after.iostat["bdevs"])
-        .iter()
-        .map(|now| {
-            let was = before.device(&now["name"]).unwrap_or(&none);
-            let rate = |key: &str| if seconds > 0.0 { grown(was, now, key) / seconds } else { 0.0 };
-            let mean = |ticks: &str, ops: &str| {
-                let ops = grown(was, now, ops);
-                (ops > 0.0).then(|| grown(was, now, ticks) / ops / tick_rate * 1e6)
-            };
-            let volume = list(&after.volumes).iter().find(|v| v["uuid"] == now["name"]);
-            Rate {
-                name: status::text(volume.map_or(&now["name"], |v| &v["alias"])),
-                read_ios: rate("num_read_ops"),
-                write_ios: rate("num_write_ops"),
-                read_bytes: rate("bytes_read"),
-                write_bytes: rate("bytes_written"),
-                read_us: mean("read_latency_ticks", "num_read_ops"),
-                write_us: mean("write_latency_ticks", "num_write_ops"),
-                exported: exported.contains(&&now["name"]),
-            }
-        })
-        .collect();
-    all.sort_by(|a, b| b.bytes().total_cmp(&a.bytes()).then_with(|| a.name.cmp(&b.name)));
-    all
+/// What the target says of itself: the same that its web page shows.
+fn overview(client: &mut Client) -> Result<Value, Failure> {
+    call(client, "cryptfold_get_overview", None)
 }
 
 /// Everything a screen shows.
 struct Screen {
-    now: Sample,
-    rates: Vec<Rate>,
-    reactors: Vec<(String, f64)>,
+    now: Value,
     /// Bytes per second that hosts read and wrote, the newest last.
     read: VecDeque<u64>,
     write: VecDeque<u64>,
@@ -140,34 +57,37 @@ struct Screen {
     by_name: bool,
 }
 
+fn figure(v: &Value) -> f64 {
+    v.as_f64().unwrap_or(0.0)
+}
+
+fn per_second(v: &Value) -> String {
+    v.as_f64().map_or_else(|| "-".into(), |n| format!("{n:.0}"))
+}
+
+fn throughput(v: &Value) -> String {
+    v.as_f64().map_or_else(|| "-".into(), |n| format!("{}/s", size::show(n as u64)))
+}
+
+/// Seconds, with three digits or so.
+fn latency(v: &Value) -> String {
+    match v.as_f64() {
+        None => "-".into(),
+        Some(s) if s < 9.995e-3 => format!("{:.0} us", s * 1e6),
+        Some(s) if s < 0.9995 => format!("{:.0} ms", s * 1e3),
+        Some(s) => format!("{s:.1} s"),
+    }
+}
+
 impl Screen {
-    fn new(now: Sample) -> Screen {
-        let empty = VecDeque::new();
-        Screen {
-            now,
-            rates: Vec::new(),
-            reactors: Vec::new(),
-            read: empty.clone(),
-            write: empty,
-            paused: false,
-            by_name: false,
-        }
+    fn new(now: Value) -> Screen {
+        let (read, write) = (VecDeque::new(), VecDeque::new());
+        Screen { now, read, write, paused: false, by_name: false }
     }
 
-    fn advance(&mut self, next: Sample) {
-        self.rates = rates(&self.now, &next);
-        let pairs = list(&self.now.reactors["reactors"]).iter().zip(list(&next.reactors["reactors"]));
-        self.reactors = pairs
-            .map(|(was, now)| {
-                let (busy, idle) = (grown(was, now, "busy"), grown(was, now, "idle"));
-                let share = if busy + idle > 0.0 { busy / (busy + idle) } else { 0.0 };
-                (status::text(&now["lw_threads"][0]["name"]), share)
-            })
-            .collect();
-        let hosts =
-            |of: fn(&Rate) -> f64| self.rates.iter().filter(|r| r.exported).map(of).sum::<f64>() as u64;
-        let (read, write) = (hosts(|r| r.read_bytes), hosts(|r| r.write_bytes));
-        for (history, value) in [(&mut self.read, read), (&mut self.write, write)] {
+    fn advance(&mut self, next: Value) {
+        let bytes = |what: &str| figure(&next["totals"][what]["bytes_per_second"]) as u64;
+        for (history, value) in [(&mut self.read, bytes("read")), (&mut self.write, bytes("write"))] {
             history.push_back(value);
             while history.len() > HISTORY {
                 history.pop_front();
@@ -177,88 +97,206 @@ impl Screen {
     }
 
     fn head(&self) -> Line<'static> {
-        let sum = |key: &str| -> u64 {
-            list(&self.now.queues["poll_groups"]).iter().filter_map(|g| g[key].as_u64()).sum()
-        };
-        let version = status::text(&self.now.version);
-        let (controllers, queues) = (sum("current_admin_qpairs"), sum("current_io_qpairs"));
+        let hosts = list(&self.now["hosts"]);
+        let queues: u64 = hosts.iter().filter_map(|h| h["queues"].as_u64()).sum();
+        let (version, state) = (status::text(&self.now["version"]), status::text(&self.now["state"]));
         let paused = if self.paused { "   PAUSED" } else { "" };
-        Line::from(format!("cryptfold {version}   {controllers} controllers, {queues} I/O queues{paused}"))
-            .bold()
+        let (hosts, paused) = (hosts.len(), format!("{queues} I/O queues{paused}"));
+        Line::from(format!("cryptfold {version}   {state}   {hosts} controllers, {paused}")).bold()
     }
 
+    /// What hosts see: operations, and how long they took.
+    fn latencies(&self) -> Vec<Line<'static>> {
+        let one = |what: &str| {
+            let t = &self.now["totals"][what];
+            let [p50, p99, p999] = ["p50", "p99", "p999"].map(|p| latency(&t[p]));
+            let iops = per_second(&t["iops"]);
+            Line::from(format!("hosts {what:<5} {iops:>9}/s   p50 {p50:>7}   p99 {p99:>7}   p99.9 {p999:>7}"))
+        };
+        vec![one("read"), one("write")]
+    }
+
+    /// Volumes and other devices, the busiest first.
     fn devices(&self) -> Table {
-        let heads =
-            ["DEVICE", "READ/S", "WRITE/S", "READ", "WRITE", "READ LATENCY", "WRITE LATENCY", "HOSTS"];
-        let mut t = Table::new(&heads, &[false, true, true, true, true, true, true, false]);
-        let mut rates = self.rates.clone();
-        if self.by_name {
-            rates.sort_by(|a, b| a.name.cmp(&b.name));
+        let heads = [
+            "DEVICE",
+            "READ/S",
+            "WRITE/S",
+            "READ",
+            "WRITE",
+            "READ P50",
+            "P99",
+            "WRITE P50",
+            "P99",
+            "ERRORS",
+            "HOSTS",
+        ];
+        let right = &[false, true, true, true, true, true, true, true, true, true, false];
+        let mut t = Table::new(&heads, right);
+        let volume = |v: &Value| format!("{}/{}", status::text(&v["pool"]), status::text(&v["name"]));
+        let volumes = list(&self.now["volumes"]).iter().map(|v| (volume(v), v));
+        let devices = list(&self.now["devices"]).iter().map(|d| (status::text(&d["name"]), d));
+        let mut all: Vec<(String, &Value)> = volumes.chain(devices).collect();
+        let load =
+            |d: &Value| figure(&d["read"]["bytes_per_second"]) + figure(&d["write"]["bytes_per_second"]);
+        all.sort_by(|a, b| a.0.cmp(&b.0));
+        if !self.by_name {
+            all.sort_by(|a, b| load(b.1).total_cmp(&load(a.1)));
         }
-        let latency = |us: Option<f64>| us.map_or_else(|| "-".into(), |us| format!("{us:.0} us"));
-        for r in rates {
+        for (name, d) in all {
+            let (read, write) = (&d["read"], &d["write"]);
             t.row(vec![
-                r.name,
-                format!("{:.0}", r.read_ios),
-                format!("{:.0}", r.write_ios),
-                format!("{}/s", size::show(r.read_bytes as u64)),
-                format!("{}/s", size::show(r.write_bytes as u64)),
-                latency(r.read_us),
-                latency(r.write_us),
-                if r.exported { "yes".into() } else { String::new() },
+                name,
+                per_second(&read["iops"]),
+                per_second(&write["iops"]),
+                throughput(&read["bytes_per_second"]),
+                throughput(&write["bytes_per_second"]),
+                latency(&read["p50"]),
+                latency(&read["p99"]),
+                latency(&write["p50"]),
+                latency(&write["p99"]),
+                d["errors"].as_u64().filter(|n| *n > 0).map_or_else(String::new, |n| n.to_string()),
+                if list(&d["exported"]).is_empty() { String::new() } else { "yes".into() },
             ]);
         }
         t
     }
 
-    /// What runs in the background of pools.
-    fn background(&self) -> Vec<String> {
-        let mut lines = Vec::new();
-        for pool in list(&self.now.pools) {
-            let name = status::text(&pool["name"]);
-            let work = [("scrub", "scrub", "bytes"), ("late_dedupe", "late deduplication", "containers")];
-            for (key, what, unit) in work {
-                let work = &pool[key];
-                if work["state"] == "running" {
-                    let count = |key: &str| work[key].as_f64().unwrap_or(0.0);
-                    let done = 100.0 * count(unit) / count(&format!("total_{unit}")).max(1.0);
-                    lines.push(format!("{name}: {what} {:.0} %", done.min(100.0)));
-                }
+    /// The busiest hosts.
+    fn hosts(&self) -> Table {
+        let heads = ["ADDRESS", "QUEUES", "READ/S", "WRITE/S", "READ", "WRITE", "PROVEN", "TLS", "HOST"];
+        let mut t = Table::new(&heads, &[false, true, true, true, true, true, false, false, false]);
+        let mut all: Vec<&Value> = list(&self.now["hosts"]).iter().collect();
+        let load = |h: &Value| figure(&h["read"]["iops"]) + figure(&h["write"]["iops"]);
+        all.sort_by(|a, b| load(b).total_cmp(&load(a)));
+        let word = |v: &Value| if *v == true { "yes".to_owned() } else { "no".to_owned() };
+        for h in all.into_iter().take(HOSTS) {
+            t.row(vec![
+                status::text(&h["address"]),
+                status::text(&h["queues"]),
+                per_second(&h["read"]["iops"]),
+                per_second(&h["write"]["iops"]),
+                throughput(&h["read"]["bytes_per_second"]),
+                throughput(&h["write"]["bytes_per_second"]),
+                word(&h["authenticated"]),
+                word(&h["tls"]),
+                // The longest one, where nothing is behind it.
+                status::text(&h["nqn"]),
+            ]);
+        }
+        t
+    }
+
+    /// What runs in the background, what is wrong, and how keys are.
+    fn notes(&self) -> Vec<Line<'static>> {
+        let problems = list(&self.now["problems"]).iter();
+        let mut lines: Vec<Line> =
+            problems.map(|p| Line::from(format!("PROBLEM: {}", status::text(p))).red()).collect();
+        for w in list(&self.now["work"]).iter().filter(|w| w["state"] != "done") {
+            let mut line = format!("{}: {}", status::text(&w["on"]), status::text(&w["what"]));
+            if w["state"] != "running" {
+                line.push_str(&format!(" {}", status::text(&w["state"])));
             }
-            if let Some(why) = pool["failed"].as_str() {
-                lines.push(format!("{name}: FAILED: {why}"));
+            if let Some(done) = w["done"].as_f64() {
+                line.push_str(&format!(" {:.0} %", done * 100.0));
             }
+            if w["rate_bytes_per_second"].is_number() {
+                line.push_str(&format!(", {}", throughput(&w["rate_bytes_per_second"])));
+            }
+            if let Some(eta) = w["eta_seconds"].as_f64() {
+                line.push_str(&format!(", {:.0} min left", (eta / 60.0).ceil()));
+            }
+            if let Some(why) = w["why"].as_str() {
+                line.push_str(&format!(": {why}"));
+            }
+            lines.push(Line::from(line));
+        }
+        for k in list(&self.now["keys"]) {
+            let why = k["why"].as_str().map_or_else(String::new, |why| format!(": {why}"));
+            let (name, access) = (status::text(&k["name"]), status::text(&k["access"]));
+            lines.push(Line::from(format!("key {name}: {access}, {}{why}", status::text(&k["state"]))));
+        }
+        for s in list(&self.now["key_servers"]).iter().filter(|s| s["state"] == "unreachable") {
+            let (name, why) = (status::text(&s["name"]), status::text(&s["why"]));
+            lines.push(Line::from(format!("key server {name} does not answer: {why}")).yellow());
         }
         lines
     }
 
+    fn events(&self) -> Vec<Line<'static>> {
+        let now = figure(&self.now["time"]);
+        let one = |e: &Value| {
+            let ago = (now - figure(&e["time"])).max(0.0);
+            let line = Line::from(format!("{:>8}  {}", since(ago), status::text(&e["text"])));
+            match e["severity"].as_str() {
+                Some("error") => line.red(),
+                Some("warning") => line.yellow(),
+                _ => line.dim(),
+            }
+        };
+        list(&self.now["events"]).iter().take(EVENTS).map(one).collect()
+    }
+
     fn draw(&self, frame: &mut Frame) {
-        let pools = status::pools(&self.now.pools);
-        let background = self.background();
+        let pools = status::pools(&self.now["pools"]);
+        let (latencies, notes, hosts, events) = (self.latencies(), self.notes(), self.hosts(), self.events());
+        let bars: Vec<Line> = list(&self.now["reactors"])
+            .iter()
+            .map(|r| bar(&status::text(&r["name"]), figure(&r["busy"])))
+            .collect();
         let rows = |n: usize| Constraint::Length(u16::try_from(n).unwrap_or(u16::MAX));
-        let [head, history, reactors, pool_area, background_area, devices, foot] = Layout::vertical([
+        let table_rows = |t: &Table| rows(if t.is_empty() { 0 } else { t.len() + 2 });
+        let parts = Layout::vertical([
             rows(1),
             rows(6),
-            rows(self.reactors.len() + 1),
-            rows(if pools.is_empty() { 0 } else { pools.len() + 2 }),
-            rows(background.len()),
+            rows(latencies.len()),
+            rows(bars.len() + 1),
+            table_rows(&pools),
+            rows(notes.len()),
             Constraint::Min(3),
+            table_rows(&hosts),
+            rows(events.len()),
             rows(1),
-        ])
-        .areas(frame.area());
+        ]);
+        let [
+            head,
+            history,
+            latency_area,
+            reactors,
+            pool_area,
+            note_area,
+            devices,
+            host_area,
+            event_area,
+            foot,
+        ] = parts.areas(frame.area());
         frame.render_widget(self.head(), head);
         let [read, write] = Layout::horizontal([Constraint::Fill(1), Constraint::Fill(1)]).areas(history);
         sparkline(frame, read, "hosts read", &self.read, Style::new().cyan());
         sparkline(frame, write, "hosts write", &self.write, Style::new().magenta());
-        let bars: Vec<Line> = self.reactors.iter().map(|(name, share)| bar(name, *share)).collect();
-        frame.render_widget(Paragraph::new(bars), reactors);
-        if !pools.is_empty() {
-            frame.render_widget(Paragraph::new(table(&pools)), pool_area);
+        for (t, area) in [(&pools, pool_area), (&hosts, host_area)] {
+            if !t.is_empty() {
+                frame.render_widget(Paragraph::new(table(t)), area);
+            }
         }
-        frame.render_widget(Paragraph::new(background.join("\n")), background_area);
+        for (lines, area) in
+            [(latencies, latency_area), (bars, reactors), (notes, note_area), (events, event_area)]
+        {
+            frame.render_widget(Paragraph::new(lines), area);
+        }
         frame.render_widget(Paragraph::new(table(&self.devices())), devices);
         let order = if self.by_name { "name" } else { "activity" };
         frame.render_widget(Line::from(format!("q quit   p pause   s order: {order}")).dim(), foot);
+    }
+}
+
+/// How long ago, in few characters.
+fn since(seconds: f64) -> String {
+    match seconds {
+        s if s < 100.0 => format!("{s:.0} s"),
+        s if s < 6000.0 => format!("{:.0} min", s / 60.0),
+        s if s < 360_000.0 => format!("{:.0} h", s / 3600.0),
+        s => format!("{:.0} d", s / 86400.0),
     }
 }
 
@@ -309,10 +347,10 @@ fn as_text(screen: &Screen) -> Result<String, Failure> {
 pub fn run(args: TopArgs) -> Result<(), Failure> {
     let mut client = connect(&args.socket)?;
     let interval = Duration::from_secs(args.interval);
-    let mut screen = Screen::new(Sample::take(&mut client)?);
+    let mut screen = Screen::new(overview(&mut client)?);
     if args.once {
         std::thread::sleep(interval);
-        screen.advance(Sample::take(&mut client)?);
+        screen.advance(overview(&mut client)?);
         println!("{}", as_text(&screen)?.trim_end());
         return Ok(());
     }
@@ -353,7 +391,7 @@ fn watch(
         }
         next = Instant::now() + interval;
         if !screen.paused {
-            screen.advance(Sample::take(client)?);
+            screen.advance(overview(client)?);
         }
     }
 }
@@ -361,57 +399,76 @@ fn watch(
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::json;
 
-    fn sample(ticks: u64, n: u64) -> Sample {
-        Sample {
-            version: json!("1.2.3"),
-            iostat: json!({"tick_rate": 1_000_000_000u64, "ticks": ticks, "bdevs": [
-                {"name": "disk", "num_read_ops": 0, "bytes_read": 0},
-                {"name": "7e6b", "num_read_ops": 100 * n, "bytes_read": 409_600 * n, "read_latency_ticks": 5_000_000 * n,
-                 "num_write_ops": 0, "bytes_written": 0, "write_latency_ticks": 0},
-            ]}),
-            reactors: json!({"reactors": [{"busy": 750 * n, "idle": 250 * n, "lw_threads": [{"name": "reactor_0"}]}]}),
-            pools: json!([{"name": "p", "base_bdev": "disk", "size_bytes": 1 << 30, "ratio": 4.0,
-                "scrub": {"state": "running", "bytes": 12, "total_bytes": 100}}]),
-            volumes: json!([{"uuid": "7e6b", "alias": "p/v"}]),
-            subsystems: json!([{"namespaces": [{"nsid": 1, "bdev_name": "7e6b"}]}]),
-            queues: json!({"poll_groups": [{"current_admin_qpairs": 1, "current_io_qpairs": 3}]}),
-        }
+    fn overview(reads: f64) -> Value {
+        let done = json!({"iops": reads, "bytes_per_second": reads * 4096.0, "p50": 0.00005, "p99": 0.012, "p999": 1.5});
+        let idle = json!({"iops": 0.0, "bytes_per_second": 0.0, "p50": null, "p99": null, "p999": null});
+        json!({
+            "time": 1000.0, "version": "1.2.3", "state": "running", "problems": ["pool q: no key"],
+            "totals": {"read": done, "write": idle},
+            "pools": [{"name": "p", "base_bdev": "disk", "size_bytes": 1 << 30, "ratio": 4.0}],
+            "volumes": [{"name": "v", "pool": "p", "exported": ["nqn/1"], "read": done, "write": idle}],
+            "devices": [{"name": "disk", "read": idle, "write": idle, "errors": 2}],
+            "hosts": [{"nqn": "nqn.h", "address": "192.0.2.1:5", "queues": 3, "read": done, "write": idle,
+                       "authenticated": true, "tls": false}],
+            "reactors": [{"name": "reactor_0", "core": 0, "busy": 0.75}],
+            "work": [{"what": "scrub", "on": "p", "state": "running", "done": 0.12, "rate_bytes_per_second": 1048576.0,
+                      "eta_seconds": 61.0, "why": null},
+                     {"what": "late deduplication", "on": "p", "state": "done", "done": 1.0}],
+            "keys": [{"name": "k", "state": "active", "access": "open", "why": null}],
+            "key_servers": [{"name": "s", "state": "unreachable", "why": "refused"}],
+            "events": [{"time": 995.0, "severity": "warning", "text": "access refused"}],
+        })
     }
 
     #[test]
-    fn rates_are_differences_over_the_time_between() {
-        let mut screen = Screen::new(sample(1_000_000_000, 1));
-        screen.advance(sample(3_000_000_000, 3));
-        let busiest = &screen.rates[0];
-        assert_eq!((busiest.name.as_str(), busiest.read_ios, busiest.read_bytes), ("p/v", 100.0, 409_600.0));
-        assert_eq!((busiest.read_us, busiest.write_us, busiest.exported), (Some(50.0), None, true));
+    fn a_screen_shows_what_the_target_says() {
+        let mut screen = Screen::new(overview(0.0));
+        screen.advance(overview(100.0));
         assert_eq!((screen.read.back(), screen.write.back()), (Some(&409_600), Some(&0)));
         let text = as_text(&screen).ok().unwrap();
-        for word in [
-            "1.2.3",
-            "1 controllers, 3 I/O queues",
+        for words in [
+            "1.2.3   running   1 controllers, 3 I/O queues",
+            "hosts read        100/s   p50   50 us   p99   12 ms   p99.9   1.5 s",
             "75.0 % busy",
-            "p/v",
-            "50 us",
-            "400 KiB/s",
             "4.00:1",
-            "scrub 12 %",
+            "PROBLEM: pool q: no key",
+            "p: scrub 12 %, 1.00 MiB/s, 2 min left",
+            "key k: open, active",
+            "key server s does not answer: refused",
+            "yes     no   nqn.h",
+            "400 KiB/s",
+            "5 s  access refused",
         ] {
-            assert!(text.contains(word), "no \"{word}\" in\n{text}");
+            assert!(text.contains(words), "no \"{words}\" in\n{text}");
         }
-        // Counters that were reset meanwhile are no huge rate.
-        screen.advance(sample(4_000_000_000, 1));
-        assert_eq!(screen.rates.iter().map(Rate::bytes).sum::<f64>(), 0.0);
+        assert!(!text.contains("late deduplication"), "that is over:\n{text}");
+        let at = |word: &str| text.find(word).unwrap();
+        assert!(at("\np/v") < at("\ndisk"), "the busiest first:\n{text}");
+        screen.by_name = true;
+        let text = as_text(&screen).ok().unwrap();
+        assert!(text.find("\ndisk").unwrap() < text.find("\np/v").unwrap(), "{text}");
+    }
+
+    #[test]
+    fn hostile_names_do_not_reach_the_terminal() {
+        let mut said = overview(1.0);
+        said["hosts"][0]["nqn"] = json!("\u{1b}[2Jnqn\u{7}\r\n");
+        said["events"][0]["text"] = json!("\u{1b}]0;title\u{7}");
+        let text = as_text(&Screen::new(said)).ok().unwrap();
+        assert!(!text.chars().any(|c| c.is_control() && c != '\n'), "{text:?}");
     }
 
     #[test]
     fn every_size_of_a_terminal_is_drawn() {
-        let mut screen = Screen::new(sample(0, 0));
-        screen.advance(sample(1, 1));
-        for (width, height) in [(1, 1), (20, 5), (80, 24), (300, 100)] {
-            let Ok(mut terminal) = Terminal::new(TestBackend::new(width, height));
-            let Ok(_) = terminal.draw(|frame| screen.draw(frame));
+        for said in [overview(1.0), json!({}), Value::Null] {
+            let mut screen = Screen::new(said.clone());
+            screen.advance(said);
+            for (width, height) in [(1, 1), (20, 5), (80, 24), (300, 100)] {
+                let Ok(mut terminal) = Terminal::new(TestBackend::new(width, height));
+                let Ok(_) = terminal.draw(|frame| screen.draw(frame));
+            }
         }
     }
 }
