@@ -187,6 +187,11 @@ fn statistics_count() {
         assert_eq!(bdev.stats().histogram(Class::Read).unwrap().len(), 6);
         bdev.stats().reset();
         assert_eq!(bdev.stats().totals(Class::Write).ops, 0);
+        // Latencies are counted without being asked for; they outlive channels and resets, so that differences stay right.
+        let writes = bdev.stats().latencies(Class::Write);
+        assert_eq!((writes.count(), bdev.stats().latencies(Class::Read).count()), (10, 6));
+        assert!(writes.quantile_s(0.0).is_some_and(|s| s >= 16e-6) && writes.sum_ns >= 190_000, "{writes:?}");
+        assert_eq!(bdev.stats().latencies(Class::Copy).count(), 0);
         assert!(bdev.stats().errors().is_empty());
         let c = registry.open("disk", Access::ReadOnly, |_| ()).unwrap().channel().unwrap();
         c.read(0, 1).await.unwrap();

@@ -217,6 +217,22 @@ fn a_pool_and_a_cipher_over_remote_namespaces() {
     near.call("accel_crypto_key_create", json!({"cipher": "AES_XTS", "name": "k", "key": k, "key2": k2}));
     near.call("bdev_crypto_create", json!({"base_bdev_name": "Farn2", "name": "C", "key_name": "k"}));
     let loads = [Load::on(&near, "p/v"), Load::on(&near, "C")];
+    // What people at the other target see of it; figures are those between two looks.
+    let seen = || far.plain("cryptfold_get_overview");
+    drop(seen());
+    wait("a host at work in the overview", || {
+        let seen = seen();
+        let hosts = seen["hosts"].as_array().expect("a list");
+        let known = |h: &Value| h["nqn"] == HOST && h["authenticated"] == true && h["tls"] == true;
+        let alive =
+            |h: &Value| h["keep_alive_age_seconds"].as_f64().is_some_and(|s| (0.0..60.0).contains(&s));
+        let busy = |h: &Value| h["write"]["iops"].as_f64() > Some(0.0);
+        hosts.len() == 2
+            && hosts.iter().all(|h| known(h) && alive(h))
+            && hosts.iter().any(busy)
+            && seen["totals"]["write"]["iops"].as_f64() > Some(0.0)
+            && seen["totals"]["write"]["p99"].as_f64() > Some(0.0)
+    });
     for (i, port) in ports.iter().enumerate() {
         far.call("nvmf_subsystem_remove_listener", without(listener(port), "secure_channel"));
         loads.iter().for_each(Load::goes_on);
