@@ -76,8 +76,10 @@ async fn clean(pool: &LocalPool, when: &str) {
 /// Waits until everything deleted is gone.
 async fn settled(pool: &LocalPool) {
     while pool.is_deleting() {
+        assert!(pool.info().deletion.volumes > 0);
         reactor::sleep(Duration::from_millis(5)).await;
     }
+    assert_eq!(pool.info().deletion.volumes, 0);
 }
 
 fn info(pool: &LocalPool, name: &str) -> VolumeInfo {
