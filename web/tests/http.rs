@@ -308,9 +308,15 @@ fn listeners_get_a_snapshot_at_once_and_then_each_second() {
 fn there_is_a_bound_on_listeners_and_places_become_free() {
     let web = start(None);
     let mut listeners: Vec<TcpStream> = (0..16).map(|_| listen(&web)).collect();
-    let refused = ask(&web, "GET", "/api/v1/stream", "");
-    assert!(refused.starts_with("HTTP/1.1 503") && refused.contains("16 listen already"), "{refused}");
-    assert!(refused.contains("retry-after: "), "{refused}");
+    let mut refused = connect(&web);
+    let request = b"GET /api/v1/stream HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n";
+    refused.write_all(request).expect("sends");
+    let mut head = [0; 12];
+    refused.read_exact(&mut head).expect("answers");
+    assert_eq!(&head, b"HTTP/1.1 503");
+    let mut rest = String::new();
+    refused.read_to_string(&mut rest).expect("ends");
+    assert!(rest.contains("16 listen already") && rest.contains("retry-after: "), "{rest}");
     // Others are served all the same.
     assert!(ask(&web, "GET", "/healthz", "").starts_with("HTTP/1.1 200"));
     drop(listeners.pop());
