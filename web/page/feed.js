@@ -1,0 +1,133 @@
+// What the target says: its history once, then a snapshot a second for as long as it answers. Read with fetch, because an
+// EventSource can not carry a token.
+
+const TOKEN = "cryptfold-token";
+// A stream that is silent for so long is given up.
+const SILENCE_MS = 10_000;
+const MOST_WAIT_MS = 10_000;
+// A page that gets no stream (all places are taken) asks so often instead.
+const ASK_MS = 2_000;
+const ASK_ROUNDS = 15;
+const MOST_BUFFER = 64 << 20;
+
+export class Refused extends Error {
+  constructor(status) {
+    super(`the target answered with status ${status}`);
+    this.status = status;
+  }
+}
+
+const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
+
+export class Feed {
+  // on: {history(h), snapshot(s), lost(why), token(wasWrong) => promise of a token}
+  constructor(on) {
+    this.on = on;
+    this.wantHistory = true;
+  }
+
+  async get(path, signal) {
+    const headers = {};
+    const token = this.token();
+    if (token !== null) headers.Authorization = `Bearer ${token}`;
+    const answer = await fetch(path, { headers, cache: "no-store", signal });
+    if (!answer.ok) throw new Refused(answer.status);
+    return answer;
+  }
+
+  token() {
+    try {
+      return sessionStorage.getItem(TOKEN) ?? this.kept ?? null;
+    } catch {
+      return this.kept ?? null;
+    }
+  }
+
+  keep(token) {
+    this.kept = token;
+    try {
+      if (token === null) sessionStorage.removeItem(TOKEN);
+      else sessionStorage.setItem(TOKEN, token);
+    } catch {
+      // Kept for as long as the page is open.
+    }
+  }
+
+  // Never ends.
+  async run() {
+    let failures = 0;
+    for (;;) {
+      try {
+        await this.once(() => {
+          failures = 0;
+        });
+      } catch (error) {
+        this.wantHistory = true;
+        if (error instanceof Refused && error.status === 401) {
+          const wrong = this.token() !== null;
+          this.keep(null);
+          this.keep(await this.on.token(wrong));
+          continue;
+        }
+        this.on.lost(error instanceof Refused ? error.message : "no answer");
+        failures += 1;
+        await sleep(Math.min(MOST_WAIT_MS, 500 * 2 ** Math.min(failures, 6)) * (0.75 + Math.random() / 2));
+      }
+    }
+  }
+
+  async once(works) {
+    if (this.wantHistory) await this.askHistory();
+    const abort = new AbortController();
+    let answer;
+    try {
+      answer = await this.timed(abort, (signal) => this.get("/api/v1/stream", signal));
+    } catch (error) {
+      if (error instanceof Refused && error.status === 503) return this.ask(works);
+      throw error;
+    }
+    const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+    let text = "";
+    for (;;) {
+      const { value, done } = await this.timed(abort, () => reader.read());
+      // Streams have a life; the next one goes on where this one ends.
+      if (done) return undefined;
+      text += value.replaceAll("\r", "");
+      if (text.length > MOST_BUFFER) throw new Error("an event without end");
+      const events = text.split("\n\n");
+      text = events.pop();
+      for (const event of events) {
+        const data = event.split("\n").filter((line) => line.startsWith("data:")).map((line) => line.slice(5));
+        if (data.length === 0) continue;
+        this.on.snapshot(JSON.parse(data.join("\n")));
+        works();
+      }
+    }
+  }
+
+  async askHistory() {
+    const abort = new AbortController();
+    const history = await this.timed(abort, async (signal) => (await this.get("/api/v1/history", signal)).json());
+    this.on.history(history);
+    this.wantHistory = false;
+  }
+
+  async ask(works) {
+    for (let n = 0; n < ASK_ROUNDS; n += 1) {
+      const abort = new AbortController();
+      const snapshot = await this.timed(abort, async (signal) => (await this.get("/api/v1/snapshot", signal)).json());
+      this.on.snapshot(snapshot);
+      works();
+      await sleep(ASK_MS);
+    }
+  }
+
+  async timed(abort, work) {
+    const timer = setTimeout(() => abort.abort(), SILENCE_MS);
+    try {
+      return await work(abort.signal);
+    } finally {
+      clearTimeout(timer);
+    }
+  }
+}
