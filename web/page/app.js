@@ -109,13 +109,16 @@ function heatOf(point) {
   return b ? Array.from({ length: Math.max(a.length, b.length) }, (_, n) => (a[n] ?? 0) + (b[n] ?? 0)) : a;
 }
 
+const IDLE = "No host reads or writes";
 const latency = new LineChart(by("latency"), "Latency of reads", {
-  series: percentiles("read"), format: seconds, log: true,
+  series: percentiles("read"), format: seconds, log: true, nothing: IDLE,
 });
-const heat = new HeatMap(by("heat"), "How long operations take", { pick: heatOf, isDark });
+const heat = new HeatMap(by("heat"), "How long operations take", { pick: heatOf, isDark, nothing: IDLE });
 const charts = [
-  new LineChart(by("throughput"), "Throughput", { series: READ_WRITE("bytes_per_second"), format: rate, base: 1024 }),
-  new LineChart(by("iops"), "Operations per second", { series: READ_WRITE("iops"), format: count }),
+  new LineChart(by("throughput"), "Throughput", {
+    series: READ_WRITE("bytes_per_second"), format: rate, base: 1024, nothing: IDLE,
+  }),
+  new LineChart(by("iops"), "Operations per second", { series: READ_WRITE("iops"), format: count, nothing: IDLE }),
   latency,
   heat,
   new LineChart(by("space"), "Space over time", {
@@ -124,7 +127,7 @@ const charts = [
       { key: "unique_bytes", label: "Without duplicates", class: "c-unique" },
       { key: "stored_bytes", label: "Stored", class: "c-stored", fill: true },
     ],
-    format: bytes, base: 1024,
+    format: bytes, base: 1024, nothing: "Nothing is stored",
   }),
 ];
 
@@ -169,6 +172,7 @@ function showReduction(s) {
   for (const part of document.querySelectorAll(".split")) part.hidden = none;
   const space = s.space ?? {};
   const known = typeof space.ratio === "number" && space.logical_bytes > 0;
+  by("to-one").hidden = !known;
   figure(by("ratio"), known ? space.ratio : null, (n) => (n === null ? NONE : ratio(n).replace(":1", "")));
   const caption = by("ratio-caption");
   if (known) {

@@ -3,7 +3,7 @@
 // its text the figures of that moment.
 
 import { attribute, make, say, svg } from "./dom.js";
-import { clock, exact, NONE, seconds, share, short, ticks } from "./units.js";
+import { clock, exact, seconds, share, short, ticks } from "./units.js";
 
 const MONTH_DAY = { month: "short", day: "numeric" };
 const STEPS = [5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200];
@@ -28,8 +28,8 @@ function nearest(points, time) {
 }
 
 class Chart {
-  // `name`: what it shows, for assistive technology.
-  constructor(plot, name) {
+  // `name`: what it shows, for assistive technology; `nothing`: what is said instead of an empty plot.
+  constructor(plot, name, nothing) {
     this.plot = plot;
     this.name = name;
     this.points = [];
@@ -37,7 +37,8 @@ class Chart {
     this.width = 0;
     this.height = 0;
     this.when = make("span", { class: "when", hidden: true });
-    plot.append(this.when);
+    this.nothing = make("span", { class: "nothing", text: nothing, hidden: true });
+    plot.append(this.when, this.nothing);
     attribute(plot, "tabindex", 0);
     attribute(plot, "role", "slider");
     attribute(plot, "aria-readonly", "true");
@@ -63,8 +64,9 @@ class Chart {
     all.add(this);
   }
 
+  // Room for the axis.
   left() {
-    return 0;
+    return 58;
   }
 
   x(time) {
@@ -153,8 +155,8 @@ function place(element, at) {
 
 export class LineChart extends Chart {
   // series: [{key, label, class, fill}], in the legend's order; `key` of a point's figures. `base`: 1024 for bytes. `log`: decades.
-  constructor(root, name, { series, format, base = 1000, log = false }) {
-    super(root.querySelector(".plot"), name);
+  constructor(root, name, { series, format, base = 1000, log = false, nothing }) {
+    super(root.querySelector(".plot"), name, nothing);
     Object.assign(this, { format, base, log });
     this.svg = svg("svg", { "aria-hidden": "true", focusable: "false", height: HEIGHT });
     this.grid = svg("g", { class: "grid" });
@@ -221,16 +223,17 @@ export class LineChart extends Chart {
     attribute(this.svg, "width", this.width);
     const [marks, y] = this.scale();
     this.y = y;
+    this.nothing.hidden = marks.length > 1 || this.points.length === 0;
     this.grid.replaceChildren();
     this.labels.replaceChildren();
     for (const mark of marks) {
       const at = Math.round(y(mark)) + 0.5;
-      this.grid.append(svg("line", { x1: 0, x2: this.width, y1: at, y2: at, class: mark === 0 ? "zero" : null }));
-      if (mark !== 0) this.labels.append(svg("text", { x: 0, y: at - 4, text: short(this.format(mark)) }));
+      this.grid.append(svg("line", { x1: this.left(), x2: this.width, y1: at, y2: at, class: mark === 0 ? "zero" : null }));
+      if (mark !== 0 || marks.length > 1) this.labels.append(svg("text", { x: this.left() - 8, y: at + 3.5, "text-anchor": "end", text: short(this.format(mark)) }));
     }
     for (const { t, text } of this.moments()) {
       const x = this.x(t);
-      if (x < 18 || x > this.width - 18) continue;
+      if (x < this.left() + 18 || x > this.width - 18) continue;
       this.labels.append(svg("text", { x, y: HEIGHT - 4, "text-anchor": "middle", text }));
     }
     for (const s of this.series) this.drawLine(s, y);
@@ -247,7 +250,7 @@ export class LineChart extends Chart {
       const here = typeof v === "number" && !(this.log && v <= 0);
       if (!here || (last && point.time - last.time > 2.5 * Math.max(point.seconds, last.seconds))) end();
       if (!here) continue;
-      const x = Math.max(-2, this.x(point.time)).toFixed(1);
+      const x = this.x(point.time).toFixed(1);
       const piece = `${begun === null ? "M" : "L"}${x} ${y(v).toFixed(1)}`;
       path += piece;
       area += piece;
@@ -287,19 +290,16 @@ function colour(ramp, level) {
 
 export class HeatMap extends Chart {
   // Rows are buckets of latency (`edges`: upper ends in seconds), columns moments; `pick` makes a row of counts of a point.
-  constructor(root, name, { pick, isDark }) {
-    super(root.querySelector(".plot"), name);
+  constructor(root, name, { pick, isDark, nothing }) {
+    super(root.querySelector(".plot"), name, nothing);
     Object.assign(this, { pick, isDark, edges: [], row: null });
     this.canvas = make("canvas", { "aria-hidden": "true" });
     this.line = make("span", { class: "column", hidden: true });
     this.plot.prepend(this.canvas, this.line);
     this.readout = root.querySelector(".readout");
-    this.scaleOf = root.querySelector(".ramp");
+    this.ramp = root.querySelector(".ramp");
+    this.rampline = root.querySelector(".rampline");
     this.plot.addEventListener("pointerleave", () => this.pickRow(null));
-  }
-
-  left() {
-    return 52;
   }
 
   setEdges(edges) {
@@ -362,6 +362,8 @@ export class HeatMap extends Chart {
       });
     }
     const context = this.prepare();
+    this.nothing.hidden = last >= 0 || this.points.length === 0;
+    this.rampline.hidden = last < 0;
     if (last < 0) {
       this.rows = null;
       this.axes(context);
@@ -431,10 +433,10 @@ export class HeatMap extends Chart {
   }
 
   drawKey(ramp) {
-    if (this.scaleOf.childElementCount === 0) {
-      for (let n = 0; n < 6; n += 1) this.scaleOf.append(make("i"));
+    if (this.ramp.childElementCount === 0) {
+      for (let n = 0; n < 6; n += 1) this.ramp.append(make("i"));
     }
-    [...this.scaleOf.children].forEach((cell, n) => {
+    [...this.ramp.children].forEach((cell, n) => {
       cell.style.backgroundColor = colour(ramp, n / 5);
     });
   }
@@ -442,7 +444,7 @@ export class HeatMap extends Chart {
   mark(x, point) {
     this.line.hidden = x === null;
     if (x !== null) this.line.style.transform = `translateX(${x}px)`;
-    say(this.readout, point ? this.read(point) : NONE);
+    say(this.readout, point && this.rows ? this.read(point) : "");
   }
 }
 

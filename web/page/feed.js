@@ -11,8 +11,8 @@ const ASK_ROUNDS = 15;
 const MOST_BUFFER = 64 << 20;
 
 export class Refused extends Error {
-  constructor(status) {
-    super(`the target answered with status ${status}`);
+  constructor(status, text) {
+    super(text.trim().split("\n")[0].slice(0, 200) || `the target answered with status ${status}`);
     this.status = status;
   }
 }
@@ -31,7 +31,7 @@ export class Feed {
     const token = this.token();
     if (token !== null) headers.Authorization = `Bearer ${token}`;
     const answer = await fetch(path, { headers, cache: "no-store", signal });
-    if (!answer.ok) throw new Refused(answer.status);
+    if (!answer.ok) throw new Refused(answer.status, await answer.text());
     return answer;
   }
 

@@ -226,12 +226,12 @@ export class Sections {
       head.children[0].replaceChildren(capital(words(w.what)), make("span", { text: w.on ? ` of ${w.on}` : "" }));
       const parts = [
         w.state === "running" ? null : words(w.state),
-        typeof w.done === "number" ? share(w.done) : null,
+        w.done < 1 ? share(w.done) : null,
         w.state === "running" && typeof w.rate_bytes_per_second === "number" ? rate(w.rate_bytes_per_second) : null,
         w.state === "running" && typeof w.eta_seconds === "number" ? `${span(w.eta_seconds)} left` : null,
       ];
       say(head.children[1], parts.filter(Boolean).join(" · "));
-      bar.hidden = w.state !== "running" && typeof w.done !== "number";
+      bar.hidden = w.state !== "running" && !(w.done < 1);
       setMeter(bar, w.done, `${words(w.what)} of ${w.on}`, false);
       why.hidden = !w.why;
       say(why, w.why ?? "");
