@@ -198,6 +198,7 @@ function showReduction(s) {
 
 let last = null;
 let heard = 0;
+let asked = 0;
 let lost = null;
 
 function showLive() {
@@ -227,7 +228,6 @@ function show() {
   showCharts();
 }
 
-document.addEventListener("visibilitychange", show);
 setInterval(showLive, 1000);
 
 // ---- The token, where one is needed.
@@ -253,6 +253,7 @@ const feed = new Feed({
   history(history) {
     if (!Array.isArray(history.rings) || history.rings.length === 0) return;
     rings = history.rings.map(ringOf);
+    asked = performance.now();
     showCharts();
   },
   snapshot(snapshot) {
@@ -271,8 +272,14 @@ const feed = new Feed({
   token: askToken,
 });
 
-setInterval(() => {
-  if (lost === null && !document.hidden) feed.askHistory().catch(() => {});
-}, HISTORY_MS);
+// Coarser figures than those that come by themselves; a page that nobody looks at needs none.
+function refresh() {
+  if (lost === null && !document.hidden && performance.now() - asked >= HISTORY_MS) feed.askHistory().catch(() => {});
+}
+setInterval(refresh, 10_000);
+document.addEventListener("visibilitychange", () => {
+  refresh();
+  show();
+});
 showTheme();
 feed.run();

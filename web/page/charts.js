@@ -66,7 +66,7 @@ class Chart {
 
   // Room for the axis.
   left() {
-    return 58;
+    return 62;
   }
 
   x(time) {
@@ -193,11 +193,33 @@ export class LineChart extends Chart {
     return this.series.map((s) => `${s.label} ${this.format(point[s.key])}`).join(", ");
   }
 
+  // More points than fit side by side become means; of percentiles, which have none, the highest.
+  thin() {
+    const most = (this.width - this.left()) / 1.5;
+    if (this.points.length <= most) return this.points;
+    const { from, to } = this.view;
+    const cells = new Map();
+    for (const point of this.points) {
+      const cell = Math.floor(((point.time - from) / (to - from)) * most);
+      if (!cells.has(cell)) cells.set(cell, []);
+      cells.get(cell).push(point);
+    }
+    return [...cells.values()].map((cell) => {
+      const out = { time: cell[cell.length - 1].time, seconds: cell.reduce((sum, p) => sum + p.seconds, 0) };
+      for (const { key } of this.series) {
+        const values = cell.map((p) => p[key]).filter((v) => typeof v === "number");
+        if (values.length === 0) out[key] = null;
+        else out[key] = this.log ? Math.max(...values) : values.reduce((a, b) => a + b, 0) / values.length;
+      }
+      return out;
+    });
+  }
+
   // [ticks, value to height]
   scale() {
     const room = HEIGHT - FOOT - HEAD;
     let low = Infinity, high = 0;
-    for (const point of this.points) {
+    for (const point of this.drawn) {
       for (const s of this.series) {
         const v = point[s.key];
         if (typeof v !== "number" || (this.log && v <= 0)) continue;
@@ -221,6 +243,7 @@ export class LineChart extends Chart {
   draw() {
     if (this.width <= 0) return;
     attribute(this.svg, "width", this.width);
+    this.drawn = this.thin();
     const [marks, y] = this.scale();
     this.y = y;
     this.nothing.hidden = marks.length > 1 || this.points.length === 0;
@@ -245,7 +268,7 @@ export class LineChart extends Chart {
       if (begun !== null) area += `L${last.x} ${HEIGHT - FOOT}L${begun} ${HEIGHT - FOOT}Z`;
       begun = null;
     };
-    for (const point of this.points) {
+    for (const point of this.drawn) {
       const v = point[s.key];
       const here = typeof v === "number" && !(this.log && v <= 0);
       if (!here || (last && point.time - last.time > 2.5 * Math.max(point.seconds, last.seconds))) end();
