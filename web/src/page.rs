@@ -39,3 +39,37 @@ pub const FILES: &[File] = &[
 pub fn find(path: &str) -> Option<&'static File> {
     FILES.iter().find(|f| f.path == path)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_file_is_served_and_keeps_the_rules() {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/page");
+        let names = std::fs::read_dir(folder)
+            .expect("the page's folder")
+            .map(|entry| entry.expect("an entry").file_name().into_string().expect("a name in UTF-8"));
+        let names: Vec<String> = names.collect();
+        assert_eq!(names.len(), FILES.len(), "{names:?}");
+        for name in names {
+            let path = if name == "index.html" { "/".to_owned() } else { format!("/{name}") };
+            let file = find(&path).unwrap_or_else(|| panic!("{path} is not served"));
+            let text = std::str::from_utf8(file.body).expect("UTF-8").replace("http://www.w3.org/", "");
+            // Text from elsewhere never becomes markup; nothing is fetched from elsewhere; content security forbids the rest.
+            for taboo in [
+                "innerHTML",
+                "outerHTML",
+                "insertAdjacentHTML",
+                "eval(",
+                "http://",
+                "https://",
+                " style=\"",
+                " onclick=",
+            ] {
+                assert!(!text.contains(taboo), "{name} has {taboo}");
+            }
+        }
+        assert!(find("/../src/page.rs").is_none());
+    }
+}
