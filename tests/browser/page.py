@@ -68,13 +68,13 @@ def the_empty_page(page, target, _):
 
 def values(page, target, load):
     """Space, ratio, volumes, hosts and reactors are what the RPC says."""
-    load.start(HOST, 1, "--bs", "16k", "--rw", "randwrite", "--dedupe-pct", "60", "--compress-ratio", "2.5", runtime=6)
-    load.start(HOSTILE_HOST, 2, "--bs", "64k", "--rw", "write", "--dedupe-pct", "30", "--compress-ratio", "2", runtime=6)
+    load.start(HOST, 1, "--bs", "16k", "--dedupe-pct", "60", "--compress-ratio", "2.5", rw="randwrite", runtime=6)
+    load.start(HOSTILE_HOST, 2, "--bs", "64k", "--dedupe-pct", "30", "--compress-ratio", "2", rw="write", runtime=6)
     for process in load.processes:
         equal("status of a host that wrote", process.wait(120), 0)
     load.stop()
-    load.start(HOST, 1, "--rw", "randread", "--bs", "4k")
-    load.start(HOSTILE_HOST, 2, "--rw", "randread", "--bs", "8k")
+    load.start(HOST, 1, "--bs", "4k", rw="randread")
+    load.start(HOSTILE_HOST, 2, "--bs", "8k", rw="randread")
 
     def space():
         pool = target.pool()

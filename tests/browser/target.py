@@ -132,9 +132,9 @@ class Load:
     def __init__(self, perf, port, directory):
         self.perf, self.port, self.directory, self.processes = perf, port, directory, []
 
-    def start(self, host, nsid, *options, runtime=1200):
+    def start(self, host, nsid, *options, rw="randrw", runtime=1200):
         command = [self.perf, "nvmf", "--traddr", "127.0.0.1", "--trsvcid", str(self.port), "--subnqn", NQN, "--nsid", str(nsid),
-                   "--hostnqn", host, "--rw", "randrw", "--iodepth", "2", "--runtime", str(runtime), *options]
+                   "--hostnqn", host, "--rw", rw, "--iodepth", "2", "--runtime", str(runtime), *options]
         with open(f"{self.directory}/load-{nsid}.log", "w") as log:
             self.processes.append(subprocess.Popen(command, stdout=log, stderr=log))
 
