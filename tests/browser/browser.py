@@ -21,9 +21,10 @@ const canvas = document.createElement("canvas");
 canvas.width = canvas.height = 1;
 const context = canvas.getContext("2d", { willReadFrequently: true });
 // As the browser would paint it: whatever notation a style has.
-const paint = (colours) => {
+const paint = (colours, last, alpha) => {
   context.clearRect(0, 0, 1, 1);
   for (const colour of colours) { context.fillStyle = colour; context.fillRect(0, 0, 1, 1); }
+  if (last) { context.globalAlpha = alpha; context.fillStyle = last; context.fillRect(0, 0, 1, 1); context.globalAlpha = 1; }
   return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3);
 };
 const out = [];
@@ -35,11 +36,15 @@ while (walker.nextNode()) {
   const box = element.getBoundingClientRect();
   if (box.width < 2 || box.height < 2) continue;
   const grounds = [];
-  for (let e = element; e; e = e.parentElement) grounds.unshift(getComputedStyle(e).backgroundColor);
+  let alpha = 1;
+  for (let e = element; e; e = e.parentElement) {
+    grounds.unshift(getComputedStyle(e).backgroundColor);
+    alpha *= Number(getComputedStyle(e).opacity);
+  }
   grounds.unshift("white");
   const style = getComputedStyle(element);
   const colour = element.namespaceURI.endsWith("svg") ? style.fill : style.color;
-  out.push([text.slice(0, 40), paint([...grounds, colour]), paint(grounds)]);
+  out.push([text.slice(0, 40), paint(grounds, colour, alpha), paint(grounds)]);
 }
 return out;
 """

@@ -279,7 +279,7 @@ def lost_and_found(page, target, load):
     target.kill()
     wait("the page sees that the target is gone", lambda: not live(page) and page.is_seen("#stale"))
     wait("old figures are marked", lambda: page.script("return document.body.classList.contains('is-stale')"))
-    equal("state", page.text("#live-text"), "Disconnected")
+    equal("state", (page.text("#live-text"), page.text("#state")), ("Disconnected", "Unknown"))
     if "how it was at" not in page.text("#stale"):
         raise Failure(f"the banner does not say from when the figures are: {page.text('#stale')!r}")
     weak = [text for text, a, b in page.script(CONTRAST) if contrast(a, b) < 4.5]

@@ -209,6 +209,10 @@ function showLive() {
   attribute(by("live"), "data-live", live ? "yes" : "no");
   say(by("live-text"), live ? "Live" : last === null && lost === null ? "Connecting" : "Disconnected");
   say(by("live-age"), stale ? `for ${span(silent / 1000)}` : "");
+  if (stale) {
+    say(by("state"), "Unknown");
+    attribute(by("state"), "data-level", "unknown");
+  }
   const banner = by("stale");
   banner.hidden = !stale && !(last === null && lost !== null);
   if (banner.hidden) return;
