@@ -31,6 +31,20 @@ def wait(what, probe):
         time.sleep(0.1)
 
 
+def wait_equal(what, probe):
+    """Until both halves of what probe gives are the same; Failure shows what was different last."""
+    last = [None, None]
+
+    def same():
+        last[:] = probe()
+        return last[0] == last[1]
+
+    try:
+        wait(what, same)
+    except Failure:
+        raise Failure(f"{what}: not within {PATIENCE} s; expected {last[1]!r}, got {last[0]!r}") from None
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
