@@ -310,12 +310,16 @@ def token(page, target, _load):
 
 
 def pictures_for_the_readme(page, target, load, directory):
-    """Under load, so that there is something to see."""
+    """Five minutes of hosts at work, so that there is something to see."""
+    for number, nsid in [(1, 1), (2, 2), (3, 1)]:
+        load.start(f"{HOST}-{number}", nsid, "--bs", "16k", "--dedupe-pct", "50", "--compress-ratio", "2.5")
     os.makedirs(directory, exist_ok=True)
     page.driver.get(target.url)
     wait("the page is live", lambda: live(page))
-    wait("three minutes of history", lambda: load.alive() and page.script(
-        "return Number(document.querySelector('#iops .plot').getAttribute('aria-valuemax')) > 100"))
+    for points in range(30, 300, 30):
+        if points == 120:
+            load.start(f"{HOST}-4", 2, "--bs", "64k", "--dedupe-pct", "50", "--compress-ratio", "2.5", rw="randread", runtime=60)
+        wait("another half minute", lambda points=points: float(page.attribute("#iops .plot", "aria-valuemax")) > points)
     for theme, width, height in [("dark", 1440, 1010), ("light", 400, 860)]:
         page.media(prefers_color_scheme=theme)
         page.size(width, height)
@@ -348,8 +352,6 @@ def main():
             check(page, guarded if check is token else target, load)
             print(f"PASS {part}", flush=True)
         if images:
-            load.start(HOST, 1, "--bs", "16k", "--dedupe-pct", "60", "--compress-ratio", "2.5")
-            load.start(HOST + "-2", 2, "--bs", "64k", "--dedupe-pct", "30", "--compress-ratio", "2")
             pictures_for_the_readme(page, target, load, images)
             load.stop()
         target.stop()
