@@ -167,7 +167,8 @@ function showState(s) {
 }
 
 function showReduction(s) {
-  const none = s.pools?.length === 0;
+  // Before its configuration has been applied a target has nothing, and nothing has to be done about it.
+  const none = s.state === "running" && s.pools?.length === 0;
   by("no-pool").hidden = !none;
   for (const part of document.querySelectorAll(".split")) part.hidden = none;
   const space = s.space ?? {};
@@ -178,7 +179,7 @@ function showReduction(s) {
   if (known) {
     const used = (space.stored_bytes ?? 0) + (space.metadata_bytes ?? 0);
     say(caption, `Hosts have written ${bytes(space.logical_bytes)}; it lies in ${bytes(used)}.`);
-  } else say(caption, none ? "" : "Nothing has been written yet.");
+  } else say(caption, s.state === "running" && !none ? "Nothing has been written yet." : "");
   if (none) return;
   const logical = space.logical_bytes ?? 0, zero = space.zero_bytes ?? 0;
   const unique = space.unique_bytes ?? 0, stored = space.stored_bytes ?? 0;
