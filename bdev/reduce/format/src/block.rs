@@ -303,3 +303,11 @@ pub(crate) fn put_text<const N: usize>(text: &str) -> [u8; N] {
     out[..len].copy_from_slice(&text.as_bytes()[..len]);
     out
 }
+
+#[cfg(test)]
+pub(crate) fn layouts() -> Vec<crate::layout::Layout> {
+    use crate::layout::layout;
+    vec![
+        layout!("block head", BlockHead { magic major minor kind reserved pool device copy segment offset generation }),
+    ]
+}

@@ -914,3 +914,18 @@ pub fn runs(entries: impl IntoIterator<Item = MapEntry>, out: &mut Vec<MapRun>) 
         }
     }
 }
+
+#[cfg(test)]
+pub(crate) fn layouts() -> Vec<crate::layout::Layout> {
+    use crate::layout::layout;
+    vec![
+        layout!("segment record", SegmentRaw { device shard segment incarnation domain generation used_bytes class }),
+        layout!("fragment place", FragmentRaw { device first_slot segment offset unit_bytes chunks codec }),
+        layout!("fragment record", AddRaw { container fragment }),
+        layout!("map run", MapRun { entry count }),
+        layout!("map fill", FillRaw { volume lba count entry }),
+        layout!("map set", SetRaw { volume lba }),
+        layout!("reference change", RefChange { slot delta }),
+        layout!("retarget", Retarget { slot addr }),
+    ]
+}

@@ -254,3 +254,9 @@ pub enum MoveError {
     #[error(transparent)]
     Seal(#[from] SealError),
 }
+
+#[cfg(test)]
+pub(crate) fn layouts() -> Vec<crate::layout::Layout> {
+    use crate::layout::layout;
+    vec![layout!("fragment header", Raw { first body_bytes flags chunks codec reserved })]
+}

@@ -627,3 +627,12 @@ fn parse_groups(payload: &[u8], count: u32) -> Result<Vec<Group>, WireError> {
         left => Err(WireError::Trailing { left }),
     }
 }
+
+#[cfg(test)]
+pub(crate) fn layouts() -> Vec<crate::layout::Layout> {
+    use crate::layout::layout;
+    vec![
+        layout!("batch header", HeaderRaw { magic pool shard flags blocks owner_epoch sequence position durable payload_bytes groups chain salt reserved tag }),
+        layout!("group header", GroupRaw { scope reserved0 reserved1 domain generation volume bytes }),
+    ]
+}

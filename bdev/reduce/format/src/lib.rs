@@ -75,6 +75,8 @@ pub mod fragment;
 pub mod ids;
 pub mod journal;
 pub mod keys;
+#[cfg(test)]
+mod layout;
 pub mod map;
 pub mod node;
 pub mod owner;

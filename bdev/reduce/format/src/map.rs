@@ -206,3 +206,9 @@ impl MapLeaf {
         Ok(leaf)
     }
 }
+
+#[cfg(test)]
+pub(crate) fn layouts() -> Vec<crate::layout::Layout> {
+    use crate::layout::layout;
+    vec![layout!("map entry", MapEntryRaw { word birth host_key state flags })]
+}

@@ -517,3 +517,12 @@ impl Interior {
         Ok(node)
     }
 }
+
+#[cfg(test)]
+pub(crate) fn layouts() -> Vec<crate::layout::Layout> {
+    use crate::layout::layout;
+    vec![
+        layout!("pointer", NodePtrRaw { device flags segment offset stored_len birth reserved tag }),
+        layout!("node header", Raw { tree level codec flags body_bytes plain_bytes birth owner index }),
+    ]
+}

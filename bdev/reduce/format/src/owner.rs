@@ -138,3 +138,11 @@ impl OwnerBlock {
         Ok(block::unverified(owner, block))
     }
 }
+
+#[cfg(test)]
+pub(crate) fn layouts() -> Vec<crate::layout::Layout> {
+    use crate::layout::layout;
+    vec![
+        layout!("owner block", OwnerRaw { head epoch owner beat_ms interval_ms state reserved0 host reserved }),
+    ]
+}

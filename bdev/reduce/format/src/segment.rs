@@ -222,3 +222,11 @@ impl SegmentHeader {
         u64::from(self.addr.segment.0) * u64::from(self.segment_bytes)
     }
 }
+
+#[cfg(test)]
+pub(crate) fn layouts() -> Vec<crate::layout::Layout> {
+    use crate::layout::layout;
+    vec![
+        layout!("segment header", SegmentRaw { head domain generation salt class cipher hash codec shard reserved0 owner_epoch segment_bytes reserved }),
+    ]
+}

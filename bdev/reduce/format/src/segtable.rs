@@ -156,3 +156,11 @@ pub fn decode_leaf(bytes: &[u8]) -> Result<Vec<SegmentEntry>, WireError> {
     }
     raws.iter().map(SegmentEntry::from_raw).collect()
 }
+
+#[cfg(test)]
+pub(crate) fn layouts() -> Vec<crate::layout::Layout> {
+    use crate::layout::layout;
+    vec![
+        layout!("segment entry", Raw { incarnation used_bytes live_bytes domain generation state class shard reserved }),
+    ]
+}

@@ -344,3 +344,12 @@ impl KeyBlock {
             .ok_or(KeyError::DoesNotFit)
     }
 }
+
+#[cfg(test)]
+pub(crate) fn layouts() -> Vec<crate::layout::Layout> {
+    use crate::layout::layout;
+    vec![
+        layout!("key block", KeyBlockRaw { head slot_count reserved0 reserved1 slots erasure reserved }),
+        layout!("key slot", SlotRaw { kind wrap kdf reference_len memory_kib passes lanes created_ms kek_id wrapped salt label reference }),
+    ]
+}

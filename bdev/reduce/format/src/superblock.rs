@@ -503,3 +503,13 @@ impl ShardEntry {
         })
     }
 }
+
+#[cfg(test)]
+pub(crate) fn layouts() -> Vec<crate::layout::Layout> {
+    use crate::layout::layout;
+    vec![
+        layout!("superblock", SuperblockRaw { head compatible read_only_compatible incompatible name block_bytes segment_bytes slots_per_container shard_count device_count owner_epoch created_ms reserved0 root reserved1 devices shards reserved2 }),
+        layout!("device entry", DeviceRaw { id blocks anchor_blocks device state reserved0 mirror_group mirror_member parity_group parity_width parity_index reserved }),
+        layout!("shard entry", ShardRaw { device reserved blocks start_block tail_position tail_sequence tail_chain }),
+    ]
+}
