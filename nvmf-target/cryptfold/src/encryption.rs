@@ -4,11 +4,14 @@
 use std::io::{BufRead as _, IsTerminal as _, Read as _, Write as _};
 
 use clap::{Args, Subcommand, ValueEnum};
+use cryptfold_control::client::Client;
 use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
 use serde_json::{Value, json};
 use zeroize::Zeroizing;
 
 use crate::rpc::{absolute, call, connect, given, print};
+use crate::shell::confirm;
+use crate::work::wait_for_keys;
 use crate::{Failure, SocketArgs};
 
 /// No password is longer.
@@ -71,11 +74,44 @@ pub struct ChangeArgs {
     /// Stored MB a second that are rewritten, at most [default: 100].
     #[arg(long, value_name = "MB/S")]
     rate: Option<u32>,
+    #[command(flatten)]
+    then: ThenArgs,
 }
 
 impl ChangeArgs {
-    fn params(self) -> Value {
+    fn params(&self) -> Value {
         given(json!({"name": self.pool, "domain": self.domain, "rate_mb_s": self.rate}))
+    }
+}
+
+/// What happens after work was begun that goes on in the background.
+#[derive(Args)]
+pub struct ThenArgs {
+    /// Wait until nothing lies under older keys, with a bar on a terminal.
+    #[arg(long)]
+    wait: bool,
+    /// JSON instead of text.
+    #[arg(long)]
+    json: bool,
+}
+
+impl ThenArgs {
+    /// Waits if it should, and says how the pool stands; `answer` is what the call said.
+    fn follow(&self, client: &mut Client, pool: &str, answer: &Value) -> Result<(), Failure> {
+        if self.wait {
+            wait_for_keys(client, pool)?;
+        }
+        if self.json && !self.wait {
+            print(answer);
+            return Ok(());
+        }
+        let status = call(client, "cryptfold_encryption_status", Some(json!({"name": pool})))?;
+        if self.json {
+            print(&status["pools"][0]["domains"])
+        } else {
+            show(&status)
+        }
+        Ok(())
     }
 }
 
@@ -169,6 +205,9 @@ pub enum EncryptionCommand {
         pool: String,
         /// Number of the slot.
         slot: u32,
+        /// Do not ask.
+        #[arg(short = 'y', long)]
+        yes: bool,
         #[command(flatten)]
         socket: SocketArgs,
     },
@@ -225,6 +264,8 @@ pub enum EncryptionCommand {
         /// Stored MB a second at most [default: 100].
         #[arg(long, value_name = "MB/S")]
         rate: Option<u32>,
+        #[command(flatten)]
+        then: ThenArgs,
         #[command(flatten)]
         socket: SocketArgs,
     },
@@ -429,9 +470,14 @@ pub fn run(command: EncryptionCommand) -> Result<(), Failure> {
             let params = new.add_to(params, Some(kind), &mut passwords)?;
             print(&call(&mut client, "cryptfold_encryption_add_slot", Some(params))?);
         }
-        EncryptionCommand::RemoveSlot { pool, slot, socket } => {
+        EncryptionCommand::RemoveSlot { pool, slot, yes, socket } => {
+            let mut client = connect(&socket)?;
+            confirm(
+                &format!("remove key slot {slot} of {pool}: what it was opened by opens it no more"),
+                yes,
+            )?;
             let params = json!({"name": pool, "slot": slot});
-            call(&mut connect(&socket)?, "cryptfold_encryption_remove_slot", Some(params))?;
+            call(&mut client, "cryptfold_encryption_remove_slot", Some(params))?;
         }
         EncryptionCommand::RotateKek { pool, slot, password, source, key_file, keep_old, socket } => {
             let mut client = connect(&socket)?;
@@ -446,19 +492,26 @@ pub fn run(command: EncryptionCommand) -> Result<(), Failure> {
             print(&call(&mut client, "cryptfold_encryption_rotate_kek", Some(params))?);
         }
         EncryptionCommand::Rotate { what, socket } => {
-            print(&call(&mut connect(&socket)?, "cryptfold_encryption_rotate", Some(what.params()))?);
+            let mut client = connect(&socket)?;
+            let answer = call(&mut client, "cryptfold_encryption_rotate", Some(what.params()))?;
+            what.then.follow(&mut client, &what.pool, &answer)?;
         }
         EncryptionCommand::Disable { what, socket } => {
-            print(&call(&mut connect(&socket)?, "cryptfold_encryption_disable", Some(what.params()))?);
+            let mut client = connect(&socket)?;
+            let answer = call(&mut client, "cryptfold_encryption_disable", Some(what.params()))?;
+            what.then.follow(&mut client, &what.pool, &answer)?;
         }
         EncryptionCommand::Enable { what, slot, new, socket } => {
             let mut client = connect(&socket)?;
             let params = new.add_to(what.params(), slot, &mut passwords)?;
-            print(&call(&mut client, "cryptfold_encryption_enable", Some(params))?);
+            let answer = call(&mut client, "cryptfold_encryption_enable", Some(params))?;
+            what.then.follow(&mut client, &what.pool, &answer)?;
         }
-        EncryptionCommand::Renew { pool, rate, socket } => {
+        EncryptionCommand::Renew { pool, rate, then, socket } => {
+            let mut client = connect(&socket)?;
             let params = given(json!({"name": pool, "rate_mb_s": rate}));
-            print(&call(&mut connect(&socket)?, "cryptfold_encryption_renew", Some(params))?);
+            let answer = call(&mut client, "cryptfold_encryption_renew", Some(params))?;
+            then.follow(&mut client, &pool, &answer)?;
         }
         EncryptionCommand::Backup { pool, file, password, socket } => {
             let mut client = connect(&socket)?;

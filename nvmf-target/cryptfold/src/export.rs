@@ -6,7 +6,7 @@ use clap::Args;
 use cryptfold_control::client::Client;
 use serde_json::{Value, json};
 
-use crate::rpc::{call, connect as to_target};
+use crate::rpc::{absolute, call, connect as to_target, print};
 use crate::status::list;
 use crate::{Failure, SocketArgs};
 
@@ -27,12 +27,22 @@ pub struct ExportArgs {
     /// Only this host may connect, by its NQN; may be given several times [default: any host that reaches the port].
     #[arg(long = "host", value_name = "NQN", requires = "export")]
     hosts: Vec<String>,
+    /// The host encrypts (dm-crypt, aes-xts-plain64): file of the target's machine with its key, 64 bytes raw or hexadecimal, mode
+    /// 0600. The volume stores plaintext, reduced and encrypted with the pool's key; the host sees its ciphertext.
+    #[arg(long, value_name = "FILE", requires = "export")]
+    host_key: Option<String>,
+    /// Bytes in a data unit of the host's dm-crypt.
+    #[arg(long, value_name = "BYTES", default_value = "512", value_parser = ["512", "4096"], requires = "host_key")]
+    host_sector_size: String,
 }
 
 #[derive(Args)]
 pub struct ConnectArgs {
     /// Only this subsystem.
     nqn: Option<String>,
+    /// JSON: an array of the lines.
+    #[arg(long)]
+    json: bool,
     #[command(flatten)]
     socket: SocketArgs,
 }
@@ -65,11 +75,33 @@ fn connect_line(nqn: &str, at: SocketAddr) -> String {
     format!("nvme connect -t tcp -a {host} -s {} -n {nqn}", at.port())
 }
 
-/// A subsystem with the volume, `uuid`, as its only namespace; the line for its hosts. Undone if it fails.
-pub fn export(client: &mut Client, uuid: &str, args: &ExportArgs) -> Result<Vec<String>, Failure> {
+/// A subsystem with the volume `uuid` (called `volume`) as its only namespace; the line for its hosts. Undone if it fails.
+pub fn export(
+    client: &mut Client,
+    uuid: &str,
+    volume: &str,
+    args: &ExportArgs,
+) -> Result<Vec<String>, Failure> {
     if !args.export {
         return Ok(Vec::new());
     }
+    let Some(key_file) = &args.host_key else { return serve(client, uuid, uuid, args) };
+    let layer = format!("{volume}-host");
+    let params = json!({
+        "base_bdev_name": uuid, "name": layer, "key_file": absolute(key_file.clone())?,
+        "sector_size": args.host_sector_size.parse::<u32>().unwrap_or(512),
+    });
+    call(client, "bdev_hostcrypt_create", Some(params))?;
+    let lines = serve(client, uuid, &layer, args);
+    if lines.is_err() {
+        // What failed is what the user has to know.
+        let _ = call(client, "bdev_hostcrypt_delete", Some(json!({"name": layer})));
+    }
+    lines
+}
+
+/// A subsystem, named after the volume if it has no name, with the device `bdev`.
+fn serve(client: &mut Client, uuid: &str, bdev: &str, args: &ExportArgs) -> Result<Vec<String>, Failure> {
     let own = || format!("nqn.2014-08.org.nvmexpress:uuid:{uuid}");
     let nqn = args.nqn.clone().unwrap_or_else(own);
     let transports = call(client, "nvmf_get_transports", None)?;
@@ -81,29 +113,32 @@ pub fn export(client: &mut Client, uuid: &str, args: &ExportArgs) -> Result<Vec<
     let at = args.listen.or_else(|| listens(&subsystems)).unwrap_or(local);
     let any = args.hosts.is_empty();
     call(client, "nvmf_create_subsystem", Some(json!({"nqn": nqn, "allow_any_host": any})))?;
-    let made = furnish(client, &nqn, uuid, at, &args.hosts);
+    let made = furnish(client, &nqn, bdev, at, &args.hosts);
     if made.is_err() {
         // What failed is what the user has to know.
         let _ = call(client, "nvmf_delete_subsystem", Some(json!({"nqn": nqn})));
     }
     made?;
+    let lines = lines(client, Some(&nqn))?;
     if any {
-        eprintln!("cryptfold: any host that reaches {at} may connect; --host NQN names those that may");
+        eprintln!(
+            "cryptfold: any host that reaches this address may connect; --host NQN names those that may"
+        );
     }
-    lines(client, Some(&nqn))
+    Ok(lines)
 }
 
 fn furnish(
     client: &mut Client,
     nqn: &str,
-    uuid: &str,
+    bdev: &str,
     at: SocketAddr,
     hosts: &[String],
 ) -> Result<(), Failure> {
     for host in hosts {
         call(client, "nvmf_subsystem_add_host", Some(json!({"nqn": nqn, "host": host})))?;
     }
-    let namespace = json!({"nqn": nqn, "namespace": {"bdev_name": uuid}});
+    let namespace = json!({"nqn": nqn, "namespace": {"bdev_name": bdev}});
     call(client, "nvmf_subsystem_add_ns", Some(namespace))?;
     let listen = json!({"nqn": nqn, "listen_address": {
         "trtype": "TCP", "traddr": at.ip().to_string(), "trsvcid": at.port().to_string(),
@@ -129,7 +164,11 @@ pub fn connect(args: ConnectArgs) -> Result<(), Failure> {
             "no subsystem listens; cryptfold volume create --export makes one".into(),
         ));
     }
-    lines.iter().for_each(|line| println!("{line}"));
+    if args.json {
+        print(&lines.into());
+    } else {
+        lines.iter().for_each(|line| println!("{line}"));
+    }
     Ok(())
 }
 

@@ -9,6 +9,7 @@ use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{FileTypeExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use clap::{Args, Subcommand};
 use cryptfold_control::keys::{random_key, read_key_file};
@@ -24,6 +25,7 @@ use zeroize::Zeroizing;
 use crate::rpc::{call, connect, given, print};
 use crate::shell::confirm;
 use crate::status::{Table, list};
+use crate::work::patiently;
 use crate::{Failure, SocketArgs};
 
 /// Bytes of AES-256-XTS's key, both halves.
@@ -93,6 +95,17 @@ pub enum HostCommand {
         #[command(flatten)]
         kmip: KmipArgs,
     },
+    /// On a host: print the block device of a subsystem that it is connected to, as soon as it is there.
+    Device {
+        /// Name of the subsystem.
+        nqn: String,
+        /// Number of the namespace.
+        #[arg(long, default_value_t = 1)]
+        nsid: u32,
+        /// Seconds to wait for it.
+        #[arg(short = 't', long, default_value_t = 60)]
+        timeout: u64,
+    },
     /// On the target: what it makes of volumes on which hosts put LUKS2.
     Status {
         /// Name of a device; all when not given.
@@ -109,6 +122,12 @@ pub fn run(command: HostCommand) -> Result<(), Failure> {
     match command {
         HostCommand::Enroll(args) => enroll(&args),
         HostCommand::Open { device, name, kmip } => open(&device, &name, &kmip),
+        HostCommand::Device { nqn, nsid, timeout } => {
+            let limit = Duration::from_secs(timeout);
+            let found = patiently("waiting for the device", || device(Path::new("/"), &nqn, nsid, limit))?;
+            println!("{}", found.display());
+            Ok(())
+        }
         HostCommand::Status { name, json, socket } => {
             let params = given(json!({"name": name}));
             let found = call(&mut connect(&socket)?, "bdev_luks_get_status", Some(params))?;
@@ -123,13 +142,59 @@ pub fn run(command: HostCommand) -> Result<(), Failure> {
 }
 
 fn table(found: &Value) -> Table {
-    let mut table = Table::new(&["device", "state", "key", "LUKS volume", "reason"], &[false; 5]);
+    let mut table = Table::new(&["DEVICE", "STATE", "KEY", "LUKS VOLUME", "REASON"], &[false; 5]);
     let text = |v: &Value| v.as_str().unwrap_or("-").to_owned();
     for v in list(found) {
         let cells = [&v["name"], &v["state"], &v["key_state"], &v["uuid"], &v["reason"]];
         table.row(cells.map(text).into());
     }
     table
+}
+
+// ---- the kernel's devices
+
+/// Whether it is a namespace's device that can be opened: nvme0n1, and not nvme0c0n1, which is one path to it.
+fn is_namespace(name: &str) -> bool {
+    let digits = |text: &str| !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit());
+    let parts = name.strip_prefix("nvme").and_then(|rest| rest.split_once('n'));
+    parts.is_some_and(|(subsystem, namespace)| digits(subsystem) && digits(namespace))
+}
+
+fn below(dir: &Path) -> Vec<PathBuf> {
+    let entries = std::fs::read_dir(dir).into_iter().flatten().flatten();
+    let mut paths: Vec<PathBuf> = entries.map(|entry| entry.path()).collect();
+    paths.sort();
+    paths
+}
+
+/// The device of namespace `nsid` of the subsystem `nqn`, if the kernel below `root` has it. A namespace is in the subsystem's
+/// directory, or, where the kernel knows no multipath, in that of its controller.
+fn find_device(root: &Path, nqn: &str, nsid: u32) -> Option<PathBuf> {
+    let is =
+        |file: PathBuf, text: &str| std::fs::read_to_string(file).is_ok_and(|found| found.trim() == text);
+    let subsystems = below(&root.join("sys/class/nvme-subsystem"));
+    let inside = subsystems.into_iter().filter(|s| is(s.join("subsysnqn"), nqn)).flat_map(|s| below(&s));
+    let both = inside.flat_map(|path| [below(&path), vec![path]].concat());
+    let mut names = both.filter(|path| is(path.join("nsid"), &nsid.to_string())).filter_map(|path| {
+        let name = path.file_name()?.to_str()?;
+        is_namespace(name).then(|| root.join("dev").join(name))
+    });
+    names.find(|node| node.exists())
+}
+
+fn device(root: &Path, nqn: &str, nsid: u32, limit: Duration) -> Result<PathBuf, Failure> {
+    let begun = Instant::now();
+    loop {
+        if let Some(found) = find_device(root, nqn, nsid) {
+            return Ok(found);
+        }
+        if begun.elapsed() >= limit {
+            return Err(Failure::Failed(format!(
+                "this machine has no namespace {nsid} of {nqn}: is it connected (nvme connect, nvme list-subsys)?"
+            )));
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
 }
 
 // ---- the key server
@@ -302,7 +367,7 @@ fn enroll(args: &EnrollArgs) -> Result<(), Failure> {
         if is_block && let Err(Failure::Failed(e)) = tool("blkdiscard", &[device], None) {
             eprintln!("cryptfold: what was on {device} could not be discarded: {e}");
         }
-        format(args, device, &objects, &key)
+        patiently("formatting", || format(args, device, &objects, &key))
     });
     if formatted.is_err() && made {
         destroy(&client, &objects);
@@ -375,4 +440,38 @@ fn open(device: &Path, name: &str, kmip: &KmipArgs) -> Result<(), Failure> {
     let (bits, key_path) = ((key.len() * 8).to_string(), handed.path());
     let args = ["open", "--type", "luks2", "--key-size", &bits, "--volume-key-file", &key_path, path, name];
     tool("cryptsetup", &args, None)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn devices_of_connected_subsystems() {
+        let root = tempfile::tempdir().unwrap();
+        let make = |path: &str, content: &str| {
+            let path = root.path().join(path);
+            std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+            std::fs::write(path, content).unwrap();
+        };
+        let find = |nqn: &str, nsid| find_device(root.path(), nqn, nsid);
+        // With multipath: the device, and its path by one controller.
+        make("sys/class/nvme-subsystem/nvme-subsys0/subsysnqn", "nqn.a\n");
+        make("sys/class/nvme-subsystem/nvme-subsys0/nvme0n1/nsid", "1\n");
+        make("sys/class/nvme-subsystem/nvme-subsys0/nvme0/nvme0c0n1/nsid", "1\n");
+        assert_eq!(find("nqn.a", 1), None, "there is no node yet");
+        make("dev/nvme0c0n1", "");
+        assert_eq!(find("nqn.a", 1), None, "a path is no device");
+        make("dev/nvme0n1", "");
+        assert_eq!(find("nqn.a", 1), Some(root.path().join("dev/nvme0n1")));
+        assert_eq!(find("nqn.a", 2), None);
+        assert_eq!(find("nqn", 1), None);
+        // Without: below the controller.
+        make("sys/class/nvme-subsystem/nvme-subsys1/subsysnqn", "nqn.b\n");
+        make("sys/class/nvme-subsystem/nvme-subsys1/nvme1/nvme1n2/nsid", "2\n");
+        make("dev/nvme1n2", "");
+        assert_eq!(find("nqn.b", 2), Some(root.path().join("dev/nvme1n2")));
+        let none = device(root.path(), "nqn.c", 1, Duration::ZERO);
+        assert!(matches!(none, Err(Failure::Failed(e)) if e.contains("nqn.c") && e.contains("nvme connect")));
+    }
 }

@@ -9,6 +9,7 @@ mod encryption;
 mod estimate;
 mod export;
 mod host;
+mod reference;
 mod rpc;
 mod shell;
 mod signals;
@@ -16,11 +17,12 @@ mod size;
 mod status;
 mod target;
 mod top;
+mod work;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, FromArgMatches as _, Parser, Subcommand};
 use cryptfold_control::server::DEFAULT_SOCKET;
 
 #[derive(Parser)]
@@ -94,8 +96,21 @@ impl From<String> for Failure {
     }
 }
 
+/// At the end of every help and manual page.
+const EXIT_CODES: &str = "Exit codes: 0 done; 1 it went wrong, and a line on standard error says what; 2 called wrongly; \
+    3 the key or password does not fit or is not there.";
+
+/// The whole command line.
+fn commands() -> clap::Command {
+    fn with_codes(command: clap::Command) -> clap::Command {
+        command.after_help(EXIT_CODES).mut_subcommands(with_codes)
+    }
+    with_codes(Cli::command())
+}
+
 fn main() -> ExitCode {
-    let command = Cli::parse().command;
+    let parsed = Cli::from_arg_matches(&commands().get_matches());
+    let command = parsed.unwrap_or_else(|e| e.exit()).command;
     if !matches!(command, Command::Target(_)) {
         signals::end_with_pipes();
     }

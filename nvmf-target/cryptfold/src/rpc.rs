@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use clap::{Args, Subcommand, ValueEnum};
 use cryptfold_control::client::{Client, ClientError};
+use cryptfold_control::jsonrpc::RpcError;
 use cryptfold_control::keys::default_key_dir;
 use cryptfold_control::offline::{self, OfflineCheck};
 use cryptfold_control::{Control, ControlConfig};
@@ -13,7 +14,8 @@ use serde_json::{Map, Value, json};
 use crate::encryption::Passwords;
 use crate::export::{ExportArgs, export};
 use crate::shell::confirm;
-use crate::status;
+use crate::status::{self, list};
+use crate::work::{Background, background, check_text, patiently};
 use crate::{Failure, SocketArgs, size};
 
 #[derive(Args)]
@@ -41,10 +43,34 @@ pub fn connect(socket: &SocketArgs) -> Result<Client, Failure> {
 }
 
 pub fn call(client: &mut Client, method: &str, params: Option<Value>) -> Result<Value, Failure> {
-    client.call(method, params).map_err(|e| match &e {
+    patiently(method, || client.call(method, params)).map_err(|e| match &e {
         ClientError::Rpc { error, .. } if error.code == -126 => Failure::Key(e.to_string()),
+        ClientError::Rpc { error, .. } => match way_out(method, error) {
+            Some(way) => Failure::Failed(format!("{e}; {way}")),
+            None => Failure::Failed(e.to_string()),
+        },
         _ => Failure::Failed(e.to_string()),
     })
+}
+
+/// What shows what there is instead, or is to be done first.
+fn way_out(method: &str, error: &RpcError) -> Option<&'static str> {
+    let volume = method.starts_with("bdev_lvol_");
+    match error.code {
+        RpcError::ENODEV if error.message.starts_with("pool ") => {
+            Some("`cryptfold pool list` shows the pools")
+        }
+        RpcError::ENODEV if error.message.starts_with("bdev ") => {
+            Some("`cryptfold rpc bdev_get_bdevs` shows the devices")
+        }
+        RpcError::ENODEV if volume => Some("`cryptfold volume list` shows the volumes"),
+        RpcError::EBUSY if error.message.contains("claimed") => Some("`cryptfold status` shows what uses it"),
+        RpcError::ENOSPC => Some("`cryptfold pool list` shows the space"),
+        RpcError::METHOD_NOT_FOUND if !error.message.contains("did you mean") => {
+            Some("`cryptfold rpc rpc_get_methods` shows the methods")
+        }
+        _ => None,
+    }
 }
 
 pub fn print(v: &Value) {
@@ -161,6 +187,12 @@ pub enum PoolCommand {
         /// MB (10^6) of stored data per second at most [default: 100].
         #[arg(long, value_name = "MB/S", value_parser = clap::value_parser!(u32).range(1..))]
         rate: Option<u32>,
+        /// Wait for its end, with a bar on a terminal; exit code 1 when something is damaged.
+        #[arg(long)]
+        wait: bool,
+        /// JSON instead of text.
+        #[arg(long)]
+        json: bool,
         #[command(flatten)]
         socket: SocketArgs,
     },
@@ -171,6 +203,12 @@ pub enum PoolCommand {
         /// What to do.
         #[arg(value_enum, default_value_t = ScrubAction::Start)]
         action: ScrubAction,
+        /// Wait for its end, with a bar on a terminal.
+        #[arg(long)]
+        wait: bool,
+        /// JSON instead of text.
+        #[arg(long)]
+        json: bool,
         #[command(flatten)]
         socket: SocketArgs,
     },
@@ -202,6 +240,9 @@ pub enum PoolCommand {
         /// DEVICE: directory of key files [default: as for the target].
         #[arg(long, value_name = "DIR")]
         keys: Option<PathBuf>,
+        /// JSON instead of text.
+        #[arg(long)]
+        json: bool,
         #[command(flatten)]
         socket: SocketArgs,
     },
@@ -241,7 +282,7 @@ pub enum VolumeCommand {
     },
     /// Create a volume; prints its UUID, and with --export the line that connects a host to it.
     Create {
-        /// POOL/VOLUME.
+        /// POOL/VOLUME; the volume's name alone where there is one pool.
         volume: String,
         /// Size that hosts see, for example 10G.
         #[arg(value_parser = size::parse, required_unless_present = "size")]
@@ -254,6 +295,9 @@ pub enum VolumeCommand {
         domain: Option<String>,
         #[command(flatten)]
         export: ExportArgs,
+        /// JSON instead of text.
+        #[arg(long)]
+        json: bool,
         #[command(flatten)]
         socket: SocketArgs,
     },
@@ -282,6 +326,9 @@ pub enum VolumeCommand {
         /// New size, for example 20G.
         #[arg(value_parser = size::parse)]
         size: u64,
+        /// Do not ask before it is made smaller.
+        #[arg(short = 'y', long)]
+        yes: bool,
         #[command(flatten)]
         socket: SocketArgs,
     },
@@ -362,34 +409,41 @@ pub fn pool(command: PoolCommand) -> Result<(), Failure> {
             confirm(&format!("delete pool {name} with all its volumes"), yes)?;
             call(&mut client, "bdev_lvol_delete_lvstore", Some(json!({"lvs_name": name})))?;
         }
-        PoolCommand::Scrub { name, action, rate, socket } => {
+        PoolCommand::Scrub { name, action, rate, wait, json, socket } => {
             let params = given(json!({"lvs_name": name, "action": action.name(), "rate_mb_s": rate}));
-            print(&call(&mut connect(&socket)?, "cryptfold_pool_scrub", Some(params))?);
+            background(&mut connect(&socket)?, Background::Scrub, &name, params, wait, json)?;
         }
-        PoolCommand::Dedupe { name, action, socket } => {
+        PoolCommand::Dedupe { name, action, wait, json, socket } => {
             let params = json!({"lvs_name": name, "action": action.name()});
-            print(&call(&mut connect(&socket)?, "cryptfold_pool_dedupe", Some(params))?);
+            background(&mut connect(&socket)?, Background::Dedupe, &name, params, wait, json)?;
         }
         PoolCommand::Grow { name, socket } => {
             call(&mut connect(&socket)?, "bdev_lvol_grow_lvstore", Some(json!({"lvs_name": name})))?;
         }
-        PoolCommand::Check { name, data, repair, key_file, password_file, keys, socket } => {
+        PoolCommand::Check { name, data, repair, key_file, password_file, keys, json, socket } => {
             let report = if name.contains('/') {
-                offline::check(&OfflineCheck {
+                let wanted = OfflineCheck {
                     device: name.clone().into(),
                     key_file,
                     password_file,
                     key_dir: keys.unwrap_or_else(default_key_dir),
                     data,
                     repair,
-                })?
+                };
+                patiently("checking", || offline::check(&wanted))?
             } else {
                 let params = json!({"lvs_name": name, "data": data, "repair": repair});
                 call(&mut connect(&socket)?, "cryptfold_pool_check", Some(params))?
             };
-            print(&report);
+            if json {
+                print(&report);
+            } else {
+                print!("{}", check_text(&report));
+            }
             if report["clean"] != true {
-                return Err(format!("pool {name} has inconsistencies, listed above").into());
+                let repair =
+                    if repair { "" } else { "; --repair puts right what can be put right without guessing" };
+                return Err(format!("pool {name} has inconsistencies, listed above{repair}").into());
             }
         }
     }
@@ -400,6 +454,53 @@ pub fn pool(command: PoolCommand) -> Result<(), Failure> {
 pub fn absolute(path: String) -> Result<String, Failure> {
     let p = std::path::absolute(&path).map_err(|e| Failure::Usage(format!("{path}: {e}")))?;
     Ok(p.to_string_lossy().into_owned())
+}
+
+/// The pool, where there is just one.
+fn the_pool(client: &mut Client, volume: &str) -> Result<String, Failure> {
+    let pools = call(client, "bdev_lvol_get_lvstores", None)?;
+    let names: Vec<&str> = list(&pools).iter().filter_map(|p| p["name"].as_str()).collect();
+    match names.as_slice() {
+        [one] => Ok((*one).to_owned()),
+        [] => Err(Failure::Failed(format!(
+            "there is no pool for \"{volume}\"; `cryptfold pool create` makes one"
+        ))),
+        several => Err(Failure::Usage(format!(
+            "\"{volume}\": which pool? POOL/VOLUME is needed, like {}/{volume}; there are {}",
+            several[0],
+            several.join(", ")
+        ))),
+    }
+}
+
+fn create_volume(client: &mut Client, params: Value, how: &ExportArgs, as_json: bool) -> Result<(), Failure> {
+    let names =
+        [&params["lvs_name"], &params["lvol_name"]].map(|v| v.as_str().unwrap_or_default().to_owned());
+    let made = call(client, "bdev_lvol_create", Some(params))?;
+    let uuid = made.as_str().unwrap_or_default();
+    let exported = export(client, uuid, &names[1], how);
+    if exported.is_err() {
+        // It is new and empty: the command can be given again. What failed is what the user has to know.
+        let _ = call(client, "bdev_lvol_delete", Some(json!({"name": uuid})));
+    }
+    let lines = exported?;
+    if as_json {
+        print(&json!({"uuid": uuid, "name": names.join("/"), "connect": lines}));
+    } else {
+        print(&made);
+        lines.iter().for_each(|line| println!("{line}"));
+    }
+    Ok(())
+}
+
+/// What a volume's size is now.
+fn volume_bytes(client: &mut Client, volume: &str) -> Result<u64, Failure> {
+    let volumes = call(client, "bdev_lvol_get_lvols", None)?;
+    let found = list(&volumes).iter().find(|v| v["alias"] == volume || v["uuid"] == volume);
+    let bytes = found.and_then(|v| v["size_bytes"].as_u64());
+    bytes.ok_or_else(|| {
+        Failure::Failed(format!("there is no volume {volume}; `cryptfold volume list` shows them"))
+    })
 }
 
 pub fn volume(command: VolumeCommand) -> Result<(), Failure> {
@@ -413,23 +514,15 @@ pub fn volume(command: VolumeCommand) -> Result<(), Failure> {
                 status::volumes(&volumes).print();
             }
         }
-        VolumeCommand::Create { volume, bytes, size, domain, export: how, socket } => {
-            let (pool, name) = volume.split_once('/').ok_or_else(|| {
-                Failure::Usage(format!("\"{volume}\": POOL/VOLUME is needed, like pool0/vol0"))
-            })?;
+        VolumeCommand::Create { volume, bytes, size, domain, export, json, socket } => {
+            let mut client = connect(&socket)?;
+            let (pool, name) = match volume.split_once('/') {
+                Some((pool, name)) => (pool.to_owned(), name),
+                None => (the_pool(&mut client, &volume)?, volume.as_str()),
+            };
             let size = bytes.or(size);
             let params = given(json!({"lvs_name": pool, "lvol_name": name, "size": size, "domain": domain}));
-            let mut client = connect(&socket)?;
-            let made = call(&mut client, "bdev_lvol_create", Some(params))?;
-            let uuid = made.as_str().unwrap_or_default();
-            let exported = export(&mut client, uuid, &how);
-            if exported.is_err() {
-                // It is new and empty: the command can be given again. What failed is what the user has to know.
-                let _ = call(&mut client, "bdev_lvol_delete", Some(json!({"name": uuid})));
-            }
-            let lines = exported?;
-            print(&made);
-            lines.iter().for_each(|line| println!("{line}"));
+            create_volume(&mut client, params, &export, json)?;
         }
         VolumeCommand::Snapshot { volume, name, socket } => {
             let params = json!({"lvol_name": volume, "snapshot_name": name});
@@ -439,9 +532,17 @@ pub fn volume(command: VolumeCommand) -> Result<(), Failure> {
             let params = json!({"snapshot_name": snapshot, "clone_name": name});
             print(&call(&mut connect(&socket)?, "bdev_lvol_clone", Some(params))?);
         }
-        VolumeCommand::Resize { volume, size, socket } => {
-            let params = json!({"name": volume, "size": size});
-            call(&mut connect(&socket)?, "bdev_lvol_resize", Some(params))?;
+        VolumeCommand::Resize { volume, size, yes, socket } => {
+            let mut client = connect(&socket)?;
+            let now = volume_bytes(&mut client, &volume)?;
+            if size < now {
+                let (now, size) = (size::show(now), size::show(size));
+                confirm(
+                    &format!("shrink {volume} from {now} to {size}, with the loss of what lies beyond"),
+                    yes,
+                )?;
+            }
+            call(&mut client, "bdev_lvol_resize", Some(json!({"name": volume, "size": size})))?;
         }
         VolumeCommand::Inflate { volume, socket } => {
             call(&mut connect(&socket)?, "bdev_lvol_inflate", Some(json!({"name": volume})))?;

@@ -3,9 +3,9 @@
 use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
 
-use clap::{Args, CommandFactory as _};
+use clap::Args;
 
-use crate::{Cli, Failure};
+use crate::{Failure, commands};
 
 #[derive(Args)]
 pub struct CompletionArgs {
@@ -15,7 +15,7 @@ pub struct CompletionArgs {
 
 pub fn completion(args: CompletionArgs) -> Result<(), Failure> {
     let mut script = Vec::new();
-    clap_complete::generate(args.shell, &mut Cli::command(), "cryptfold", &mut script);
+    clap_complete::generate(args.shell, &mut commands(), "cryptfold", &mut script);
     std::io::stdout().write_all(&script).map_err(|e| Failure::Failed(format!("standard output: {e}")))
 }
 
@@ -28,7 +28,7 @@ pub struct ManArgs {
 pub fn man(args: ManArgs) -> Result<(), Failure> {
     let failed = |e: std::io::Error| Failure::Failed(format!("{}: {e}", args.dir.display()));
     std::fs::create_dir_all(&args.dir).map_err(failed)?;
-    clap_mangen::generate_to(Cli::command(), &args.dir).map_err(failed)
+    clap_mangen::generate_to(commands(), &args.dir).map_err(failed)
 }
 
 /// Asks on the terminal before `what` ("delete volume p/v with all its data") is done; without one, `--yes` has to say it.

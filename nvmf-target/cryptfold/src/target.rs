@@ -23,7 +23,7 @@ use zeroize::Zeroizing;
 
 use crate::cores::Cores;
 use crate::signals::{EndRequests, kill_self};
-use crate::{Failure, SocketArgs};
+use crate::{Failure, SocketArgs, reference};
 
 #[derive(Clone, Copy, ValueEnum)]
 enum Idle {
@@ -78,6 +78,9 @@ pub struct TargetArgs {
     /// Allow core dumps. They contain keys and the hosts' data.
     #[arg(long)]
     core_dumps: bool,
+    /// Print these options and the settings of the configuration file as docs/configuration.md has them (Markdown), and end.
+    #[arg(long)]
+    doc: bool,
 }
 
 fn level(word: &str) -> Result<Level, String> {
@@ -86,6 +89,10 @@ fn level(word: &str) -> Result<Level, String> {
 
 /// Runs until asked to end, then drains, flushes and checkpoints.
 pub fn run(args: TargetArgs) -> Result<(), Failure> {
+    if args.doc {
+        print!("{}", reference::markdown());
+        return Ok(());
+    }
     // SAFETY: first of all: nothing has used the library yet.
     if !unsafe { awslc::keep_out_of_dumps() } {
         return Err("the cipher library does not take the memory that is kept out of core dumps"

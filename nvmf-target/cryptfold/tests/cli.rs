@@ -1,80 +1,13 @@
 //! The program from outside: exit codes, one line per error, start, end, status.
 
-use std::io::{BufRead, BufReader, Read as _, Write as _};
+mod common;
+
+use std::io::{Read as _, Write as _};
 use std::path::Path;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-fn program() -> Command {
-    let mut c = Command::new(env!("CARGO_BIN_EXE_cryptfold"));
-    c.env_remove("CRYPTFOLD_KEYS").stdin(Stdio::null());
-    c
-}
-
-fn run(args: &[&str]) -> Output {
-    program().args(args).output().unwrap()
-}
-
-/// The error is one line, and the code is as promised.
-fn refused(args: &[&str], code: i32, words: &[&str]) {
-    let out = run(args);
-    let err = String::from_utf8_lossy(&out.stderr);
-    assert_eq!(out.status.code(), Some(code), "{args:?}: {err}");
-    for w in words {
-        assert!(err.contains(w), "{args:?}: no \"{w}\" in: {err}");
-    }
-    if code == 1 {
-        let lines = err.lines().filter(|l| l.starts_with("cryptfold: ")).count();
-        assert_eq!(lines, 1, "{args:?}: {err}");
-    }
-    assert!(out.stdout.is_empty(), "{args:?}");
-}
-
-/// Longest wait for what has to happen, on a machine that is busy.
-const PATIENCE: Duration = Duration::from_secs(120);
-
-struct Target {
-    child: Child,
-    ready: String,
-}
-
-fn start(dir: &Path, more: &[&str]) -> Target {
-    let mut child = program()
-        .args(["target", "--idle", "interrupt", "-r"])
-        .arg(dir.join("s.sock"))
-        .arg("--keys")
-        .arg(dir.join("keys"))
-        .args(more)
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .unwrap();
-    let mut ready = String::new();
-    BufReader::new(child.stdout.take().unwrap()).read_line(&mut ready).unwrap();
-    Target { child, ready }
-}
-
-impl Target {
-    fn end(mut self, signal: &str) -> Option<i32> {
-        let pid = self.child.id().to_string();
-        assert!(Command::new("kill").args([signal, &pid]).status().unwrap().success());
-        let limit = Instant::now() + PATIENCE;
-        while Instant::now() < limit {
-            if let Some(status) = self.child.try_wait().unwrap() {
-                return status.code();
-            }
-            std::thread::sleep(Duration::from_millis(20));
-        }
-        panic!("the target did not end");
-    }
-}
-
-impl Drop for Target {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
+use common::{PATIENCE, program, refused, run, start};
 
 #[test]
 fn wrong_usage_and_wrong_configurations() {
@@ -253,7 +186,8 @@ fn a_pool_is_checked_online_and_offline() {
         {"method":"bdev_lvol_create_lvstore","params":{"bdev_name":"u","lvs_name":"p","memory_budget_mib":16}},
         {"method":"bdev_lvol_create","params":{"lvs_name":"p","lvol_name":"v","size_in_mib":16}}]}]}"#;
     std::fs::write(&conf, text.replace("DISK", &disk)).unwrap();
-    let check = |more: &[&str]| run(&[&["pool", "check", "--keys", &keys, "-r", &sock], more].concat());
+    let check =
+        |more: &[&str]| run(&[&["pool", "check", "--json", "--keys", &keys, "-r", &sock], more].concat());
     let t = start(dir.path(), &["-c", &conf]);
     for more in [&["p"][..], &["p", "--data", "--repair"]] {
         let out = check(more);
@@ -264,12 +198,12 @@ fn a_pool_is_checked_online_and_offline() {
         assert!(out.status.success(), "{more:?}: {}", String::from_utf8_lossy(&out.stderr));
         String::from_utf8_lossy(&out.stdout).into_owned()
     };
-    assert!(pool(&["dedupe", "p", "status"]).contains("\"never\""));
-    assert!(pool(&["dedupe", "p"]).contains("\"running\""));
-    assert!(pool(&["scrub", "p", "status"]).contains("\"never\""));
-    assert!(pool(&["scrub", "p", "--rate", "50"]).contains("\"bytes_per_s\": 50000000"));
+    assert!(pool(&["dedupe", "p", "status", "--json"]).contains("\"never\""));
+    assert!(pool(&["dedupe", "p", "--json"]).contains("\"running\""));
+    assert!(pool(&["scrub", "p", "status", "--json"]).contains("\"never\""));
+    assert!(pool(&["scrub", "p", "--rate", "50", "--json"]).contains("\"bytes_per_s\": 50000000"));
     let limit = Instant::now() + PATIENCE;
-    while !pool(&["scrub", "p", "status"]).contains("\"done\"") {
+    while !pool(&["scrub", "p", "status", "--json"]).contains("\"done\"") {
         assert!(Instant::now() < limit, "the scrub of an empty pool does not end");
     }
     // What the log says are events for people, too.
@@ -390,4 +324,16 @@ fn completion_and_manual_pages() {
     for page in ["cryptfold.1", "cryptfold-volume-create.1", "cryptfold-top.1"] {
         assert!(std::fs::read_to_string(pages.join(page)).unwrap().contains(".TH"), "{page}");
     }
+}
+
+/// `docs/configuration.md` ends with what the program says of itself.
+#[test]
+fn the_configuration_reference_is_the_programs() {
+    let out = run(&["target", "--doc"]);
+    let text = String::from_utf8_lossy(&out.stdout);
+    assert!(out.status.success() && text.contains("`-c`, `--config FILE`"), "{text}");
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../docs/configuration.md");
+    let document = std::fs::read_to_string(path).unwrap();
+    let (_, generated) = document.split_once("compares it with the program. -->\n\n").unwrap();
+    assert!(generated == text, "docs/configuration.md: replace its last part by `cryptfold target --doc`");
 }
