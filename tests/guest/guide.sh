@@ -13,21 +13,10 @@ export PATH="/tmp/bin:$PATH"
 cd /tmp/guide || exit 2
 
 step "the guide's blocks"
-[ -z "$(grep '^```.' "$guide" | grep -vxE '```sh( download)?')" ] || fail "a block of another kind would be passed over"
 [ "$(grep -cx '```sh download' "$guide")" = 1 ] || fail "more than one download"
 # What the download makes.
 ln -s "$venv" kms
-# shellcheck disable=SC2016
-{
-    echo 'set -e
-section() {
-    [ -z "${now:-}" ] || printf "PASS %s (%d s)\n" "$now" $((SECONDS - begun)) >&3
-    now=$1 begun=$SECONDS
-} 2>/dev/null'
-    awk '/^## / { gsub(/\047/, ""); print "section \047" substr($0, 4) "\047" }
-        /^```/ { inside = 0 } inside; /^```sh$/ { inside = 1 }' "$guide"
-    echo 'section ""'
-} >commands
+commands_of 'sh( download)?' "$guide" >commands
 bash -n commands || fail "no shell"
 [ "$(grep -c '^section .[1-9]' commands)" -ge 5 ] || fail "only these sections: $(grep '^section .[1-9]' commands)"
 # Key server and target outlive the commands.

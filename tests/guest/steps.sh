@@ -35,6 +35,24 @@ within() {
         sleep 0.2
     done
 }
+# commands_of KINDS FILE...: the `sh` blocks of Markdown files as they stand, to be run by one bash, which says PASS for each section
+# (`## ...`) that has ended. KINDS: all kinds of blocks that may be there, a pattern; another one would be passed over unseen.
+commands_of() {
+    local kinds=$1 others
+    shift
+    others=$(grep -h '^```.' "$@" | grep -vxE "\`\`\`($kinds)")
+    [ -z "$others" ] || fail "a block of another kind would be passed over: $others"
+    # shellcheck disable=SC2016
+    echo 'set -e
+section() {
+    [ -z "${now:-}" ] || printf "PASS %s (%d s)\n" "$now" $((SECONDS - begun)) >&3
+    now=$1 begun=$SECONDS
+} 2>/dev/null'
+    awk '/^## / { gsub(/\047/, ""); heading = substr($0, 4) }
+        /^```/ { inside = 0 } inside { if (heading != "") print "section \047" heading "\047"; heading = ""; print }
+        /^```sh$/ { inside = 1 }' "$@"
+    echo 'section ""'
+}
 # field NAME: of the JSON object on standard input.
 field() { python3 -c 'import json, sys; print(json.load(sys.stdin)[sys.argv[1]])' "$1"; }
 # rpc METHOD PARAMS: a control request to the target, made by tests/guest/run outside of the guest.
