@@ -60,7 +60,7 @@ fn option(out: &mut String, arg: &Arg) {
     if takes {
         for possible in arg.get_possible_values() {
             let help = possible.get_help().map(ToString::to_string).unwrap_or_default();
-            let _ = write!(what, " `{}`: {help}", possible.get_name());
+            let _ = write!(what, "; `{}`: {help}", possible.get_name());
         }
     }
     let _ = writeln!(out, "| {short}`--{long}{value}` | {default} | {} |", what.replace('|', "\\|"));

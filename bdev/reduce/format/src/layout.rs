@@ -58,9 +58,12 @@ mod tests {
         .collect()
     }
 
-    /// The rows (offset, bytes, field) below the marker of each structure.
-    fn documented(text: &str) -> Vec<(String, Vec<(String, usize, usize)>)> {
-        let mut found: Vec<(String, Vec<_>)> = Vec::new();
+    /// Field, offset, bytes.
+    type Row = (String, usize, usize);
+
+    /// The rows below the marker of each structure.
+    fn documented(text: &str) -> Vec<(String, Vec<Row>)> {
+        let mut found: Vec<(String, Vec<Row>)> = Vec::new();
         let mut inside = false;
         for line in text.lines() {
             if let Some(marker) =
@@ -102,7 +105,7 @@ mod tests {
             let at = documented.iter().position(|(name, _)| *name == marker);
             let at = at.unwrap_or_else(|| panic!("docs/format.md has no table <!-- layout: {marker} -->"));
             let (_, rows) = documented.swap_remove(at);
-            let fields: Vec<_> = layout.fields.iter().map(|(f, o, b)| (f.to_string(), *o, *b)).collect();
+            let fields: Vec<Row> = layout.fields.iter().map(|(f, o, b)| (f.to_string(), *o, *b)).collect();
             assert_eq!(rows, fields, "{}: the document (left) and the code (right)", layout.name);
         }
         let left: Vec<_> = documented.iter().map(|(name, _)| name).collect();
