@@ -20,6 +20,8 @@ bash -n commands || fail "no shell"
 for heading in "Try it" "1. A volume" "6. The end"; do
     grep -q "^section .$heading" commands || fail "no section $heading: $(grep ^section commands)"
 done
+pass
+step "the commands"
 timeout 700 bash -x commands 3>&1 >said 2>&1 || fail "$(tail -n 40 said; tail -n 20 /var/tmp/cryptfold/target.log 2>&1)"
 step "what they promise"
 grep -q '^nvme connect -t tcp -a 127.0.0.1 -s 4420 -n nqn.2026-01.io.example:vol$' said || fail "no line for hosts: $(cat said)"

@@ -111,11 +111,11 @@ impl Background {
         }
         match self {
             Background::Scrub => format!(
-                "{pool}: {state}, {} of {} verified, {} damaged, at most {}/s",
+                "{pool}: {state}, {} of {} verified, {} damaged, at most {:.1} MB/s",
                 size::show(of("bytes")),
                 size::show(of("total_bytes")),
                 of("damaged"),
-                size::show(of("bytes_per_s")),
+                of("bytes_per_s") as f64 / 1e6,
             ),
             Background::Dedupe => format!(
                 "{pool}: {state}, {} of {} containers compared, {} duplicate chunks found, {} blocks share now",
@@ -232,10 +232,9 @@ mod tests {
 
     #[test]
     fn reports() {
-        let scrub =
-            json!({"state": "running", "total_bytes": 4096, "bytes": 1024, "damaged": 2, "bytes_per_s": 100});
+        let scrub = json!({"state": "running", "total_bytes": 4096, "bytes": 1024, "damaged": 2, "bytes_per_s": 2500000});
         let text = Background::Scrub.text("p", &scrub);
-        assert_eq!(text, "p: running, 1.00 KiB of 4.00 KiB verified, 2 damaged, at most 100 B/s");
+        assert_eq!(text, "p: running, 1.00 KiB of 4.00 KiB verified, 2 damaged, at most 2.5 MB/s");
         let never = json!({"state": "never"});
         assert!(Background::Dedupe.text("p", &never).contains("never"));
         let step = Background::Scrub.step(&scrub);
