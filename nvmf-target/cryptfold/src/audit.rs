@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use clap::{Args, Subcommand};
 use cryptfold_control::audit::{Hash, MAX_RECORD_BYTES, Record, Verifier};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::Failure;
 
@@ -28,6 +28,9 @@ pub struct VerifyArgs {
     /// Hash that was noted elsewhere; a record with it has to be there.
     #[arg(long, value_name = "HASH")]
     head: Option<Hash>,
+    /// JSON instead of text.
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -109,6 +112,7 @@ impl Lines {
 fn verify(args: &VerifyArgs) -> Result<(), Failure> {
     let mut chain = Verifier::default();
     let (mut found, mut begun) = (args.head.is_none(), false);
+    let mut parts = Vec::new();
     for path in &args.files {
         let mut lines = Lines::open(path)?;
         let mut ends: Option<(Record, Record)> = None;
@@ -121,7 +125,8 @@ fn verify(args: &VerifyArgs) -> Result<(), Failure> {
                     let record =
                         checked.map_err(|flaw| format!("{}, line {}: {flaw}", lines.name, lines.number))?;
                     found |= args.head == Some(record.hash);
-                    if !std::mem::replace(&mut begun, true) && record.seq != 1 {
+                    let cut = !std::mem::replace(&mut begun, true) && record.seq != 1;
+                    if cut && !args.json {
                         println!(
                             "{}: begins with record {}; what was before is not here",
                             lines.name, record.seq
@@ -132,16 +137,13 @@ fn verify(args: &VerifyArgs) -> Result<(), Failure> {
                 }
             }
         }
-        match ends {
-            None => println!("{}: no record", lines.name),
-            Some((first, last)) => println!(
-                "{}: records {} to {}, {} to {}, last hash {}",
-                lines.name, first.seq, last.seq, first.time, last.time, last.hash
-            ),
+        parts.push(part(&lines.name, ends.as_ref(), torn));
+        if !args.json {
+            report(&lines.name, ends.as_ref(), torn);
         }
-        if torn > 0 {
-            println!("{}: {torn} bytes of a record that was not finished", lines.name);
-        }
+    }
+    if args.json {
+        println!("{:#}", Value::from(parts));
     }
     if !begun {
         return Err("there is no record".to_owned().into());
@@ -153,6 +155,26 @@ fn verify(args: &VerifyArgs) -> Result<(), Failure> {
         );
     }
     Ok(())
+}
+
+/// A file of the log: its first and its last record, and bytes of one that was not finished.
+fn part(file: &str, ends: Option<&(Record, Record)>, torn_bytes: usize) -> Value {
+    let record = |r: &Record| json!({"seq": r.seq, "time": r.time, "hash": r.hash.to_string()});
+    let (first, last) = (ends.map(|(first, _)| record(first)), ends.map(|(_, last)| record(last)));
+    json!({"file": file, "first": first, "last": last, "torn_bytes": torn_bytes})
+}
+
+fn report(file: &str, ends: Option<&(Record, Record)>, torn_bytes: usize) {
+    match ends {
+        None => println!("{file}: no record"),
+        Some((first, last)) => println!(
+            "{file}: records {} to {}, {} to {}, last hash {}",
+            first.seq, last.seq, first.time, last.time, last.hash
+        ),
+    }
+    if torn_bytes > 0 {
+        println!("{file}: {torn_bytes} bytes of a record that was not finished");
+    }
 }
 
 fn show(args: &ShowArgs) -> Result<(), Failure> {

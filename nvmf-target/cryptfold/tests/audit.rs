@@ -128,6 +128,10 @@ fn changes_are_recorded_without_secrets_and_a_kill_does_not_break_the_chain() {
     let said = verify(&[], &file).unwrap();
     let text = std::fs::read_to_string(&file).unwrap();
     assert!(said.contains(&format!("records 1 to {}", text.lines().count())), "{said}");
+    let parts: Value = serde_json::from_str(&verify(&["--json"], &file).unwrap()).unwrap();
+    assert_eq!(parts[0]["last"]["seq"], json!(text.lines().count()));
+    assert_eq!(parts[0]["last"]["hash"], records(&file).last().unwrap()["hash"]);
+    assert_eq!((&parts[0]["first"]["seq"], &parts[0]["torn_bytes"]), (&json!(1), &json!(0)));
     assert!(!text.contains(KEY) && !text.contains(KEY2));
     let opened = records(&file).iter().filter(|r| r["event"] == "audit log opened").count();
     assert_eq!((opened, &records(&file).last().unwrap()["event"]), (2, &json!("audit log closed")));
