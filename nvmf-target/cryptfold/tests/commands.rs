@@ -3,8 +3,8 @@
 mod common;
 
 use std::io::{Read as _, Write as _};
-use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{Receiver, channel};
 use std::time::Instant;
 
 use common::{PATIENCE, Target, refused, run, start};
@@ -67,40 +67,62 @@ impl Machine {
     }
 }
 
-/// The program on a terminal of its own (util-linux's script(1)), and what is typed there.
-fn on_a_terminal(args: &[&str]) -> Child {
-    let quoted: Vec<String> = args.iter().map(|a| format!("'{}'", a.replace('\'', "'\\''"))).collect();
-    let command = format!("'{}' {}", env!("CARGO_BIN_EXE_cryptfold"), quoted.join(" "));
-    Command::new("script")
-        .args(["-qefc", &command, "/dev/null"])
-        .env("TERM", "xterm")
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::null())
-        .spawn()
-        .expect("script(1) of util-linux is needed")
+/// The program on a terminal of its own (util-linux's script(1)).
+struct Terminal {
+    child: Child,
+    shown: Receiver<u8>,
 }
 
-/// What it shows up to `word`.
-fn until(child: &mut Child, word: &str) -> String {
-    let out = child.stdout.as_mut().unwrap();
-    let (mut seen, begun) = (Vec::new(), Instant::now());
-    while !String::from_utf8_lossy(&seen).contains(word) {
-        let mut byte = [0];
-        assert!(begun.elapsed() < PATIENCE, "no {word:?} in {:?}", String::from_utf8_lossy(&seen));
-        assert_eq!(out.read(&mut byte).unwrap(), 1, "no {word:?} in {:?}", String::from_utf8_lossy(&seen));
-        seen.push(byte[0]);
+impl Terminal {
+    fn new(args: &[&str]) -> Terminal {
+        let quoted: Vec<String> = args.iter().map(|a| format!("'{}'", a.replace('\'', "'\\''"))).collect();
+        let command = format!("'{}' {}", env!("CARGO_BIN_EXE_cryptfold"), quoted.join(" "));
+        let mut child = Command::new("script")
+            .args(["-qefc", &command, "/dev/null"])
+            .env("TERM", "xterm")
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::null())
+            .spawn()
+            .expect("script(1) of util-linux is needed");
+        let out = child.stdout.take().unwrap();
+        let (sender, shown) = channel();
+        std::thread::spawn(move || {
+            out.bytes().map_while(Result::ok).try_for_each(|byte| sender.send(byte).map_err(drop))
+        });
+        Terminal { child, shown }
     }
-    String::from_utf8_lossy(&seen).into_owned()
+
+    /// What it shows up to `word`.
+    fn until(&mut self, word: &str) {
+        let (mut seen, limit) = (Vec::new(), Instant::now() + PATIENCE);
+        while !String::from_utf8_lossy(&seen).contains(word) {
+            let left = limit.saturating_duration_since(Instant::now());
+            let byte = self.shown.recv_timeout(left);
+            seen.push(byte.unwrap_or_else(|_| panic!("no {word:?} in {:?}", String::from_utf8_lossy(&seen))));
+        }
+    }
+
+    /// The exit code and what else it shows.
+    fn end(mut self) -> (Option<i32>, String) {
+        let rest: Vec<u8> = self.shown.iter().collect();
+        (self.child.wait().unwrap().code(), String::from_utf8_lossy(&rest).into_owned())
+    }
+}
+
+impl Drop for Terminal {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 /// Types `answer` when it is asked; the exit code and the rest of what is shown.
 fn answer(args: &[&str], question: &str, answer: &str) -> (Option<i32>, String) {
-    let mut child = on_a_terminal(args);
-    until(&mut child, question);
-    writeln!(child.stdin.as_mut().unwrap(), "{answer}").unwrap();
-    let out = child.wait_with_output().unwrap();
-    (out.status.code(), String::from_utf8_lossy(&out.stdout).into_owned())
+    let mut terminal = Terminal::new(args);
+    terminal.until(question);
+    writeln!(terminal.child.stdin.as_mut().unwrap(), "{answer}").unwrap();
+    terminal.end()
 }
 
 /// Every command, by its words.
@@ -277,13 +299,12 @@ fn exit_code_3_is_for_keys() {
 fn a_long_call_shows_that_it_goes_on() {
     let m = Machine::new();
     let wait = ["rpc", "bdev_get_bdevs", r#"{"name":"late","timeout":600000}"#, "-r", &m.sock];
-    let mut child = on_a_terminal(&wait);
+    let mut terminal = Terminal::new(&wait);
     // Only the spinner has these words before the device is there.
-    until(&mut child, "bdev_get_bdevs: ");
+    terminal.until("bdev_get_bdevs: ");
     let late = r#"{"name":"late","num_blocks":16,"block_size":4096}"#;
     m.ok(&["rpc", "bdev_malloc_create", late]);
-    until(&mut child, "\"num_blocks\": 16");
-    assert_eq!(child.wait().unwrap().code(), Some(0));
-    assert!(Path::new(&m.sock).exists());
+    let (code, said) = terminal.end();
+    assert!(code == Some(0) && said.contains("\"num_blocks\": 16"), "{code:?} {said}");
     m.end();
 }
