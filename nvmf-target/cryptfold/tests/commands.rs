@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::io::{Read as _, Write as _};
+use std::io::{BufReader, Read as _, Write as _};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
 use std::time::Instant;
@@ -85,7 +85,7 @@ impl Terminal {
             .stderr(Stdio::null())
             .spawn()
             .expect("script(1) of util-linux is needed");
-        let out = child.stdout.take().unwrap();
+        let out = BufReader::new(child.stdout.take().unwrap());
         let (sender, shown) = channel();
         std::thread::spawn(move || {
             out.bytes().map_while(Result::ok).try_for_each(|byte| sender.send(byte).map_err(drop))
