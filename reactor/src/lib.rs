@@ -33,4 +33,4 @@ pub use core::{Deferred, Poller, PollerGuard, SleepVerdict};
 pub use handle::{Handle, Message, PollerStats, ReactorGone, ReactorId, ReactorStats};
 pub use memory::{Buf, MemoryConfig, SecretBytes, SgList};
 pub use sim::Sim;
-pub use thread::{IdlePolicy, Runtime, RuntimeConfig, StartError};
+pub use thread::{IdlePolicy, Inline, Runtime, RuntimeConfig, StartError};

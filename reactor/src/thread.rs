@@ -1,4 +1,5 @@
-//! Drives cores on pinned operating system threads: the loop, idle policies, start and stop.
+//! Drives cores on pinned operating system threads: the loop, idle policies, start and stop. And one on a thread that has a loop
+//! of its own.
 
 use crate::clock::{Nanos, machine_now};
 use crate::core::{self, Core, Source};
@@ -8,10 +9,12 @@ use crate::ring::Ring;
 use std::io;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::mpsc;
+use std::task::{Context, Poll, Waker};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -330,6 +333,83 @@ impl Loop<'_> {
         let now = self.core.now();
         shared.idle_ns.add((now - self.last).as_nanos() as u64);
         self.last = now;
+    }
+}
+
+/// A reactor that its owner's thread runs, a turn at a time: for programs that bring their own loop. Everything on it runs in
+/// [`Inline::turn`] and [`Inline::block_on`], and what calls the functions of this crate goes through [`Inline::enter`].
+/// Dropping it drops what is left on it.
+pub struct Inline {
+    // Boxed: `enter` hands its address out.
+    core: Box<Core>,
+    ring: Rc<Ring>,
+    policy: IdlePolicy,
+    last: Nanos,
+    last_event: Nanos,
+}
+
+impl Inline {
+    /// Makes one on the calling thread, which it does not pin. Of the configuration, the first core is only its name.
+    ///
+    /// # Errors
+    /// What the machine does not have.
+    pub fn new(config: &RuntimeConfig) -> Result<Inline, StartError> {
+        let cpu = *config.cores.first().ok_or(StartError::NoCores)?;
+        memory::configure(&config.memory);
+        let wake_fd = eventfd().map_err(|source| StartError::System { core: cpu, source })?;
+        let ring = Ring::new(config.ring_entries, wake_fd.as_raw_fd(), config.memory.fixed_buffers);
+        let ring = ring.map_err(|source| {
+            let hint = ring_hint(&source);
+            StartError::Ring { core: cpu, source, hint }
+        })?;
+        let (shared, ring) = (Shared::new(ReactorId(0), cpu, Some(wake_fd)), Rc::new(ring));
+        let core = Box::new(Core::new(shared, Source::Machine, Some(ring.clone())));
+        let now = machine_now();
+        Ok(Inline { core, ring, policy: config.policy, last: now, last_event: now })
+    }
+
+    /// How others reach it. What they send waits for the next turn.
+    pub fn handle(&self) -> Handle {
+        Handle(self.core.shared.clone())
+    }
+
+    /// Runs `f` on this reactor.
+    pub fn enter<R>(&self, f: impl FnOnce() -> R) -> R {
+        let _entered = core::enter(&self.core);
+        f()
+    }
+
+    /// One turn of the loop. True: there was work. When there was none and `wait` is given, idles as the policy says: comes back
+    /// when something happens, or earlier.
+    pub fn turn(&mut self, wait: bool) -> bool {
+        let _entered = core::enter(&self.core);
+        let (core, ring) = (&*self.core, &*self.ring);
+        let mut turn = Loop { core, ring, policy: self.policy, last: self.last, last_event: self.last_event };
+        let worked = turn.turn();
+        if !worked && wait {
+            turn.idle();
+        }
+        (self.last, self.last_event) = (turn.last, turn.last_event);
+        worked
+    }
+
+    /// Runs turns until the future has its result.
+    pub fn block_on<F: Future<Output: 'static> + 'static>(&mut self, future: F) -> F::Output {
+        let mut task = self.enter(|| crate::spawn_local(future));
+        loop {
+            let mut context = Context::from_waker(Waker::noop());
+            if let Poll::Ready(output) = Pin::new(&mut task).poll(&mut context) {
+                return output;
+            }
+            self.turn(true);
+        }
+    }
+}
+
+impl Drop for Inline {
+    fn drop(&mut self) {
+        let _entered = core::enter(&self.core);
+        tear_down(&self.core, &self.ring);
     }
 }
 
