@@ -28,6 +28,7 @@ mod registry;
 mod stacked;
 mod stats;
 mod status;
+pub mod trace;
 
 pub use channel::{Channel, IoFuture};
 pub use device::{AsAny, Device, DeviceInfo, LOW_PERCENT, Queue, Room, Space};

@@ -12,6 +12,7 @@ use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use cryptfold_bdev::trace::{self, Stage};
 use cryptfold_bdev::{
     Base, Bdev, BdevError, Channel, Complete, Device, DeviceInfo, Frame, Io, OnResize, Op, OpSet, Queue,
     Registry, Status,
@@ -179,7 +180,18 @@ impl CryptoQueue {
         let unmapped = if self.reports_unmapped { &io.unmapped[..] } else { &[] };
         let done = if io.data.len_bytes() == len {
             let spans = transform::spans(0, start, len, block, unmapped);
-            transform::apply(&self.context, direction, &self.numbering, start, &spans, &mut io.data, into)
+            let begun = trace::begin();
+            let done = transform::apply(
+                &self.context,
+                direction,
+                &self.numbering,
+                start,
+                &spans,
+                &mut io.data,
+                into,
+            );
+            begun.end(Stage::AtRest);
+            done
         } else {
             // A base that returns too much or too little: nothing of it can be trusted.
             Err(Status::INTERNAL_ERROR)

@@ -27,6 +27,7 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
 
+use cryptfold_bdev::trace::{self, Stage};
 use cryptfold_bdev::{
     Base, Bdev, BdevError, BlockRange, Channel, Complete, Device, DeviceInfo, Frame, Io, OnResize, Op, OpSet,
     Queue, Registry, Status, UnmappedRanges,
@@ -341,9 +342,11 @@ impl HostcryptQueue {
         let len = data.len_bytes();
         let block = self.block_bytes as usize;
         let spans = transform::spans(self.numbering.origin, start, len, block, &[]);
+        let begun = trace::begin();
         self.with_key(|context| {
             transform::apply(context, Direction::Decrypt, &self.numbering, start, &spans, &mut data, None)
         })?;
+        begun.end(Stage::HostDecrypt);
         Ok((data, self.key_id))
     }
 
@@ -406,9 +409,11 @@ impl HostcryptQueue {
         let block = self.block_bytes as usize;
         let spans = transform::spans(self.numbering.origin, start, len, block, &io.unmapped);
         let into = Some(into).filter(|d| !d.is_empty());
+        let begun = trace::begin();
         self.with_key(|context| {
             transform::apply(context, Direction::Encrypt, &self.numbering, start, &spans, &mut data, into)
         })?;
+        begun.end(Stage::HostEncrypt);
         io.data = data;
         Ok(())
     }

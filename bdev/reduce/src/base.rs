@@ -2,6 +2,7 @@
 //!
 //! Owns the channel. Units: bytes; everything but an odd-sized read of a unit is in whole 4 KiB blocks.
 
+use cryptfold_bdev::trace::{self, Stage};
 use cryptfold_bdev::{Bdev, BdevError, Channel, Descriptor, Io, IoFuture, Op, Status};
 use cryptfold_reactor::memory::{Buf, SgList};
 use cryptfold_reduce_format::block::{BLOCK_BYTES, Block};
@@ -69,7 +70,9 @@ impl Base {
 
     /// Waits for a read: its whole blocks, in the buffers that the device gives, and where in them what was asked for is.
     pub async fn finish_list(reading: Reading) -> Result<(SgList, Range<usize>), Status> {
+        let begun = trace::begin();
         let mut io = reading.io.await;
+        begun.end(Stage::Fetch);
         let data = std::mem::take(&mut io.data);
         let status = io.status();
         io.recycle();
@@ -100,7 +103,9 @@ impl Base {
         io.data = data;
         // A device without a cache has nothing to force.
         io.fua = fua && self.write_cache;
+        let begun = trace::begin();
         let io = self.channel.io(io).await;
+        begun.end(Stage::Store);
         let status = io.status();
         io.recycle();
         status.ok()

@@ -10,6 +10,7 @@ use std::cell::Cell;
 use std::rc::Rc;
 
 use cryptfold_bdev::Status;
+use cryptfold_bdev::trace::{self, Stage};
 use cryptfold_reactor as reactor;
 use cryptfold_reduce_format::block::Block;
 use cryptfold_reduce_format::codec::{self, Compression, Compressor};
@@ -220,7 +221,9 @@ impl Pool {
         scratch.fingerprints.clear();
         scratch.fingerprints.resize(chunks.len(), Fingerprint::NONE);
         for (chunks, prints) in chunks.chunks(LANES).zip(scratch.fingerprints.chunks_mut(LANES)) {
+            let begun = trace::begin();
             target.hasher.hash_chunks(chunks, prints);
+            begun.end(Stage::Hash);
             if self.expects_new.get() {
                 // No cache holds the table; the next ones are hashed meanwhile.
                 self.shard.borrow().hint(target.domain, prints);
@@ -278,7 +281,9 @@ impl Pool {
         prints.resize(chunks.len(), Fingerprint::NONE);
         let one_domain = pieces.windows(2).all(|pair| pair[0].0.domain == pair[1].0.domain);
         if let Some((target, _)) = pieces.first().filter(|_| one_domain) {
+            let begun = trace::begin();
             target.hasher.hash_chunks(&chunks, &mut prints);
+            begun.end(Stage::Hash);
             shard.hint(target.domain, &prints);
         }
         shard.touch_prints(&touched);
@@ -799,7 +804,9 @@ impl Prepared {
         let mut chunks = SmallVec::new();
         classify(&piece, host_key, &mut scratch, &mut chunks);
         scratch.fingerprints.resize(chunks.len(), Fingerprint::NONE);
+        let begun = trace::begin();
         hasher.hash_chunks(&chunks, &mut scratch.fingerprints);
+        begun.end(Stage::Hash);
         drop(chunks);
         scratch.unsealed = true;
         Prepared { piece, host_key, scratch }

@@ -18,6 +18,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use cryptfold_bdev::Status;
+use cryptfold_bdev::trace::{self, Stage};
 use cryptfold_reactor as reactor;
 use cryptfold_reduce_format::block::{BLOCK_BYTES, Block};
 use cryptfold_reduce_format::codec::{Codec, Compression, Compressor};
@@ -173,7 +174,10 @@ impl DataLog {
         let out = &mut out[active.len..];
         let body_at = fragment::body_at(key);
         let plain = usize::from(chunks) * CHUNK_BYTES;
-        let sealed = match compressor.compress(setting, pieces, &mut out[body_at..body_at + plain]) {
+        let mut begun = trace::begin();
+        let compressed = compressor.compress(setting, pieces, &mut out[body_at..body_at + plain]);
+        begun.next(Stage::Compress);
+        let sealed = match compressed {
             Some((codec, bytes)) => {
                 let header = FragmentHeader { first, chunks, codec, body_bytes: bytes as u32 };
                 let unit = header.unit_bytes(key);
@@ -186,6 +190,7 @@ impl DataLog {
                     .map(|()| (Codec::Raw, unit))
             }
         };
+        begun.end(Stage::Seal);
         let (codec, unit) = sealed.map_err(|error: SealError| NotAppended::Failed(error.into()))?;
         active.len += unit;
         let place = active.segment.key.place(offset);

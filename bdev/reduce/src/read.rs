@@ -9,6 +9,7 @@ use std::collections::VecDeque;
 use std::rc::Rc;
 use std::sync::Arc;
 
+use cryptfold_bdev::trace::{self, Stage};
 use cryptfold_bdev::{BlockRange, Status, UnmappedRanges};
 use cryptfold_reactor::memory::{Buf, SgList};
 use cryptfold_reduce_format::codec::{Codec, Decompressor};
@@ -419,18 +420,22 @@ impl Decoder {
         let offset = entry.place.offset;
         let text = |error: &dyn std::fmt::Display| error.to_string();
         let (header, found);
+        let mut begun = trace::begin();
         if entry.codec == Codec::Raw {
             header = fragment::open_fragment(&segment.key, offset, sealed, out).map_err(|e| text(&e))?;
+            begun.end(Stage::Open);
             found = out.len();
         } else {
             self.scratch.resize(fragment::MAX_FRAGMENT_BYTES, 0);
             header = fragment::open_fragment(&segment.key, offset, sealed, &mut self.scratch)
                 .map_err(|e| text(&e))?;
+            begun.next(Stage::Open);
             if header.plain_bytes() != out.len() {
                 return Err(format!("it has {} bytes, expected {}", header.plain_bytes(), out.len()));
             }
             let body = &self.scratch[..header.body_bytes as usize];
             found = self.codec.decompress_front(header.codec, body, out, wanted).map_err(|e| text(&e))?;
+            begun.end(Stage::Decompress);
         }
         if header.first != first || header.chunks != entry.chunks || header.codec != entry.codec {
             return Err(format!("it is {:?} of {} chunks", header.first, header.chunks));

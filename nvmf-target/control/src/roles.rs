@@ -110,6 +110,7 @@ const OPERATOR: &[&str] = &[
     "bdev_examine",
     "bdev_reset_iostat",
     "bdev_enable_histogram",
+    "cryptfold_trace",
     "bdev_set_qos_limit",
     "bdev_set_qd_sampling_period",
     "bdev_malloc_create",

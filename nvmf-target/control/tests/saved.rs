@@ -192,6 +192,7 @@ const NOT_SAVED: &[(&str, &[&str])] = &[
         "SPDK does not save it either: looking for an error",
         &[
             "bdev_enable_histogram",
+            "cryptfold_trace",
             "bdev_error_inject_error",
             "log_clear_flag",
             "log_enable_timestamps",

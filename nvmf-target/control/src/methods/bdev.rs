@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use cryptfold_bdev::{Bdev, Class, ClassTotals, Op, QosLimits};
+use cryptfold_bdev::{Bdev, Class, ClassTotals, Op, QosLimits, trace};
 use serde_json::{Map, Value, json};
 
 use super::framework::TICK_RATE;
@@ -88,6 +88,11 @@ params! {
         /// No effect: everything to 274 s is told apart.
         max_nsec: Option<u64>,
     }
+    /// `cryptfold_trace`.
+    pub struct Trace {
+        /// On or off; as it is when not given.
+        enable: Option<bool>,
+    }
     /// `bdev_get_histogram`.
     pub struct GetHistogram {
         /// Name, alias or UUID.
@@ -137,6 +142,12 @@ pub fn methods() -> Vec<Method> {
         ),
         Method::new("bdev_reset_iostat", "Counts from zero again.", reset_iostat),
         Method::new("bdev_enable_histogram", "Starts or stops counting latencies.", enable_histogram),
+        Method::new(
+            "cryptfold_trace",
+            "Stages of I/O from socket to device and back: switches their recording on (from nothing) or off, and replies what was \
+            recorded until then, with histograms' percentiles in nanoseconds. Stages may lie inside each other. Ours.",
+            trace_stages,
+        ),
         Method::new(
             "bdev_get_histogram",
             "Latencies, in SPDK's buckets (scripts/histogram.py).",
@@ -352,6 +363,19 @@ fn enable_histogram(c: &Control, p: EnableHistogram) -> RpcResult {
     }
     b.enable_histogram(p.enable);
     Ok(json!(true))
+}
+
+fn trace_stages(_: &Control, p: Trace) -> RpcResult {
+    let recorded = trace::recorded().into_iter().map(|(stage, h)| {
+        let at = |q: f64| h.value_at_quantile(q);
+        json!({"name": stage.name(), "what": stage.what(), "count": h.len(), "mean_ns": h.mean().round() as u64,
+            "p50_ns": at(0.5), "p90_ns": at(0.9), "p99_ns": at(0.99), "p99_9_ns": at(0.999), "max_ns": h.max()})
+    });
+    let stages: Vec<Value> = recorded.collect();
+    if let Some(on) = p.enable {
+        trace::switch(on);
+    }
+    Ok(json!({"enabled": trace::is_on(), "stages": stages}))
 }
 
 fn kept(c: &Control, name: &str, opc: Option<String>) -> Result<Vec<u64>, RpcError> {

@@ -3,6 +3,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
+use cryptfold_bdev::trace::Stage;
 use cryptfold_bdev::{Complete, Frame, Io, Op};
 use cryptfold_nvmf_auth::Names;
 use cryptfold_nvmf_spec::fabrics::{Command, ConnectData, ConnectReject, ConnectResult};
@@ -243,7 +244,9 @@ impl Conn {
 
     /// A device, task or other core has the command now.
     pub(super) fn begin(&self, inner: &mut Inner, index: u16) {
-        inner.slots[index].phase = Phase::Executing;
+        let slot = &mut inner.slots[index];
+        slot.phase = Phase::Executing;
+        slot.begun.next(Stage::Receive);
         inner.executing += 1;
         if let Some(queue) = &inner.queue {
             queue.stats.set_executing(inner.executing);
@@ -381,6 +384,11 @@ impl Complete for Conn {
         let status = io::status(io.status());
         let data = std::mem::take(&mut io.data);
         io.recycle();
-        self.finished(index, |conn, inner| conn.io_done(inner, index, status, data));
+        self.finished(index, |conn, inner| {
+            let mut begun = inner.slots[index].begun;
+            begun.next(Stage::Device);
+            conn.io_done(inner, index, status, data);
+            begun.end(Stage::Answer);
+        });
     }
 }

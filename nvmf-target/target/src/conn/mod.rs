@@ -28,6 +28,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use cryptfold_bdev::trace::{self, Stage};
 use cryptfold_nvmf_spec::pdu::build::{self, Format};
 use cryptfold_nvmf_spec::pdu::{MAX_TERM_BYTES, Parser, Role, Term};
 use cryptfold_nvmf_spec::{Nsid, Qid, Status};
@@ -262,7 +263,9 @@ impl Conn {
         if !inner.out.is_empty() && inner.writable {
             let slices = inner.out.slices();
             let offered: usize = slices.iter().map(|s| s.len()).sum();
+            let begun = trace::begin();
             let result = wire.send(&slices);
+            begun.end(Stage::SocketSend);
             drop(slices);
             match result {
                 Ok(n) => {

@@ -2,6 +2,7 @@
 
 use std::io::IoSliceMut;
 
+use cryptfold_bdev::trace::{self, Stage};
 use cryptfold_nvmf_spec::opcode::{Admin, Direction, FABRICS};
 use cryptfold_nvmf_spec::pdu::build::{self, Format};
 use cryptfold_nvmf_spec::pdu::{
@@ -113,6 +114,7 @@ impl Conn {
             }
             _ => None,
         };
+        let begun = trace::begin();
         let (n, first, asked) = match target {
             Some(target) if !target.is_empty() => {
                 let first = target.len();
@@ -125,6 +127,7 @@ impl Conn {
             }
             _ => (wire.recv(&mut [IoSliceMut::new(staging)])?, 0, limit),
         };
+        begun.end(Stage::SocketReceive);
         // Less than there was room for: the stream is empty until it says otherwise.
         inner.readable = n == asked || n == 0 || inner.read_on;
         Ok((n.min(first), n.saturating_sub(first)))

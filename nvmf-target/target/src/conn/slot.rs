@@ -6,6 +6,7 @@
 use std::rc::Rc;
 use std::sync::Arc;
 
+use cryptfold_bdev::trace;
 use cryptfold_nvmf_spec::pdu::Digest;
 use cryptfold_nvmf_spec::{Cid, Sqe, Status};
 use cryptfold_reactor::Nanos;
@@ -60,6 +61,8 @@ pub struct Slot {
     pub charged: u32,
     /// When the host was asked for data, or left a half of a fused operation to wait for the other.
     pub asked: Nanos,
+    /// For tracing: when the stage began that the command is in.
+    pub begun: trace::Begun,
     /// What an I/O command amounts to.
     pub plan: Option<Plan>,
     /// The namespace it works on.
@@ -89,6 +92,7 @@ impl Slot {
             charged: 0,
             digest: Digest::new(),
             asked: Nanos(0),
+            begun: trace::Begun::default(),
             plan: None,
             channel: None,
             partner: None,
@@ -134,6 +138,7 @@ impl Slots {
         slot.generation = slot.generation.wrapping_add(1);
         slot.sqe = *sqe;
         slot.digest = Digest::new();
+        slot.begun = trace::begin();
         slot.tracked = tracked;
         Some(index)
     }
