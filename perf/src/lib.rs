@@ -11,3 +11,4 @@ pub mod nvmf;
 pub mod primitives;
 pub mod report;
 pub mod session;
+pub mod suite;

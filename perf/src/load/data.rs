@@ -26,6 +26,8 @@ pub enum DataSource {
     Stamped(Arc<[Buf]>),
     /// A file's bytes, from the start again at its end.
     File(PathBuf),
+    /// The same, stamped as above.
+    StampedFile(PathBuf),
     /// Unique blocks.
     Unique {
         /// Share of 4 KiB blocks that repeat, percent.
@@ -80,7 +82,7 @@ impl Generator {
                 }
             }
             DataSource::Buffers(bufs) | DataSource::Stamped(bufs) => bufs.to_vec(),
-            DataSource::File(path) => file_bufs(path, bytes)?,
+            DataSource::File(path) | DataSource::StampedFile(path) => file_bufs(path, bytes)?,
             DataSource::Unique { compress_ratio, .. } => {
                 (0..POOL_BYTES / BLOCK).map(|_| Buf::from_slice(&block(&mut rng, *compress_ratio))).collect()
             }
@@ -101,7 +103,7 @@ impl Generator {
     pub fn produce(&mut self) -> Buf {
         match self.source {
             DataSource::Unique { dedupe_pct, .. } => self.unique(u64::from(dedupe_pct)),
-            DataSource::Stamped(_) => {
+            DataSource::Stamped(_) | DataSource::StampedFile(_) => {
                 let buf = &mut self.pool[self.next];
                 for block in buf.make_mut().chunks_exact_mut(BLOCK) {
                     self.stamp = self.stamp.wrapping_add(0x9E37_79B9_7F4A_7C15);

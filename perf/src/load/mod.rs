@@ -14,6 +14,7 @@ mod run;
 mod stamp;
 mod worker;
 
+pub(crate) use data::block as sample_block;
 pub use data::{DataSource, Generator};
 pub use options::{Bytes, Cores, LoadArgs, Rw};
 pub(crate) use pattern::Rng;

@@ -133,6 +133,9 @@ pub struct LoadArgs {
     /// Real data to write, cut at 4 KiB
     #[arg(long, conflicts_with_all = ["dedupe_pct", "compress_ratio", "verify"])]
     pub data: Option<PathBuf>,
+    /// Give each 4 KiB of --data a number of its own in front, so that no block repeats when the file does
+    #[arg(long, requires = "data")]
+    pub stamp: bool,
     /// Write unique data, this share of 4 KiB blocks (percent) drawn from a small set that repeats. Without this and
     /// the next option the same prepared random buffers are written again and again, as other tools do: a
     /// deduplicating device stores them once

@@ -46,6 +46,7 @@ impl<S: Sink> Sink for Shared<S> {
 
 fn data_source(args: &LoadArgs) -> DataSource {
     match (&args.data, args.dedupe_pct, args.compress_ratio) {
+        (Some(path), ..) if args.stamp => DataSource::StampedFile(path.clone()),
         (Some(path), ..) => DataSource::File(path.clone()),
         (None, None, None) => DataSource::Repeat,
         (None, pct, ratio) => {
