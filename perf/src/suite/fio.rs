@@ -26,7 +26,6 @@ pub fn write(dir: &Path, matrix: &Matrix) -> Result<usize, String> {
 
 const ENGINE: &str = "\
 ; How fio reaches the namespace; written by `cryptfold-perf suite --fio-jobs`, included by the jobs beside it.
-[global]
 ; A namespace that the kernel has connected (nvme connect): FIO_DEVICE=/dev/nvme1n1 fio JOB.fio. ITS DATA IS OVERWRITTEN.
 ioengine=io_uring
 filename=${FIO_DEVICE}
@@ -45,7 +44,7 @@ fn job(case: &Case, data: &Data, matrix: &Matrix) -> String {
     let mut out = format!(
         "; {}: written by `cryptfold-perf suite --fio-jobs`. The path ({}) is the target's business,\n\
          ; not fio's: see `cryptfold-perf suite` for how the namespace is made.\n\
-         include engine.fio\n[global]\ntime_based=1\ngroup_reporting=1\nnorandommap=1\nrandrepeat=0\n",
+         [global]\ninclude engine.fio\ntime_based=1\ngroup_reporting=1\nnorandommap=1\nrandrepeat=0\n",
         case.name(),
         case.path.name()
     );

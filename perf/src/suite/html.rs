@@ -7,7 +7,7 @@ use super::svg::{Bar, Group, Points, bars, escape, latencies, short};
 const STYLE: &str = include_str!("page.css");
 /// Colours of parts, by primitive.
 const PARTS: [(&str, &str); 6] =
-    [("memcpy", "c5"), ("blake3", "c2"), ("zstd", "c0"), ("gcm", "c3"), ("xts", "c1"), ("", "c4")];
+    [("memcpy", "c5"), ("blake3", "c2"), ("zstd", "c4"), ("gcm", "c3"), ("xts", "c1"), ("", "c0")];
 
 /// The page. `old`: an earlier run to compare with.
 pub fn page(record: &Record, old: Option<&Record>) -> String {
@@ -177,7 +177,7 @@ fn latency(cases: &[&Measured]) -> String {
 /// Time of the parts per gigabyte, and what the target really spends.
 fn parts(cases: &[&Measured]) -> String {
     let known = cases.iter().filter(|c| !c.parts.is_empty() && c.summary.core_s_per_gb.rounds > 0);
-    let class = |name: &str| PARTS.iter().find(|p| name.starts_with(p.0)).map_or("c4", |p| p.1);
+    let class = |name: &str| PARTS.iter().find(|p| name.starts_with(p.0)).map_or("c0", |p| p.1);
     let groups: Vec<Group> = known
         .map(|c| {
             let cost = c.summary.core_s_per_gb;
@@ -203,7 +203,7 @@ fn parts(cases: &[&Measured]) -> String {
         return String::new();
     }
     let key = key(&[
-        ("c0", "zstd"),
+        ("c4", "zstd"),
         ("c2", "BLAKE3"),
         ("c3", "AES-GCM"),
         ("c1", "AES-XTS"),

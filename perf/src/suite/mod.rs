@@ -35,7 +35,7 @@ pub struct Args {
     /// The matrix (TOML) [default: a built-in one; --print-matrix shows it]
     #[arg(long, value_name = "FILE")]
     matrix: Option<PathBuf>,
-    /// A small built-in matrix, about two minutes
+    /// A small built-in matrix, about a minute
     #[arg(long, conflicts_with = "matrix")]
     quick: bool,
     /// Print the matrix and end

@@ -106,7 +106,10 @@ pub fn bars(title: &str, groups: &[Group]) -> String {
             if let Some(mark) = bar.mark {
                 let at = LEFT + mark * scale;
                 let _ = write!(body, "<path class='mark' d='M{at:.1} {y:.1}v{BAR}'/>");
-                x = x.max(at);
+                // The bar's own figure stays at its bar, unless the mark would go through it.
+                if (x..x + RIGHT).contains(&at) {
+                    x = at;
+                }
             }
             let _ = write!(
                 body,
