@@ -114,7 +114,7 @@ impl LatencyCounts {
         }
     }
 
-    /// The latency in seconds that a share `q` (0 to 1) of the operations did not exceed: to a sixteenth or so. None without an
+    /// The latency in seconds that a share `q` (0 to 1) of the operations did not exceed: to an eighth, or 125 ns. None without an
     /// operation; of what takes longer than the last border, that border.
     pub fn quantile_s(&self, q: f64) -> Option<f64> {
         let wanted = q.clamp(0.0, 1.0) * self.count() as f64;

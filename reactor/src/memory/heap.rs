@@ -1,11 +1,11 @@
 //! A heap for libraries that keep keys in memory of their own (a cipher's key schedule begins with the key): its pages are in no core
 //! dump and no child, locked in RAM as far as the process may, and zeroed block by block when they are given back.
 //!
-//! Blocks have the sizes 2^6 to 2^16 with a head of 16 bytes that says how long they are, and are never given back to the system; a
-//! larger one is a mapping of its own. One lock: this is for what is set up once and used often.
+//! Blocks have the sizes 2^6 to 2^16 and 1.5 times those, with a head of 16 bytes that says how long they are, and are never given
+//! back to the system; a larger one is a mapping of its own. One lock: this is for what is set up once and used often.
 
 use std::ptr::{NonNull, null_mut};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::arena;
 
@@ -13,7 +13,8 @@ use super::arena;
 const HEAD: usize = 16;
 const SMALLEST_SHIFT: u32 = 6;
 const LARGEST_SHIFT: u32 = 16;
-const CLASSES: usize = (LARGEST_SHIFT - SMALLEST_SHIFT + 1) as usize;
+/// Two for each power of two.
+const CLASSES: usize = 2 * (LARGEST_SHIFT - SMALLEST_SHIFT) as usize + 1;
 /// Bytes that are mapped at once.
 const STEP: usize = 1 << 18;
 const PAGE: usize = 4096;
@@ -38,8 +39,13 @@ fn layout(len: usize) -> Option<(usize, Option<usize>)> {
         let bytes = whole.checked_next_multiple_of(PAGE).filter(|b| isize::try_from(*b).is_ok());
         return bytes.map(|bytes| (bytes, None));
     }
-    let shift = whole.next_power_of_two().trailing_zeros();
-    Some((1 << shift, Some((shift - SMALLEST_SHIFT) as usize)))
+    let power = whole.next_power_of_two();
+    let class = 2 * (power.trailing_zeros() - SMALLEST_SHIFT) as usize;
+    // A cipher's context just misses 512.
+    match power / 4 * 3 {
+        between if whole <= between => Some((between, Some(class - 1))),
+        _ => Some((power, Some(class))),
+    }
 }
 
 fn map(bytes: usize) -> *mut u8 {
@@ -59,6 +65,7 @@ fn map(bytes: usize) -> *mut u8 {
 }
 
 impl Heap {
+    /// Null when there is neither a free block nor enough that was never used.
     fn take(&mut self, bytes: usize, class: usize) -> *mut u8 {
         let first = self.free[class];
         if !first.is_null() {
@@ -67,12 +74,7 @@ impl Heap {
             return first;
         }
         if self.rest_bytes < bytes {
-            let more = map(STEP);
-            if more.is_null() {
-                return more;
-            }
-            // What was left is too small for this one, and stays unused: 64 KiB at most.
-            (self.rest, self.rest_bytes) = (more, STEP);
+            return null_mut();
         }
         let block = self.rest;
         // SAFETY: `bytes` of the rest are left.
@@ -82,15 +84,40 @@ impl Heap {
     }
 }
 
+fn heap() -> MutexGuard<'static, Heap> {
+    HEAP.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn block(bytes: usize, class: usize) -> *mut u8 {
+    let found = heap().take(bytes, class);
+    if !found.is_null() {
+        return found;
+    }
+    // The system takes its time: nobody waits for that.
+    let more = map(STEP);
+    let mut heap = heap();
+    let found = heap.take(bytes, class);
+    if more.is_null() || !found.is_null() {
+        if !more.is_null() {
+            // SAFETY: nobody else has seen this mapping.
+            unsafe { libc::munmap(more.cast(), STEP) };
+        }
+        return found;
+    }
+    // What was left is too small for this one, and stays unused: 64 KiB at most.
+    (heap.rest, heap.rest_bytes) = (more, STEP);
+    heap.take(bytes, class)
+}
+
 /// `len` bytes, aligned to 16; null when there are none.
 pub fn alloc(len: usize) -> *mut u8 {
     let Some((bytes, class)) = layout(len) else { return null_mut() };
     let block = match class {
-        Some(class) => HEAP.lock().unwrap_or_else(PoisonError::into_inner).take(bytes, class),
+        Some(class) => block(bytes, class),
         None => map(bytes),
     };
     let Some(block) = NonNull::new(block) else { return null_mut() };
-    // SAFETY: the block has 64 bytes or more, is ours alone and aligned to 64.
+    // SAFETY: the block has 64 bytes or more, is ours alone and aligned to 32.
     unsafe {
         block.cast::<usize>().write(len);
         block.as_ptr().add(HEAD)
@@ -119,7 +146,7 @@ pub unsafe fn free(at: *mut u8) {
         unsafe { libc::munmap(block.cast(), bytes) };
         return;
     };
-    let mut heap = HEAP.lock().unwrap_or_else(PoisonError::into_inner);
+    let mut heap = heap();
     // SAFETY: the block is free: its first word is for the list.
     unsafe { block.cast::<*mut u8>().write(heap.free[class]) };
     heap.free[class] = block;

@@ -212,7 +212,9 @@ impl Campaign<'_> {
         if self.options.forget {
             self.place.save_pool()?;
         }
-        let change = if self.options.keys { self.changes.next(&program, &mut self.rng)? } else { None };
+        // The first round brings data, whose keys the others change.
+        let changes = self.options.keys && self.summary.kills > 0;
+        let change = if changes { self.changes.next(&program, &mut self.rng)? } else { None };
         let mut call = change.as_ref().map(|c| (c.method, c.params.clone()));
         // Every other call is answered before the load begins, the others race with the kill.
         let first = if self.summary.kills % 2 == 1 { call.take() } else { None };
@@ -311,8 +313,12 @@ impl Campaign<'_> {
             flushed: Arc::new(AtomicU64::new(0)),
         };
         let (phase, flushed) = (load.phase.clone(), load.flushed.clone());
-        // The negative control needs something to forget.
-        let wanted = if self.options.forget { 20 } else { 0 };
+        // The negative control needs something to forget, a change of keys something to carry over.
+        let wanted = match self.options {
+            Options { forget: true, .. } => 20,
+            Options { keys: true, .. } if self.summary.kills == 0 => 60,
+            _ => 0,
+        };
         let killer = std::thread::spawn(move || {
             let running = phase.wait_until_running();
             std::thread::sleep(Duration::from_millis(before));

@@ -236,6 +236,9 @@ impl Framer {
 
     /// Wipes what has been handed out: passwords and keys are among it.
     fn forget_read(&mut self) {
+        if self.start == 0 {
+            return;
+        }
         self.buf.copy_within(self.start.., 0);
         let left = self.buf.len() - self.start;
         self.buf[left..].zeroize();
