@@ -330,7 +330,7 @@ impl Campaign<'_> {
             }
             phase.killed();
             program.kill()?;
-            call.map_or(Ok(false), program::Pending::is_answered)
+            call.map_or(Ok(false), program::Pending::answered)
         });
         let history = std::mem::take(&mut self.history);
         let outcome = self.runtime.handles()[0].block_on(move || load::run(load, history));

@@ -286,7 +286,7 @@ pub struct Pending(Child);
 
 impl Pending {
     /// After the program's end: whether it had answered. An error if it had refused.
-    pub fn is_answered(self) -> Result<bool, String> {
+    pub fn answered(self) -> Result<bool, String> {
         let output = self.0.wait_with_output().map_err(|e| e.to_string())?;
         let said = String::from_utf8_lossy(&output.stderr);
         let cut_off = ["closed the connection before it answered", "no target answers"];
