@@ -75,7 +75,8 @@ fn connect_line(nqn: &str, at: SocketAddr) -> String {
     format!("nvme connect -t tcp -a {host} -s {} -n {nqn}", at.port())
 }
 
-/// A subsystem with the volume `uuid` (called `volume`) as its only namespace; the line for its hosts. Undone if it fails.
+/// A subsystem with the volume `uuid` as its only namespace, the host's layer in between named after `volume`; the line for its
+/// hosts. Undone if it fails.
 pub fn export(
     client: &mut Client,
     uuid: &str,
@@ -113,13 +114,12 @@ fn serve(client: &mut Client, uuid: &str, bdev: &str, args: &ExportArgs) -> Resu
     let at = args.listen.or_else(|| listens(&subsystems)).unwrap_or(local);
     let any = args.hosts.is_empty();
     call(client, "nvmf_create_subsystem", Some(json!({"nqn": nqn, "allow_any_host": any})))?;
-    let made = furnish(client, &nqn, bdev, at, &args.hosts);
-    if made.is_err() {
+    let lines = furnish(client, &nqn, bdev, at, &args.hosts).and_then(|()| lines(client, Some(&nqn)));
+    if lines.is_err() {
         // What failed is what the user has to know.
         let _ = call(client, "nvmf_delete_subsystem", Some(json!({"nqn": nqn})));
     }
-    made?;
-    let lines = lines(client, Some(&nqn))?;
+    let lines = lines?;
     if any {
         eprintln!(
             "cryptfold: any host that reaches this address may connect; --host NQN names those that may"

@@ -37,6 +37,8 @@ pub struct RpcArgs {
 
 /// Longest that the small commands wait for an answer.
 const PATIENCE: Duration = Duration::from_secs(600);
+/// Longer than any audit takes.
+const AUDIT: Duration = Duration::from_secs(30 * 24 * 3600);
 
 pub fn connect(socket: &SocketArgs) -> Result<Client, Failure> {
     Ok(Client::connect(&socket.socket, PATIENCE).map_err(|e| e.to_string())?)
@@ -219,7 +221,8 @@ pub enum PoolCommand {
         #[command(flatten)]
         socket: SocketArgs,
     },
-    /// Check everything that a pool's metadata says; exit code 1 when something is wrong.
+    /// Check everything that a pool's metadata says; exit code 1 when something is wrong. Of a pool of the running target, hosts'
+    /// writes wait until it is done (see scrub).
     Check {
         /// Name of a pool of the running target, or path (with a /) of a file or block device with a pool that no target has open
         /// (then nothing is written to it, unless it is repaired).
@@ -433,7 +436,9 @@ pub fn pool(command: PoolCommand) -> Result<(), Failure> {
                 patiently("checking", || offline::check(&wanted))?
             } else {
                 let params = json!({"lvs_name": name, "data": data, "repair": repair});
-                call(&mut connect(&socket)?, "cryptfold_pool_check", Some(params))?
+                // Whoever gave up would leave it going on.
+                let mut client = Client::connect(&socket.socket, AUDIT).map_err(|e| e.to_string())?;
+                call(&mut client, "cryptfold_pool_check", Some(params))?
             };
             if json {
                 print(&report);
@@ -478,7 +483,7 @@ fn create_volume(client: &mut Client, params: Value, how: &ExportArgs, as_json: 
         [&params["lvs_name"], &params["lvol_name"]].map(|v| v.as_str().unwrap_or_default().to_owned());
     let made = call(client, "bdev_lvol_create", Some(params))?;
     let uuid = made.as_str().unwrap_or_default();
-    let exported = export(client, uuid, &names[1], how);
+    let exported = export(client, uuid, &names.join("-"), how);
     if exported.is_err() {
         // It is new and empty: the command can be given again. What failed is what the user has to know.
         let _ = call(client, "bdev_lvol_delete", Some(json!({"name": uuid})));

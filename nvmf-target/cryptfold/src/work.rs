@@ -151,7 +151,7 @@ pub fn background(
     } else {
         println!("{}", work.text(pool, &now));
     }
-    if wait && now["state"] != "done" {
+    if wait && now["state"] == "stopped" {
         return Err(format!("pool {pool}: it was stopped before its end").into());
     }
     match now["damaged"].as_u64() {
@@ -183,7 +183,12 @@ pub fn wait_for_keys(client: &mut Client, pool: &str) -> Result<(), Failure> {
             Step { done: total.saturating_sub(old(v)), total, running: changing && !stopped }
         },
     )?;
-    if list(&end["domains"]).iter().any(|d| d["changing"] == true) {
+    let Some(domains) = end["domains"].as_array().filter(|_| end["state"] == "unlocked") else {
+        return Err(
+            format!("pool {pool}: it is not open any more; `cryptfold encryption status` says why").into()
+        );
+    };
+    if domains.iter().any(|d| d["changing"] == true) {
         let reason = end["renewal"]["reason"].as_str().unwrap_or("it was stopped");
         return Err(format!("pool {pool}: {reason}; `cryptfold encryption renew {pool}` goes on").into());
     }

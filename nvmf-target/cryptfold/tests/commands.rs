@@ -255,9 +255,9 @@ fn volumes_of_the_only_pool_and_of_hosts_that_encrypt() {
     assert!(line.starts_with("nvme connect -t tcp -a 127.0.0.1 -s "), "{line}");
     assert_eq!(m.json(&["connect"]), made["connect"]);
     let subsystems = m.ok(&["rpc", "nvmf_get_subsystems"]);
-    assert!(subsystems.contains("\"s-host\""), "{subsystems}");
+    assert!(subsystems.contains("\"p-s-host\""), "{subsystems}");
     let device: Value =
-        serde_json::from_str(&m.ok(&["rpc", "bdev_get_bdevs", r#"{"name":"s-host"}"#])).unwrap();
+        serde_json::from_str(&m.ok(&["rpc", "bdev_get_bdevs", r#"{"name":"p-s-host"}"#])).unwrap();
     assert_eq!(device[0]["product_name"], "hostcrypt", "{device}");
     // Of two pools one has to be named.
     m.ok(&["pool", "create", "M1", "q", "--memory-budget", "16M"]);
