@@ -55,6 +55,10 @@ impl Latencies {
         counters[bucket(latency_ns)].add(1);
     }
 
+    pub fn count(&self) -> u64 {
+        self.0.get().map_or(0, |counters| counters.iter().map(Counter::get).sum())
+    }
+
     pub fn add_to(&self, all: &mut LatencyCounts) {
         if let Some(counters) = self.0.get() {
             for (sum, counter) in all.buckets().iter_mut().zip(&**counters) {

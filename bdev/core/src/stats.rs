@@ -77,13 +77,30 @@ pub struct ClassTotals {
     pub min_latency_ns: u64,
 }
 
+/// How many operations there were is in their latencies.
 #[derive(Default)]
 struct ClassCounters {
-    ops: Counter,
     bytes: Counter,
     latency: Counter,
-    max: Counter,
     min: Counter,
+    /// From the shortest to the longest latency: what lies within needs one comparison.
+    span: Counter,
+    max: Counter,
+}
+
+impl ClassCounters {
+    /// A latency that is shorter or longer than all before.
+    #[cold]
+    fn widen(&self, latency_ns: u64) {
+        let min = match self.min.get() {
+            0 => latency_ns,
+            min => min.min(latency_ns),
+        };
+        let max = self.max.get().max(latency_ns);
+        self.min.0.store(min, Ordering::Relaxed);
+        self.max.0.store(max, Ordering::Relaxed);
+        self.span.0.store(max - min, Ordering::Relaxed);
+    }
 }
 
 /// One channel's counters.
@@ -106,15 +123,10 @@ impl ChannelStats {
     pub fn record(&self, op: Op, bytes: u64, latency_ns: u64, status: Status, histogram: bool) {
         let class = Class::of(op);
         let c = &self.classes[class as usize];
-        c.ops.add(1);
         c.bytes.add(bytes);
         c.latency.add(latency_ns);
-        if latency_ns > c.max.get() {
-            c.max.0.store(latency_ns, Ordering::Relaxed);
-        }
-        let min = c.min.get();
-        if latency_ns < min || min == 0 {
-            c.min.0.store(latency_ns, Ordering::Relaxed);
+        if latency_ns.wrapping_sub(c.min.get()) > c.span.get() {
+            c.widen(latency_ns);
         }
         self.latencies[class as usize].record(latency_ns);
         if !status.is_ok() {
@@ -134,7 +146,7 @@ impl ChannelStats {
     fn totals(&self, class: Class) -> ClassTotals {
         let c = &self.classes[class as usize];
         ClassTotals {
-            ops: c.ops.get(),
+            ops: self.latencies[class as usize].count(),
             bytes: c.bytes.get(),
             latency_ns: c.latency.get(),
             max_latency_ns: c.max.get(),
