@@ -299,6 +299,15 @@ def token(page, target, _load):
     weak = [(text, round(contrast(a, b), 2)) for text, a, b in page.script(CONTRAST) if contrast(a, b) < 4.5]
     equal("texts of too little contrast", weak, [])
     page.screenshot(f"{page.pictures}/token.png", whole=False)
+    page.driver.get(target.url)
+    wait("it is asked for again", lambda: page.is_seen("#token"))
+    equal("told as wrong before it is given", page.is_seen("#token-wrong"), False)
+    # Nothing that a header could carry.
+    page.keys(f"\u201c{TOKEN}\u201d", Keys.ENTER)
+    wait("typographic quotes are told as wrong", lambda: page.is_seen("#token-wrong"))
+    equal("the dialog, and what it holds", page.script("const d = document.querySelector('#token');"
+                                                      " return [d.open, d.querySelector('input').value]"), [True, ""])
+    equal("kept though it is wrong", page.script("return sessionStorage.length"), 0)
     page.keys(TOKEN, Keys.ENTER)
     wait("the page is live", lambda: live(page))
     equal("the dialog is gone", page.is_seen("#token"), False)

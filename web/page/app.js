@@ -2,7 +2,7 @@
 
 import { HeatMap, LineChart, redrawAll } from "./charts.js";
 import { attribute, by, figure, keyed, make, say } from "./dom.js";
-import { Feed } from "./feed.js";
+import { Feed, isToken } from "./feed.js";
 import { Sections } from "./sections.js";
 import { sizeParts, stack } from "./stack.js";
 import { bytes, clock, count, NONE, rate, ratio, seconds, span } from "./units.js";
@@ -239,15 +239,28 @@ setInterval(showLive, 1000);
 
 function askToken(wrong) {
   const dialog = by("token"), input = by("token-input");
-  by("token-wrong").hidden = !wrong;
-  attribute(input, "aria-invalid", wrong ? "true" : null);
-  input.value = "";
+  const tell = (isWrong) => {
+    by("token-wrong").hidden = !isWrong;
+    attribute(input, "aria-invalid", isWrong ? "true" : null);
+    input.value = "";
+  };
+  tell(wrong);
   return new Promise((given) => {
-    by("token-form").onsubmit = () => given(input.value.trim());
+    let done = false;
+    by("token-form").onsubmit = (event) => {
+      const token = input.value.trim();
+      done = isToken(token);
+      if (done) given(token);
+      else {
+        // A quote that an editor has made typographic, say: no target has such a token.
+        event.preventDefault();
+        tell(true);
+      }
+    };
     // There is nothing to see without it.
     dialog.oncancel = (event) => event.preventDefault();
     dialog.onclose = () => {
-      if (input.value.trim() === "") dialog.showModal();
+      if (!done) dialog.showModal();
     };
     if (!dialog.open) dialog.showModal();
     input.focus();

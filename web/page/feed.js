@@ -19,19 +19,26 @@ export class Refused extends Error {
 
 const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
 
+// What a target takes as a token, and a header can carry.
+export const isToken = (text) => /^[\x20-\x7e]+$/.test(text);
+
 export class Feed {
   // on: {history(h), snapshot(s), lost(why), token(wasWrong) => promise of a token}
   constructor(on) {
     this.on = on;
     this.wantHistory = true;
+    // Given, but not yet known to be right.
+    this.tried = null;
   }
 
   async get(path, signal) {
     const headers = {};
-    const token = this.token();
+    const { tried } = this;
+    const token = tried ?? this.token();
     if (token !== null) headers.Authorization = `Bearer ${token}`;
     const answer = await fetch(path, { headers, cache: "no-store", signal });
     if (!answer.ok) throw new Refused(answer.status, await answer.text());
+    if (tried !== null) this.keep(tried);
     return answer;
   }
 
@@ -44,6 +51,7 @@ export class Feed {
   }
 
   keep(token) {
+    this.tried = null;
     this.kept = token;
     try {
       if (token === null) sessionStorage.removeItem(TOKEN);
@@ -64,9 +72,9 @@ export class Feed {
       } catch (error) {
         this.wantHistory = true;
         if (error instanceof Refused && error.status === 401) {
-          const wrong = this.token() !== null;
+          const wrong = (this.tried ?? this.token()) !== null;
           this.keep(null);
-          this.keep(await this.on.token(wrong));
+          this.tried = await this.on.token(wrong);
           continue;
         }
         this.on.lost(error instanceof Refused ? error.message : "no answer");
