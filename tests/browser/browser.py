@@ -84,6 +84,7 @@ class Browser:
         options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
         self.driver = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
         self.driver.set_script_timeout(60)
+        self.driver.set_page_load_timeout(120)
         self.requests = []
 
     def close(self):

@@ -289,6 +289,24 @@ def lost_and_found(page, target, load):
     page.complaints()
 
 
+def tabs(page, target, _load):
+    """A browser has six connections to a target: a tab that nobody looks at holds none, so one more than six are served."""
+    first = page.driver.current_window_handle
+    others = []
+    for number in range(2, 9):
+        page.driver.switch_to.new_window("tab")
+        others.append(page.driver.current_window_handle)
+        page.driver.get(target.url)
+        wait(f"tab {number} is live", lambda: live(page))
+    for handle in others:
+        page.driver.switch_to.window(handle)
+        page.driver.close()
+    page.driver.switch_to.window(first)
+    wait("the first tab is live again", lambda: live(page) and page.text("#live-text") == "Live")
+    equal("state", page.text("#state"), "Healthy")
+    page.complaints()
+
+
 def token(page, target, _load):
     """Where a token is needed it is asked for, kept for the tab, and sent with requests only."""
     page.driver.get(target.url)
@@ -353,7 +371,7 @@ def main():
         page.pictures, page.first_url = pictures, target.url
         page.size(1440)
         page.media(prefers_color_scheme="light")
-        parts = [the_empty_page, values, live_updates, hostile_names, keyboard, looks, nothing_else_is_asked, lost_and_found]
+        parts = [the_empty_page, values, live_updates, hostile_names, keyboard, looks, nothing_else_is_asked, lost_and_found, tabs]
         for check in [*parts, token]:
             part = check.__name__.replace("_", " ")
             if check is values:

@@ -201,21 +201,25 @@ let last = null;
 let heard = 0;
 let asked = 0;
 let lost = null;
+// When the page was seen again: while hidden it does not listen.
+let seen = -Infinity;
 
 function showLive() {
+  if (document.hidden) return;
   const silent = performance.now() - heard;
   const stale = last !== null && (lost !== null || silent > STALE_MS);
   document.body.classList.toggle("is-stale", stale);
   const live = last !== null && !stale;
   attribute(by("live"), "data-live", live ? "yes" : "no");
-  say(by("live-text"), live ? "Live" : last === null && lost === null ? "Connecting" : "Disconnected");
-  say(by("live-age"), stale ? `for ${span(silent / 1000)}` : "");
+  const connecting = lost === null && (last === null || performance.now() - seen < STALE_MS);
+  say(by("live-text"), live ? "Live" : connecting ? "Connecting" : "Disconnected");
+  say(by("live-age"), stale && !connecting ? `for ${span(silent / 1000)}` : "");
   if (stale) {
     say(by("state"), "Unknown");
     attribute(by("state"), "data-level", "unknown");
   }
   const banner = by("stale");
-  banner.hidden = !stale && !(last === null && lost !== null);
+  banner.hidden = connecting || (!stale && lost === null);
   if (banner.hidden) return;
   const why = lost ?? "no news";
   say(banner, last === null
@@ -296,8 +300,9 @@ function refresh() {
 }
 setInterval(refresh, 10_000);
 document.addEventListener("visibilitychange", () => {
-  refresh();
+  if (!document.hidden) seen = performance.now();
   show();
+  showLive();
 });
 showTheme();
 feed.run();

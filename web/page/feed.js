@@ -1,5 +1,6 @@
 // What the target says: its history once, then a snapshot a second for as long as it answers. Read with fetch, because an
-// EventSource can not carry a token.
+// EventSource can not carry a token. A hidden page holds no stream: a browser has six connections to a target, for all of
+// its tabs.
 
 const TOKEN = "cryptfold-token";
 // A stream that is silent for so long is given up.
@@ -8,6 +9,8 @@ const MOST_WAIT_MS = 10_000;
 // A page that gets no stream (all places are taken) asks so often instead.
 const ASK_MS = 2_000;
 const ASK_ROUNDS = 15;
+// Between a stream's end and the next one.
+const PAUSE_MS = 500;
 const MOST_BUFFER = 64 << 20;
 
 export class Refused extends Error {
@@ -22,6 +25,18 @@ const sleep = (ms) => new Promise((done) => setTimeout(done, ms));
 // What a target takes as a token, and a header can carry.
 export const isToken = (text) => /^[\x20-\x7e]+$/.test(text);
 
+function untilSeen() {
+  return new Promise((done) => {
+    const look = () => {
+      if (document.hidden) return;
+      document.removeEventListener("visibilitychange", look);
+      done();
+    };
+    document.addEventListener("visibilitychange", look);
+    look();
+  });
+}
+
 export class Feed {
   // on: {history(h), snapshot(s), lost(why), token(wasWrong) => promise of a token}
   constructor(on) {
@@ -29,6 +44,15 @@ export class Feed {
     this.wantHistory = true;
     // Given, but not yet known to be right.
     this.tried = null;
+    // Ends the stream that is read.
+    this.abort = null;
+    // The page was hidden since the last try.
+    this.hid = false;
+    document.addEventListener("visibilitychange", () => {
+      if (!document.hidden) return;
+      this.hid = true;
+      this.abort?.abort();
+    });
   }
 
   async get(path, signal) {
@@ -65,12 +89,18 @@ export class Feed {
   async run() {
     let failures = 0;
     for (;;) {
+      await untilSeen();
+      // What has come meanwhile is in the history only.
+      this.wantHistory ||= this.hid;
+      this.hid = false;
       try {
         await this.once(() => {
           failures = 0;
         });
+        await sleep(PAUSE_MS);
       } catch (error) {
         this.wantHistory = true;
+        if (this.hid) continue;
         if (error instanceof Refused && error.status === 401) {
           const wrong = (this.tried ?? this.token()) !== null;
           this.keep(null);
@@ -86,20 +116,29 @@ export class Feed {
 
   async once(works) {
     if (this.wantHistory) await this.askHistory();
+    if (this.hid) return undefined;
     const abort = new AbortController();
-    let answer;
+    this.abort = abort;
     try {
-      answer = await this.timed(abort, (signal) => this.get("/api/v1/stream", signal));
+      return await this.listen(abort, works);
     } catch (error) {
       if (error instanceof Refused && error.status === 503) return this.ask(works);
       throw error;
+    } finally {
+      // Whatever ended it, its connection is free again.
+      abort.abort();
+      this.abort = null;
     }
+  }
+
+  async listen(abort, works) {
+    const answer = await this.timed(abort, (signal) => this.get("/api/v1/stream", signal));
     const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
     let text = "";
     for (;;) {
       const { value, done } = await this.timed(abort, () => reader.read());
       // Streams have a life; the next one goes on where this one ends.
-      if (done) return undefined;
+      if (done) return;
       text += value.replaceAll("\r", "");
       if (text.length > MOST_BUFFER) throw new Error("an event without end");
       const events = text.split("\n\n");
@@ -121,7 +160,7 @@ export class Feed {
   }
 
   async ask(works) {
-    for (let n = 0; n < ASK_ROUNDS; n += 1) {
+    for (let n = 0; n < ASK_ROUNDS && !this.hid; n += 1) {
       const abort = new AbortController();
       const snapshot = await this.timed(abort, async (signal) => (await this.get("/api/v1/snapshot", signal)).json());
       this.on.snapshot(snapshot);
