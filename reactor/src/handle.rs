@@ -1,5 +1,6 @@
 //! [`Handle`]: how other threads and other cores reach a reactor.
 
+use crate::clock::{Nanos, machine_now};
 use crate::core;
 use crate::reply::{ReplySender, reply};
 use async_task::Runnable;
@@ -94,6 +95,10 @@ pub(crate) struct Shared {
     pub(crate) closed: AtomicBool,
     pub(crate) busy_ns: Counter,
     pub(crate) idle_ns: Counter,
+    /// Start of the sleep under way, which `idle_ns` does not have yet; 0: awake.
+    pub(crate) asleep_since_ns: AtomicU64,
+    /// The most idle time told so far.
+    idle_told_ns: AtomicU64,
     pub(crate) sleeps: Counter,
     pub(crate) wakes: AtomicU64,
     pub(crate) messages: Counter,
@@ -115,12 +120,28 @@ impl Shared {
             closed: AtomicBool::new(false),
             busy_ns: Counter::default(),
             idle_ns: Counter::default(),
+            asleep_since_ns: AtomicU64::new(0),
+            idle_told_ns: AtomicU64::new(0),
             sleeps: Counter::default(),
             wakes: AtomicU64::new(0),
             messages: Counter::default(),
             tasks: AtomicUsize::new(0),
             pollers: Mutex::default(),
         })
+    }
+
+    /// Idle time with that of a sleep under way, ns. A turn under way is told at its end, when it is known what it was.
+    fn idle_until_now(&self) -> u64 {
+        let idle = self.idle_ns.get();
+        // Pairs with the fence in Loop::sleep: whoever sees the sleep's time counted sees its end.
+        fence(Ordering::Acquire);
+        let asleep = match self.asleep_since_ns.load(Ordering::Relaxed) {
+            0 => 0,
+            since => (machine_now() - Nanos(since)).as_nanos() as u64,
+        };
+        let told = idle + asleep;
+        // Who looked while it woke may have been told a little more.
+        self.idle_told_ns.fetch_max(told, Ordering::Relaxed).max(told)
     }
 
     pub(crate) fn push(&self, remote: Remote) {
@@ -195,7 +216,7 @@ pub struct PollerStats {
 pub struct ReactorStats {
     /// Time of turns that found work, ns.
     pub busy_ns: u64,
-    /// Time of turns that found none, and of sleep, ns.
+    /// Time of turns that found none, and of sleep, the one under way too, ns.
     pub idle_ns: u64,
     /// Times it went to sleep.
     pub sleeps: u64,
@@ -324,7 +345,7 @@ impl Handle {
         let pollers = shared.pollers.lock().unwrap_or_else(PoisonError::into_inner);
         ReactorStats {
             busy_ns: shared.busy_ns.get(),
-            idle_ns: shared.idle_ns.get(),
+            idle_ns: shared.idle_until_now(),
             sleeps: shared.sleeps.get(),
             wakes: shared.wakes.load(Ordering::Relaxed),
             tasks: shared.tasks.load(Ordering::Relaxed) as u64,

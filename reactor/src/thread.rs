@@ -326,7 +326,11 @@ impl Loop<'_> {
             || self.core.wide.get().is_some_and(|wide| wide.may_wake());
         if !found {
             shared.sleeps.add(1);
+            shared.asleep_since_ns.store(self.last.0, Ordering::Relaxed);
             self.ring.sleep(limit);
+            shared.asleep_since_ns.store(0, Ordering::Relaxed);
+            // Pairs with the one in Shared::idle_until_now.
+            fence(Ordering::Release);
         }
         self.core.wide.get().iter().for_each(|wide| wide.stay_awake());
         shared.sleeping.store(false, Ordering::Relaxed);

@@ -155,6 +155,40 @@ fn an_idle_reactor_sleeps_and_wakes_fast() {
     assert_eq!(stats.pollers[0].name, "quiet");
 }
 
+/// A long turn was told as idle time, then taken back: in between a saturated reactor seemed to have nothing to do.
+#[test]
+fn idle_time_is_told_while_it_sleeps_and_not_while_it_works() {
+    let runtime = runtime(1, IdlePolicy::Interrupt);
+    let handle = runtime.handles()[0].clone();
+    let wait = |what: &str, probe: &dyn Fn() -> bool| {
+        let start = Instant::now();
+        while !probe() {
+            assert!(start.elapsed() < MS * 60_000, "{what}: {:?}", handle.stats());
+            std::thread::sleep(MS);
+        }
+    };
+    let (before, sleeps) = (handle.stats().idle_ns, handle.stats().sleeps);
+    let asleep = |idle_ns: u64| handle.stats().idle_ns >= before + idle_ns;
+    wait("it sleeps, and that shows", &|| asleep(50_000_000));
+    assert!(handle.stats().sleeps <= sleeps + 1, "in one sleep");
+
+    let (started, has_started) = mpsc::channel();
+    let (go_on, may_go_on) = mpsc::channel::<()>();
+    let work = move || {
+        started.send(()).unwrap();
+        may_go_on.recv().unwrap();
+    };
+    handle.spawn(move || async move { work() });
+    has_started.recv().unwrap();
+    let (first, busy) = (handle.stats().idle_ns, handle.stats().busy_ns);
+    std::thread::sleep(MS * 20);
+    assert_eq!(handle.stats().idle_ns, first, "a turn is under way");
+    go_on.send(()).unwrap();
+    wait("the turn is told", &|| handle.stats().busy_ns >= busy + 20_000_000);
+    let last = handle.stats().idle_ns;
+    assert!(last >= first && handle.stats().idle_ns >= last);
+}
+
 struct Quiet;
 
 impl Poller for Quiet {

@@ -103,7 +103,6 @@ pub(crate) struct Running {
     pub handles: Vec<Handle>,
     target: Target,
     pools: Pools,
-    since: Instant,
     runtime: Mutex<Option<Runtime>>,
 }
 
@@ -245,8 +244,7 @@ impl Control {
             }
         });
         let pools = Pools::new(manager, self.registry.clone(), self.kms.clone(), self.config.key_dir.clone());
-        let running =
-            Running { handles, target, pools, since: Instant::now(), runtime: Mutex::new(Some(runtime)) };
+        let running = Running { handles, target, pools, runtime: Mutex::new(Some(runtime)) };
         if self.running.set(running).is_err() {
             return Err(RpcError::internal("initialised twice"));
         }
@@ -265,11 +263,6 @@ impl Control {
         let _phase = lock(&self.phase);
         self.held.store(false, Ordering::SeqCst);
         self.phase_changed.notify_all();
-    }
-
-    /// Time since the reactors started.
-    pub(crate) fn running_for(&self) -> Duration {
-        self.running.get().map_or(Duration::ZERO, |r| r.since.elapsed())
     }
 
     /// Waits until initialised and configured, or ended.

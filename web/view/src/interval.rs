@@ -154,7 +154,9 @@ fn of(was: &Device, now: &Device, class: Class) -> Activity {
 fn reactors(before: Option<&Sample>, now: &Sample) -> Vec<Option<f64>> {
     let one = |r: &Value| {
         let was = list(&before?.reactors["reactors"]).iter().find(|b| b["lcore"] == r["lcore"]);
-        let (busy, idle) = (grown_member(was, r, "busy")? as f64, grown_member(was, r, "idle")? as f64);
+        // Reactors stay as long as the program: here nothing begins anew.
+        let more = |key: &str| Some(r[key].as_u64()?.saturating_sub(was?[key].as_u64()?) as f64);
+        let (busy, idle) = (more("busy")?, more("idle")?);
         (busy + idle > 0.0).then(|| busy / (busy + idle))
     };
     list(&now.reactors["reactors"]).iter().map(one).collect()
@@ -168,4 +170,22 @@ pub fn same<'a>(all: Option<&'a Value>, one: &Value, keys: &[&str]) -> Option<&'
 /// The entry under a name.
 pub fn named<'a>(all: &'a [(String, Value)], name: &Value) -> Option<&'a Value> {
     all.iter().find(|(n, _)| n == text(name)).map(|(_, v)| v)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_reactor_that_told_less_idle_time_than_before_was_busy() {
+        let sample = |busy: u64, idle: u64| Sample {
+            reactors: json!({"reactors": [{"lcore": 1, "busy": busy, "idle": idle}]}),
+            ..Sample::default()
+        };
+        let share = |now: Sample| reactors(Some(&sample(1000, 5000)), &now);
+        assert_eq!(share(sample(1100, 5300)), [Some(0.25)]);
+        assert_eq!(share(sample(2000, 4900)), [Some(1.0)]);
+        assert_eq!(share(sample(1000, 5000)), [None], "nothing has passed that is known");
+        assert_eq!(reactors(None, &sample(1, 1)), [None]);
+    }
 }

@@ -1,6 +1,5 @@
 //! The program itself: methods, versions, phases, reactors and threads.
 
-use cryptfold_reactor::ReactorStats;
 use serde_json::{Value, json};
 
 use crate::control::{Control, Signal};
@@ -193,12 +192,6 @@ fn thread_ids() -> Vec<(String, u64)> {
     dir.flatten().filter_map(id).collect()
 }
 
-/// Busy and idle nanoseconds. A sleeping reactor counts its idle time when it wakes; here it counts as it passes.
-fn busy_idle(c: &Control, s: &ReactorStats) -> (u64, u64) {
-    let elapsed = c.running_for().as_nanos() as u64;
-    (s.busy_ns, s.idle_ns.max(elapsed.saturating_sub(s.busy_ns)))
-}
-
 pub fn thread_name(n: u32) -> String {
     if n == 0 { "app_thread".into() } else { format!("reactor_{n}") }
 }
@@ -210,19 +203,19 @@ fn reactors(c: &Control) -> RpcResult {
         .handles()
         .iter()
         .map(|h| {
-            let (busy, idle) = busy_idle(c, &h.stats());
+            let s = h.stats();
             let kernel_name = format!("reactor_{}", h.id());
             json!({
                 "lcore": h.core(),
                 "tid": ids.iter().find(|(n, _)| *n == kernel_name).map_or(0, |(_, id)| *id),
-                "busy": busy,
-                "idle": idle,
+                "busy": s.busy_ns,
+                "idle": s.idle_ns,
                 "in_interrupt": interrupt,
                 "lw_threads": [{
                     "name": thread_name(h.id().0),
                     "id": h.id().0 + 1,
                     "cpumask": cpumask(h.core()),
-                    "elapsed": busy + idle,
+                    "elapsed": s.busy_ns + s.idle_ns,
                 }],
             })
         })
@@ -237,13 +230,12 @@ fn thread_stats(c: &Control) -> RpcResult {
         .iter()
         .map(|h| {
             let s = h.stats();
-            let (busy, idle) = busy_idle(c, &s);
             json!({
                 "name": thread_name(h.id().0),
                 "id": h.id().0 + 1,
                 "cpumask": cpumask(h.core()),
-                "busy": busy,
-                "idle": idle,
+                "busy": s.busy_ns,
+                "idle": s.idle_ns,
                 "in_interrupt": interrupt,
                 "active_pollers_count": s.pollers.len(),
                 "timed_pollers_count": 0,
