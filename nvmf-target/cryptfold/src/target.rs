@@ -158,16 +158,26 @@ pub fn run(args: TargetArgs) -> Result<(), Failure> {
 }
 
 fn serve_http(listen: SocketAddr, token: Option<&Path>, control: &Arc<Control>) -> Result<Web, String> {
-    let token = token.map(|path| {
-        let text = std::fs::read_to_string(path).map(Zeroizing::new);
-        let text = text.map_err(|e| format!("HTTP token {}: {e}", path.display()))?;
-        match text.trim() {
-            "" => Err(format!("HTTP token {}: the file is empty", path.display())),
-            token => Ok(Zeroizing::new(token.to_owned())),
-        }
-    });
-    let config = WebConfig { listen, token: token.transpose()? };
+    let config = WebConfig { listen, token: token.map(read_token).transpose()? };
     Web::start(config, Arc::new(Seen(Arc::downgrade(control)))).map_err(|e| format!("HTTP: {e}"))
+}
+
+fn read_token(path: &Path) -> Result<Zeroizing<String>, String> {
+    let failed = |why: &str| format!("HTTP token {}: {why}", path.display());
+    let text = std::fs::read_to_string(path).map(Zeroizing::new).map_err(|e| failed(&e.to_string()))?;
+    let token = text.trim();
+    if token.is_empty() {
+        return Err(failed("the file is empty"));
+    }
+    // What a browser can send in a header and a person can type.
+    match token.chars().position(|c| !matches!(c, ' '..='~')) {
+        None => Ok(Zeroizing::new(token.to_owned())),
+        Some(at) => Err(failed(&format!(
+            "a token is one line of printable ASCII characters; character {} of {} is none",
+            at + 1,
+            token.chars().count()
+        ))),
+    }
 }
 
 /// The control plane as HTTP sees it.
@@ -214,4 +224,30 @@ fn announce(control: &Control, server: &Server, web: Option<&Web>) {
     }
     println!("{line}");
     let _ = std::io::stdout().flush();
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_token_that_no_browser_could_send_is_refused() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("token");
+        let read = |text: &str| {
+            std::fs::write(&path, text).unwrap();
+            read_token(&path).map(|token| token.to_string())
+        };
+        assert_eq!(read(" correct horse~\r\n").as_deref(), Ok("correct horse~"));
+        assert!(read(" \n").is_err_and(|why| why.contains("the file is empty")));
+        for (text, at) in
+            [("a\nb\n", "2 of 3"), ("\u{201c}ab", "1 of 3"), ("ab\tc", "3 of 4"), ("a\u{7f}", "2 of 2")]
+        {
+            let why = read(text).expect_err(text);
+            assert!(why.contains("one line of printable ASCII") && why.contains(at), "{text:?}: {why}");
+            assert!(why.contains(path.to_str().unwrap()), "{why}");
+        }
+        std::fs::write(&path, b"a\xffb").unwrap();
+        assert!(read_token(&path).is_err_and(|why| why.contains("UTF-8")));
+    }
 }
