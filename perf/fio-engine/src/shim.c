@@ -197,7 +197,8 @@ static int cryptfold_nothing(struct thread_data *td, struct fio_file *f)
 static struct ioengine_ops ops = {
 	.name = "cryptfold",
 	.version = FIO_IOOPS_VERSION,
-	.flags = FIO_RAWIO | FIO_DISKLESSIO | FIO_NOEXTEND | FIO_NODISKUTIL,
+	/* Offloaded, fio opens a queue in a worker's thread and closes it in another: a queue belongs to one thread (ffi.rs). */
+	.flags = FIO_RAWIO | FIO_DISKLESSIO | FIO_NOEXTEND | FIO_NODISKUTIL | FIO_NO_OFFLOAD,
 	.setup = cryptfold_setup,
 	.init = cryptfold_init,
 	.cleanup = cryptfold_cleanup,
