@@ -11,6 +11,8 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 
+from target import wait
+
 FLAGS = """--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars --force-color-profile=srgb
     --disable-default-apps --disable-extensions --no-default-browser-check""".split()
@@ -93,6 +95,13 @@ class Browser:
 
     def size(self, width, height=1000):
         self.cdp("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600)
+
+    def settle(self, width):
+        """Until the page has this width, and has been laid out and drawn in it: charts follow within a frame."""
+        wait(f"the page is {width} pixels wide", lambda: self.script("return document.documentElement.clientWidth") == width)
+        # What is asked for in one frame comes in the next, after the whole of the first.
+        self.driver.execute_async_script(
+            "const done = arguments[0]; requestAnimationFrame(() => requestAnimationFrame(() => done()))")
 
     def media(self, **features):
         listed = [{"name": name.replace("_", "-"), "value": value} for name, value in features.items()]

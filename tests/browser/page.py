@@ -214,7 +214,8 @@ def themes_and_widths(page, pictures):
         for width in (1440, 400):
             page.size(width)
             page.script("window.scrollTo(0, 0); document.activeElement.blur()")
-            wait("a snapshot in this size", lambda: live(page))
+            page.settle(width)
+            wait("the page is live", lambda: live(page))
             texts = page.script(CONTRAST)
             if len(texts) < 40:
                 raise Failure(f"only {len(texts)} texts are seen")
