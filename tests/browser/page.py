@@ -387,8 +387,11 @@ def main():
     except Exception as error:  # Selenium's too: the part's name and the target's log say more than a trace
         print(f"FAIL {part}: {type(error).__name__}: {error}")
         if page:
-            page.screenshot(f"{pictures}/failed.png")
-            print(f"--- console: {page.complaints()}")
+            try:
+                page.screenshot(f"{pictures}/failed.png")
+                print(f"--- console: {page.complaints()}")
+            except Exception as gone:  # the browser itself may be what failed
+                print(f"--- the browser does not answer: {type(gone).__name__}: {gone}")
         for log in (target.log, f"{directory}/load-1.log"):
             if os.path.exists(log):
                 with open(log) as file:
@@ -398,9 +401,11 @@ def main():
         load.stop()
         target.kill()
         guarded.kill()
-        if page:
-            page.close()
-        shutil.rmtree(directory, ignore_errors=True)
+        try:
+            if page:
+                page.close()
+        finally:
+            shutil.rmtree(directory, ignore_errors=True)
 
 
 if __name__ == "__main__":
