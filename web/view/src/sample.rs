@@ -1,5 +1,6 @@
 //! What the target says of itself at one moment.
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use cryptfold_bdev::{Class, ClassTotals, LatencyCounts};
@@ -149,14 +150,20 @@ impl Sample {
         let get = |method: &str| get_with(method, None);
         let of_each = |all: &Value, key: &str, method: &str, param: &str| -> Vec<(String, Value)> {
             let one = |v: &Value| (text(&v[key]).to_owned(), get_with(method, Some(&json!({param: v[key]}))));
-            list(all).iter().map(one).collect()
+            // A locked pool may have the name of one that is open.
+            list(all).iter().filter(|v| v["locked"].is_null()).map(one).collect()
         };
         let (state, uptime) = source.state();
-        let (pools, subsystems) = (get("bdev_lvol_get_lvstores"), get("nvmf_get_subsystems"));
+        let subsystems = get("nvmf_get_subsystems");
+        // What rates are of, right after each other: they have one moment. What takes long follows.
+        let pools = get("bdev_lvol_get_lvstores");
+        let at = Instant::now();
+        let devices = source.devices();
+        let controllers = of_each(&subsystems, "nqn", "nvmf_subsystem_get_controllers", "nqn");
         Sample {
-            // Rates are those of devices: the moment of their counters.
-            at: Instant::now(),
-            devices: source.devices(),
+            at,
+            devices,
+            controllers,
             time: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |d| d.as_secs_f64()),
             uptime,
             state,
@@ -167,7 +174,6 @@ impl Sample {
             encryption: get("cryptfold_encryption_status"),
             luks: get("bdev_luks_get_status"),
             nvmf: get("nvmf_get_stats"),
-            controllers: of_each(&subsystems, "nqn", "nvmf_subsystem_get_controllers", "nqn"),
             queues: of_each(&subsystems, "nqn", "nvmf_subsystem_get_qpairs", "nqn"),
             keys: get("keyring_kmip_get_keys"),
             key_servers: get("keyring_kmip_get_servers"),
@@ -177,10 +183,12 @@ impl Sample {
         }
     }
 
-    /// By name or alias.
-    pub fn device(&self, name: &str) -> Option<&Device> {
-        let found = self.devices.iter().find(|d| d.name == name);
-        found.or_else(|| self.devices.iter().find(|d| !d.alias.is_empty() && d.alias == name))
+    /// Finds devices.
+    pub fn names(&self) -> Names<'_> {
+        // Names go before aliases, and of two that are the same the first.
+        let aliases = self.devices.iter().rev().filter(|d| !d.alias.is_empty());
+        let aliases = aliases.map(|d| (d.alias.as_str(), d));
+        Names(aliases.chain(self.devices.iter().rev().map(|d| (d.name.as_str(), d))).collect())
     }
 
     /// The devices of namespaces, with "NQN/NSID" of each.
@@ -190,13 +198,26 @@ impl Sample {
         all.flat_map(|s| list(&s["namespaces"]).iter().map(move |n| (text(&n["bdev_name"]), of(s, n))))
             .collect()
     }
+}
 
-    /// What it and the devices that it stands on are called, itself first.
-    pub fn stack<'a>(&'a self, device: &'a str) -> Vec<&'a Device> {
+/// The devices of a sample by name and alias.
+#[derive(Debug)]
+pub struct Names<'a>(HashMap<&'a str, &'a Device>);
+
+impl<'a> Names<'a> {
+    /// By name or alias.
+    pub fn device(&self, name: &str) -> Option<&'a Device> {
+        self.0.get(name).copied()
+    }
+
+    /// The device and those that it stands on, itself first.
+    pub fn stack(&self, device: &str) -> Vec<&'a Device> {
         let mut all: Vec<&Device> = Vec::new();
         let mut next = self.device(device);
-        // A stack has an end; names that lead in a circle are no reason to hang.
-        while let Some(d) = next.filter(|_| all.len() < 32) {
+        // A stack has an end; names that lead in a circle are no reason to hang, or to tell a device twice.
+        while let Some(d) =
+            next.filter(|d| all.len() < 32 && !all.iter().any(|known| std::ptr::eq(*known, *d)))
+        {
             all.push(d);
             next = d.base.as_deref().and_then(|base| self.device(base));
         }

@@ -1,6 +1,7 @@
 //! An interval and the sample at its end as one JSON object: what the page, `cryptfold top` and the RPC show.
 
 use std::cmp::Reverse;
+use std::collections::HashMap;
 
 use cryptfold_bdev::borders_s;
 use serde_json::{Map, Value, json};
@@ -142,28 +143,36 @@ fn both(did: &Both, seconds: Option<f64>) -> [(String, Value); 2] {
     [("read".into(), did.read.json(seconds)), ("write".into(), did.write.json(seconds))]
 }
 
-/// What was done to a device.
-fn done_to<'a>(s: &Sample, did: &'a Interval, device: &str) -> Option<&'a Both> {
-    let at = s.devices.iter().position(|d| d.name == device)?;
-    did.devices.get(at)
+/// Whether a device decrypts what a host has encrypted.
+fn has_key(d: &Device) -> bool {
+    matches!(d.product.as_str(), "hostcrypt" | "luks")
 }
 
 fn volumes(s: &Sample, did: &Interval) -> Vec<(u64, Value)> {
     // From the device that hosts see down to the volume.
     let exports = s.exports();
-    let exports: Vec<(&str, &str, Vec<&Device>)> =
-        exports.iter().map(|(device, place)| (*device, place.as_str(), s.stack(device))).collect();
-    let uppers: Vec<(&Device, Vec<&Device>)> =
-        s.devices.iter().filter(|d| d.base.is_some()).map(|d| (d, s.stack(&d.name))).collect();
+    let names = s.names();
+    // By the device below: what it is exported as, and the device with a host's key on it.
+    let mut exported_of: HashMap<&str, Vec<(&str, &str)>> = HashMap::new();
+    for (device, place) in &exports {
+        for below in names.stack(device) {
+            exported_of.entry(&below.name).or_default().push((*device, place.as_str()));
+        }
+    }
+    let mut key_of: HashMap<&str, &Device> = HashMap::new();
+    for d in s.devices.iter().filter(|d| d.base.is_some() && has_key(d)) {
+        for below in names.stack(&d.name) {
+            key_of.entry(&below.name).or_insert(d);
+        }
+    }
+    let at: HashMap<&str, &Both> =
+        s.devices.iter().map(|d| d.name.as_str()).zip(&did.devices).rev().collect();
+    let idle = Both::default();
     let one = |v: &Value| {
         let name = text(&v["uuid"]);
-        let on = |stack: &[&Device]| stack.iter().any(|d| d.name == name);
-        let exported: Vec<_> = exports.iter().filter(|(.., stack)| on(stack)).collect();
+        let exported = exported_of.get(name).map_or(&[][..], Vec::as_slice);
         let device = exported.first().map_or(name, |e| e.0);
-        let of_host =
-            uppers.iter().find(|(d, stack)| on(stack) && matches!(d.product.as_str(), "hostcrypt" | "luks"));
-        let idle = Both::default();
-        let done = done_to(s, did, device).unwrap_or(&idle);
+        let done = at.get(device).copied().unwrap_or(&idle);
         let mut shown = members(v, &["name"]);
         shown.insert("pool".into(), v["lvs"]["name"].clone());
         shown.insert("uuid".into(), v["uuid"].clone());
@@ -180,9 +189,9 @@ fn volumes(s: &Sample, did: &Interval) -> Vec<(u64, Value)> {
         shown.extend(members(v, &known));
         let kind = if v["is_snapshot"] == true { "snapshot" } else { "volume" };
         shown.insert("kind".into(), kind.into());
-        shown.insert("exported".into(), exported.iter().map(|(_, place, _)| *place).collect());
+        shown.insert("exported".into(), exported.iter().map(|(_, place)| *place).collect());
         shown.extend(both(done, did.seconds));
-        shown.insert("host_key".into(), of_host.map_or(Value::Null, |(d, _)| host_key(s, d)));
+        shown.insert("host_key".into(), key_of.get(name).map_or(Value::Null, |d| host_key(s, d)));
         (done.read.ops + done.write.ops, Value::Object(shown))
     };
     list(&s.volumes).iter().map(one).collect()
@@ -223,19 +232,31 @@ fn address(v: &Value) -> String {
     }
 }
 
+/// What is the same of a controller as long as it lives.
+fn controller_id(c: &Value) -> (Option<u64>, &str, &str) {
+    (c["cntlid"].as_u64(), text(&c["hostnqn"]), text(&c["hostid"]))
+}
+
 /// A host's controllers: one entry each.
 fn hosts(before: Option<&Sample>, s: &Sample, seconds: Option<f64>) -> Vec<(u64, Value)> {
     let mut all = Vec::new();
     for (nqn, controllers) in &s.controllers {
         let nqn = json!(nqn);
-        let queues = named(&s.queues, &nqn).map_or(&[][..], list);
+        let mut queues: HashMap<Option<u64>, Vec<&Value>> = HashMap::new();
+        for q in named(&s.queues, &nqn).map_or(&[][..], list) {
+            queues.entry(q["cntlid"].as_u64()).or_default().push(q);
+        }
+        let was: Option<HashMap<_, &Value>> = before.and_then(|b| {
+            // Of a subsystem that is new all controllers are; what gave no list is not known.
+            match named(&b.controllers, &nqn) {
+                None => b.subsystems.is_array().then(HashMap::new),
+                Some(all) => Some(all.as_array()?.iter().map(|c| (controller_id(c), c)).collect()),
+            }
+        });
         for c in list(controllers) {
-            let mine = || queues.iter().filter(|q| q["cntlid"] == c["cntlid"]);
-            let first = mine().min_by_key(|q| q["qid"].as_u64());
-            let was = before.map(|b| {
-                let all = named(&b.controllers, &nqn);
-                same(all, c, &["cntlid", "hostnqn", "hostid"]).unwrap_or(&Value::Null)
-            });
+            let mine = queues.get(&c["cntlid"].as_u64()).map_or(&[][..], Vec::as_slice);
+            let first = mine.iter().min_by_key(|q| q["qid"].as_u64());
+            let was = was.as_ref().map(|was| was.get(&controller_id(c)).copied().unwrap_or(&Value::Null));
             let did = |ops: &str, bytes: &str| Activity {
                 ops: grown_member(was, c, ops).unwrap_or(0),
                 bytes: grown_member(was, c, bytes).unwrap_or(0),
@@ -243,7 +264,7 @@ fn hosts(before: Option<&Sample>, s: &Sample, seconds: Option<f64>) -> Vec<(u64,
             };
             let (read, write) = (did("reads", "read_bytes"), did("writes", "write_bytes"));
             let rates = |a: &Activity| {
-                let all = a.json(seconds);
+                let all = a.json(was.and(seconds));
                 json!({"iops": all["iops"], "bytes_per_second": all["bytes_per_second"]})
             };
             let age = c["keep_alive_age_ms"].as_f64().map(|ms| ms / 1000.0);
@@ -251,7 +272,7 @@ fn hosts(before: Option<&Sample>, s: &Sample, seconds: Option<f64>) -> Vec<(u64,
             let shown = json!({
                 "nqn": c["hostnqn"], "subsystem": nqn, "controller": c["cntlid"],
                 "address": first.map(|q| address(&q["peer_address"])), "queues": c["num_io_qpairs"],
-                "authenticated": mine().any(|q| !q["auth"].is_null()), "tls": mine().any(|q| !q["tls"].is_null()),
+                "authenticated": mine.iter().any(|q| !q["auth"].is_null()), "tls": mine.iter().any(|q| !q["tls"].is_null()),
                 "read": rates(&read), "write": rates(&write), "errors": c["errors"],
                 "keep_alive_age_seconds": age, "keep_alive_timeout_seconds": timeout,
             });
@@ -491,6 +512,10 @@ mod tests {
         assert_eq!(shown["hosts"], json!([wanted]));
         let (_, shown) = look(Some(&second), hosts(500, "b"), 1);
         assert_eq!(shown["hosts"][0]["read"]["iops"], json!(500.0), "a new controller under the old number");
+        let (unknown, _) =
+            look(None, Sample { controllers: vec![("nqn.x:a".into(), Value::Null)], ..hosts(0, "a") }, 0);
+        let (_, shown) = look(Some(&unknown), hosts(500, "a"), 1);
+        assert_eq!(shown["hosts"][0]["read"]["iops"], json!(null), "not what it did in all its life");
     }
 
     #[test]
