@@ -14,7 +14,7 @@ use hyper::header::{
 };
 use hyper::http::uri::Authority;
 use hyper::{Method, Request, Response, StatusCode};
-use serde_json::{Value, json};
+use serde_json::json;
 use zeroize::Zeroizing;
 
 use crate::stream::{Guard, Listener, MAX_LISTENERS, Stream};
@@ -51,9 +51,15 @@ impl Shared {
         tokio::task::spawn_blocking(move || source.look()).await.ok().flatten()
     }
 
-    async fn history(&self) -> Option<Value> {
+    /// What `make` makes of the target now, on another thread than the one that serves; none when the target is at its end.
+    async fn of_look<T: Send + 'static>(&self, make: fn(&Look) -> T) -> Option<T> {
         let source = self.source.clone();
-        tokio::task::spawn_blocking(move || source.history()).await.ok()
+        tokio::task::spawn_blocking(move || source.look().map(|look| make(&look))).await.ok().flatten()
+    }
+
+    async fn history(&self) -> Option<String> {
+        let source = self.source.clone();
+        tokio::task::spawn_blocking(move || source.history().to_string()).await.ok()
     }
 }
 
@@ -92,10 +98,10 @@ async fn choose(shared: &Arc<Shared>, guard: &Arc<Guard>, request: &Request<Inco
         return with(plain(StatusCode::METHOD_NOT_ALLOWED, text), ALLOW, "GET, HEAD");
     }
     match path {
-        "/metrics" => metrics_of(shared.look().await),
+        "/metrics" => metrics_of(shared.of_look(|look| metrics::text(&look.sample)).await),
         "/healthz" => health_of(shared.look().await),
-        "/api/v1/snapshot" => json_of(shared.look().await.map(|look| look.snapshot.to_string())),
-        "/api/v1/history" => json_of(shared.history().await.map(|history| history.to_string())),
+        "/api/v1/snapshot" => json_of(shared.of_look(|look| look.snapshot.to_string()).await),
+        "/api/v1/history" => json_of(shared.history().await),
         "/api/v1/stream" if request.method() == Method::HEAD => {
             respond(StatusCode::OK, "text/event-stream", Bytes::new())
         }
@@ -145,8 +151,8 @@ fn json_of(text: Option<String>) -> Answer {
     text.map_or_else(unavailable, |text| respond(StatusCode::OK, JSON, text.into()))
 }
 
-fn metrics_of(look: Option<Arc<Look>>) -> Answer {
-    match look.map(|look| metrics::text(&look.sample)) {
+fn metrics_of(text: Option<Result<Vec<u8>, prometheus::Error>>) -> Answer {
+    match text {
         Some(Ok(text)) => respond(StatusCode::OK, metrics::CONTENT_TYPE, text.into()),
         Some(Err(error)) => plain(StatusCode::INTERNAL_SERVER_ERROR, &format!("{error}\n")),
         None => unavailable(),

@@ -1,6 +1,6 @@
 //! A sample in Prometheus's text form: base units (seconds, bytes), `_total` for what only grows. States are gauges of 0 and 1.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap, HashSet};
 
 use cryptfold_bdev::{Class, ClassTotals, LatencyCounts, borders_s};
 use cryptfold_view::snapshot::MOST;
@@ -183,6 +183,21 @@ fn devices(m: &mut Metrics, s: &Sample) {
     }
 }
 
+/// By UUID, the names of pools, each once: a second one of a name (one of them is locked) has its UUID behind it. Two series with the
+/// same labels would make the whole answer invalid.
+fn pool_names(s: &Sample) -> HashMap<&str, String> {
+    let mut taken = HashSet::new();
+    let mut one = |p: &'_ Value| {
+        let (name, uuid) = (text_of(&p["name"]), text_of(&p["uuid"]));
+        if taken.insert(name.to_owned()) { name.to_owned() } else { format!("{name} ({uuid})") }
+    };
+    list(&s.pools).iter().map(|p| (text_of(&p["uuid"]), one(p))).collect()
+}
+
+fn name_of<'a>(names: &'a HashMap<&str, String>, pool: &'a Value) -> &'a str {
+    names.get(text_of(&pool["uuid"])).map_or(text_of(&pool["name"]), String::as_str)
+}
+
 fn pools(m: &mut Metrics, s: &Sample) {
     const SPACE: [(&str, &str, &str); 8] = [
         ("cryptfold_pool_size_bytes", "size_bytes", "Space for data of a pool"),
@@ -216,8 +231,10 @@ fn pools(m: &mut Metrics, s: &Sample) {
         ),
         ("cryptfold_pool_moved_bytes_total", "moved_bytes", "Reduced bytes that collection has moved"),
     ];
+    let names = pool_names(s);
     for p in list(&s.pools) {
-        let pool = [("pool", text_of(&p["name"]))];
+        let name = name_of(&names, p);
+        let pool = [("pool", name)];
         for (name, key, help) in SPACE.into_iter().chain(STATE) {
             m.gauge(name, help, &pool, p[key].as_f64());
         }
@@ -227,7 +244,7 @@ fn pools(m: &mut Metrics, s: &Sample) {
         m.gauge("cryptfold_pool_failed", "Whether a pool has stopped", &pool, truth(!p["failed"].is_null()));
         let help = "Whether a pool is not open for want of a key";
         m.gauge("cryptfold_pool_locked", help, &pool, truth(!p["locked"].is_null()));
-        work(m, p);
+        work(m, p, name);
     }
 }
 
@@ -239,9 +256,9 @@ const WORK: [(&str, &str, Option<&str>); 4] = [
     ("deletion", "", None),
 ];
 
-fn work(m: &mut Metrics, p: &Value) {
+fn work(m: &mut Metrics, p: &Value, pool: &str) {
     for (work, done, total) in WORK {
-        let (w, labels) = (&p[work], [("pool", text_of(&p["name"])), ("work", work)]);
+        let (w, labels) = (&p[work], [("pool", pool), ("work", work)]);
         let help = "Whether background work runs";
         m.gauge("cryptfold_pool_work_running", help, &labels, truth(w["state"] == "running"));
         let help = "Whether background work was ended before its time, by a person or a failure";
@@ -257,7 +274,7 @@ fn work(m: &mut Metrics, p: &Value) {
     }
     let waiting = p["deletion"]["volumes"].as_f64();
     let help = "Deleted volumes and snapshots whose space is not back yet";
-    m.gauge("cryptfold_pool_deleting_volumes", help, &[("pool", text_of(&p["name"]))], waiting);
+    m.gauge("cryptfold_pool_deleting_volumes", help, &[("pool", pool)], waiting);
 }
 
 fn volumes(m: &mut Metrics, s: &Sample) {
@@ -307,8 +324,9 @@ fn domains(m: &mut Metrics, s: &Sample) {
 }
 
 fn encryption(m: &mut Metrics, s: &Sample) {
+    let names = pool_names(s);
     for p in list(&s.encryption["pools"]) {
-        let pool = [("pool", text_of(&p["name"]))];
+        let pool = [("pool", name_of(&names, p))];
         let known = p["encrypted"].as_bool().and_then(truth);
         m.gauge("cryptfold_pool_encrypted", "Whether a pool needs a key to be opened", &pool, known);
         for kind in ["password", "key_file", "kms", "open"] {
@@ -384,6 +402,9 @@ fn target(m: &mut Metrics, s: &Sample) {
 /// Controllers, by subsystem and number; of very many only the first.
 fn hosts(m: &mut Metrics, s: &Sample) {
     let all = s.controllers.iter().flat_map(|(nqn, all)| list(all).iter().map(move |c| (nqn, c)));
+    let left_out = all.clone().count().saturating_sub(MOST);
+    let help = "Controllers of hosts that have no series of their own";
+    m.gauge("cryptfold_nvmf_hosts_left_out", help, &[], Some(left_out as f64));
     for (nqn, c) in all.take(MOST) {
         let cntlid = c["cntlid"].to_string();
         let host = [("nqn", nqn.as_str()), ("host", text_of(&c["hostnqn"])), ("cntlid", cntlid.as_str())];
@@ -516,6 +537,22 @@ mod tests {
         for unknown in ["reduction_ratio", "key_server_up{server=\"t\"", "op=\"unmap\",le="] {
             assert!(!lines.iter().any(|l| l.contains(unknown)), "{unknown} is not known, and not told");
         }
+    }
+
+    #[test]
+    fn no_two_series_have_the_same_labels() {
+        let s = Sample {
+            pools: json!([{"name": "p", "uuid": "A"}, {"name": "p", "uuid": "B", "locked": "no key"}]),
+            encryption: json!({"pools": [{"name": "p", "uuid": "A"}, {"name": "p", "uuid": "B"}]}),
+            ..Sample::default()
+        };
+        let lines = lines(&s);
+        for wanted in ["cryptfold_pool_locked{pool=\"p\"} 0", "cryptfold_pool_locked{pool=\"p (B)\"} 1"] {
+            assert!(lines.iter().any(|l| l == wanted), "{wanted} is missing in {lines:#?}");
+        }
+        let series = |l: &String| l.rsplit_once(' ').map(|(series, _)| series.to_owned());
+        let mut seen = HashSet::new();
+        assert!(lines.iter().filter(|l| !l.starts_with('#')).all(|l| seen.insert(series(l))), "{lines:#?}");
     }
 
     #[test]

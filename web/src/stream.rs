@@ -45,6 +45,8 @@ impl Guard {
 struct Entry {
     to: mpsc::Sender<Bytes>,
     guard: Arc<Guard>,
+    /// What it was given last: nobody gets a look twice.
+    given: Arc<Look>,
 }
 
 /// Who listens.
@@ -66,7 +68,7 @@ impl Stream {
     }
 
     /// One more, who gets `now` at once; none when there are as many as there may be.
-    pub fn join(&self, guard: &Arc<Guard>, now: &Look) -> Option<Listener> {
+    pub fn join(&self, guard: &Arc<Guard>, now: &Arc<Look>) -> Option<Listener> {
         let mut listeners = self.listeners();
         listeners.retain(|l| !l.to.is_closed());
         if listeners.len() >= MAX_LISTENERS {
@@ -75,19 +77,26 @@ impl Stream {
         let (to, from) = mpsc::channel(QUEUE);
         to.try_send(event(now)).ok()?;
         guard.listens.store(true, Ordering::Relaxed);
-        listeners.push(Entry { to, guard: guard.clone() });
+        listeners.push(Entry { to, guard: guard.clone(), given: now.clone() });
         self.came.notify_one();
         Some(Listener(from))
     }
 
     /// Tells all; those that do not keep up are dropped.
-    fn tell(&self, message: &Bytes) {
-        self.listeners().retain(|l| match l.to.try_send(message.clone()) {
-            Ok(()) => true,
-            Err(mpsc::error::TrySendError::Closed(_)) => false,
-            Err(mpsc::error::TrySendError::Full(_)) => {
-                l.guard.dropped.notify_one();
-                false
+    fn tell(&self, look: &Arc<Look>) {
+        let message = event(look);
+        self.listeners().retain_mut(|l| {
+            if Arc::ptr_eq(&l.given, look) {
+                return true;
+            }
+            l.given = look.clone();
+            match l.to.try_send(message.clone()) {
+                Ok(()) => true,
+                Err(mpsc::error::TrySendError::Closed(_)) => false,
+                Err(mpsc::error::TrySendError::Full(_)) => {
+                    l.guard.dropped.notify_one();
+                    false
+                }
             }
         });
     }
@@ -103,7 +112,7 @@ impl Stream {
                 tokio::time::sleep_until(next).await;
                 next = Instant::now() + FRESH;
                 if let Some(look) = look().await {
-                    self.tell(&event(&look));
+                    self.tell(&look);
                     next = look.next.into();
                 }
             }
