@@ -5,6 +5,7 @@
 
 mod binding;
 
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 
@@ -17,6 +18,7 @@ use cryptfold_reduce_format::ids::{ChunkAddr, ContainerId, DomainId, HostKeyId, 
 use cryptfold_reduce_format::journal::Scope;
 use cryptfold_reduce_format::map::Target;
 use cryptfold_reduce_format::record::{VolumeRecord, pool_flags, volume_flags};
+use cryptfold_reduce_format::segment::Class;
 use uuid::Uuid;
 
 use crate::error::PoolError;
@@ -230,9 +232,8 @@ impl Pool {
         }
         let id = self.add_domain(name)?;
         self.flush().await.map_err(|status| self.stopped(status))?;
-        let shard = self.shard.borrow();
-        let domain = shard.domain(id).map_err(|_| PoolError::Invalid(format!("no domain {id}")))?;
-        Ok(domain_info(&shard, domain))
+        let made = self.domain_infos().into_iter().find(|d| d.id == id);
+        made.ok_or_else(|| PoolError::Invalid(format!("no domain {id}")))
     }
 
     /// The pool's name, in the superblock.
@@ -277,8 +278,7 @@ impl Pool {
     }
 
     pub(crate) fn domain_infos(&self) -> Vec<DomainInfo> {
-        let shard = self.shard.borrow();
-        shard.domains.values().map(|d| domain_info(&shard, d)).collect()
+        domain_infos(&self.shard.borrow())
     }
 
     pub(crate) fn info(&self) -> PoolInfo {
@@ -328,9 +328,9 @@ impl Pool {
             renewal: self.renewal.borrow().clone(),
             deletion: DeletionInfo {
                 volumes: shard.volumes.values().filter(|v| v.is_deleting()).count() as u64,
-                state: match self.deleting.get() {
+                state: match shard.volumes.values().any(|v| v.is_deleting()) {
+                    true if self.deletion_failed.get() && !self.deleting.get() => ScrubState::Stopped,
                     true => ScrubState::Running,
-                    false if shard.volumes.values().any(|v| v.is_deleting()) => ScrubState::Stopped,
                     false => ScrubState::Never,
                 },
             },
@@ -409,31 +409,35 @@ fn reclaimable(d: &Domain, blocks: u64) -> u64 {
     (u128::from(d.stored_bytes) * u128::from(blocks) / u128::from(d.mapped.max(1))) as u64
 }
 
-fn domain_info(shard: &Shard, d: &Domain) -> DomainInfo {
-    let volumes: Vec<&Volume> = shard.volumes.values().filter(|v| v.record.domain == d.record.id).collect();
-    DomainInfo {
+/// All domains. Volumes and segments, of which there may be very many, are walked once, not once for each domain.
+fn domain_infos(shard: &Shard) -> Vec<DomainInfo> {
+    let one = |d: &Domain| DomainInfo {
         id: d.record.id,
         uuid: d.record.uuid,
         name: d.record.name.clone(),
-        volumes: volumes.iter().filter(|v| !v.is_deleting()).count() as u64,
+        volumes: 0,
         generation: d.generation.0,
         encrypted: !d.is_plain(),
         changing: d.is_changing(),
-        old_bytes: shard.segments.old_bytes(d.record.id, d.generation),
-        space: Space {
-            logical_bytes: volumes.iter().map(|v| (v.chunks + v.special) * 4096).sum(),
-            zero_bytes: volumes.iter().map(|v| v.special * 4096).sum(),
-            unique_bytes: d.unique * 4096,
-            stored_bytes: d.stored_bytes,
-            metadata_bytes: shard
-                .segments
-                .entries()
-                .filter(|e| {
-                    e.class == Some(cryptfold_reduce_format::segment::Class::Metadata)
-                        && e.domain == d.record.id
-                })
-                .map(|e| u64::from(e.live_bytes))
-                .sum(),
-        },
+        old_bytes: 0,
+        space: Space { unique_bytes: d.unique * 4096, stored_bytes: d.stored_bytes, ..Space::default() },
+    };
+    let mut infos: BTreeMap<u32, DomainInfo> = shard.domains.iter().map(|(id, d)| (*id, one(d))).collect();
+    for v in shard.volumes.values() {
+        let Some(d) = infos.get_mut(&v.record.domain.0) else { continue };
+        d.volumes += u64::from(!v.is_deleting());
+        d.space.logical_bytes += (v.chunks + v.special) * 4096;
+        d.space.zero_bytes += v.special * 4096;
     }
+    for e in shard.segments.entries().filter(|e| e.live_bytes > 0) {
+        let Some((class, d)) = e.class.zip(infos.get_mut(&e.domain.0)) else { continue };
+        let live = u64::from(e.live_bytes);
+        if class == Class::Metadata {
+            d.space.metadata_bytes += live;
+        }
+        if e.generation.0 != d.generation {
+            d.old_bytes += live;
+        }
+    }
+    infos.into_values().collect()
 }

@@ -382,7 +382,9 @@ impl Pool {
     ) -> Result<(), Status> {
         sealed.clear();
         live.sealed.iter().for_each(|buf| sealed.extend_from_slice(buf));
-        self.move_fragment(domain, segment, live.at, &live.header, sealed).await
+        let bytes = self.move_fragment(domain, segment, live.at, &live.header, sealed).await?;
+        self.moved_bytes.set(self.moved_bytes.get() + bytes);
+        Ok(())
     }
 
     /// The fragment that lies at `at`, and the runs of its slots that live, by its container (which is in RAM): a header
@@ -416,6 +418,7 @@ impl Pool {
         Some((fragment, runs))
     }
 
+    /// Moves what lives of the fragment at `at`; the bytes that it had, 0 if it is where it was.
     pub(crate) async fn move_fragment(
         self: &Rc<Self>,
         domain: DomainId,
@@ -423,16 +426,16 @@ impl Pool {
         at: u32,
         header: &FragmentHeader,
         sealed: &mut [u8],
-    ) -> Result<(), Status> {
+    ) -> Result<u64, Status> {
         let lane = self.lane(domain, Purpose::Collector);
         let chunks = usize::from(header.chunks);
         // As many fragments as it may fall apart into.
         self.make_ready(&lane, bound(chunks) + chunks / 2 * bound(0)).await?;
         self.check_alive()?;
         // Looked at again: hosts went on meanwhile.
-        let Some((old, runs)) = self.fragment_at(domain, segment, at, header.first) else { return Ok(()) };
+        let Some((old, runs)) = self.fragment_at(domain, segment, at, header.first) else { return Ok(0) };
         let generation = self.shard.borrow().domains.get(&domain.0).map(|d| d.generation);
-        let Some(generation) = generation else { return Ok(()) };
+        let Some(generation) = generation else { return Ok(0) };
         let scope = Scope::Domain { domain, generation };
         let whole = runs.first().is_some_and(|run| run.len() == chunks);
         let moved = if whole {
@@ -446,13 +449,13 @@ impl Pool {
         match moved {
             // None when nothing lives: its writer died before it was referenced.
             Ok(fragments) => {
-                self.moved_bytes.set(self.moved_bytes.get() + u64::from(old.unit_bytes));
-                self.record(scope, &Record::FragmentMove { first: header.first, fragments: &fragments })
+                self.record(scope, &Record::FragmentMove { first: header.first, fragments: &fragments })?;
+                Ok(u64::from(old.unit_bytes))
             }
             Err(NotMoved::Damaged(error)) => {
                 // It stays where it is.
                 self.fragment_damaged(domain, &old, header.first, &error);
-                Ok(())
+                Ok(0)
             }
             Err(NotMoved::Log) => Err(Status::INTERNAL_ERROR),
         }

@@ -449,6 +449,7 @@ fn assemble(
         parked: Cell::new(0),
         jobs: RefCell::default(),
         deleting: Cell::new(false),
+        deletion_failed: Cell::new(false),
         recovered: Cell::new(false),
         auditing: Cell::new(false),
         read_only: opening.read_only,

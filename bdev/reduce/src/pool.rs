@@ -202,6 +202,8 @@ pub(crate) struct Pool {
     pub jobs: RefCell<std::collections::HashSet<cryptfold_reduce_format::ids::VolumeId>>,
     /// Deletions are being finished.
     pub deleting: Cell<bool>,
+    /// The last attempt left a deletion undone, because the device failed.
+    pub deletion_failed: Cell<bool>,
     /// The journal that was replayed is not covered by a checkpoint yet.
     pub recovered: Cell<bool>,
     /// Changes are held back while the pool is audited.

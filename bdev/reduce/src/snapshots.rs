@@ -178,11 +178,13 @@ impl Pool {
             // The one that runs looks again before it ends.
             return;
         }
+        self.deletion_failed.set(false);
         let mut failed = HashSet::new();
         while let Some(id) = self.next_deletion(&failed) {
             let Some(_job) = self.begin_job(id) else { break };
             if let Err(status) = self.finish_deletion(id).await {
                 failed.insert(id);
+                self.deletion_failed.set(true);
                 tracing::warn!(pool = %self.name(), volume = %id, %status, "a deletion was interrupted; it goes on when the pool is opened again");
             }
         }

@@ -13,7 +13,9 @@ use cryptfold_bdev::{Access, Channel, Class, Registry, Status};
 use cryptfold_bdev_sim::{Image, Rng};
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{self as reactor, Sim};
-use cryptfold_reduce::{CreateOptions, LocalPool, PoolError, VolumeInfo, VolumeOptions};
+use cryptfold_reduce::{
+    CreateOptions, DeletionInfo, LocalPool, PoolError, ScrubState, VolumeInfo, VolumeOptions,
+};
 use support::{disk, key};
 
 const MIB: u64 = 1 << 20;
@@ -76,10 +78,11 @@ async fn clean(pool: &LocalPool, when: &str) {
 /// Waits until everything deleted is gone.
 async fn settled(pool: &LocalPool) {
     while pool.is_deleting() {
-        assert!(pool.info().deletion.volumes > 0);
+        let deletion = pool.info().deletion;
+        assert!(deletion.volumes > 0 && deletion.state == ScrubState::Running, "{deletion:?}");
         reactor::sleep(Duration::from_millis(5)).await;
     }
-    assert_eq!(pool.info().deletion.volumes, 0);
+    assert_eq!(pool.info().deletion, DeletionInfo { state: ScrubState::Never, volumes: 0 });
 }
 
 fn info(pool: &LocalPool, name: &str) -> VolumeInfo {
