@@ -1,7 +1,8 @@
 //! The newest events, for people: what the log says at the level of notices (and the audit log at that level), in a bounded ring.
 //!
 //! What one line of the program says again and again (hosts that are refused, say) takes [`OF_ONE_SITE`] places at most, so it
-//! hides nothing else. Texts are bounded, and carry no control characters: names are what hosts sent.
+//! hides nothing else. Texts are bounded, and carry no control characters: names are what hosts sent. Fields `file`, where keys
+//! lie, are for the log alone: whoever may look at the target sees events.
 
 use std::collections::VecDeque;
 use std::fmt::{self, Write as _};
@@ -97,6 +98,7 @@ impl Parts {
         // Strings take everything.
         let _ = match field.name() {
             "message" | "event" => write!(self.head, "{value}"),
+            "file" => Ok(()),
             name => {
                 let comma = if self.rest.is_empty() { "" } else { ", " };
                 write!(self.rest, "{comma}{name} {value}")
@@ -141,10 +143,14 @@ mod tests {
             tracing::info!(pool = "p", damaged = 3, "scrub ended");
             tracing::warn!(target: "cryptfold_audit", event = "access refused", peer = "192.0.2.1:5", hostnqn = "a\u{1b}[2J\n<b>");
             tracing::error!("the pool stops");
+            tracing::info!(key = "k", file = %"/etc/k", "key written");
+            tracing::info!(target: "cryptfold_audit", event = "backed up", pool = "p", file = Some("/etc/b"));
             tracing::debug!("nothing for people");
             tracing::info!(target: CALLS, "rpc refused");
         });
         let wanted = [
+            "info backed up: pool p",
+            "info key written: key k",
             "error the pool stops",
             "warning access refused: peer 192.0.2.1:5, hostnqn a\u{fffd}[2J\u{fffd}<b>",
             "info scrub ended: pool p, damaged 3",

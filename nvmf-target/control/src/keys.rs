@@ -294,7 +294,7 @@ impl KeyStore {
         }
         let path = free_name(dir, name, "xts")?;
         write_key_file(&path, hex_line(k.bytes.expose()).as_bytes())?;
-        tracing::info!(key = name, path = %path.display(), "key written to a file for the saved configuration");
+        tracing::info!(key = name, file = %path.display(), "key written to a file for the saved configuration");
         k.source = KeySource::Files(path.clone(), None);
         Ok((path, None))
     }

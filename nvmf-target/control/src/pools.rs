@@ -53,6 +53,26 @@ pub enum PoolKey {
     None,
 }
 
+impl PoolKey {
+    /// For the log.
+    fn word(&self) -> &'static str {
+        match self {
+            PoolKey::File(_) => "key_file",
+            PoolKey::PasswordFile(_) => "password_file",
+            PoolKey::Kms => "kms",
+            PoolKey::Given => "given",
+            PoolKey::None => "none",
+        }
+    }
+
+    fn file(&self) -> Option<String> {
+        match self {
+            PoolKey::File(path) | PoolKey::PasswordFile(path) => Some(path.display().to_string()),
+            PoolKey::Kms | PoolKey::Given | PoolKey::None => None,
+        }
+    }
+}
+
 /// What is tried on a pool.
 pub enum Try<'a> {
     /// Everything at hand: no key, key servers, key files, credentials.
@@ -338,7 +358,7 @@ impl Pools {
             self.stop_waiting(base.name(), &reason);
         }
         let Some(info) = opened? else { return Ok(None) };
-        tracing::info!(target: AUDIT, event = "pool unlocked", pool = info.name, bdev = info.base_bdev, key = ?key);
+        tracing::info!(target: AUDIT, event = "pool unlocked", pool = info.name, bdev = info.base_bdev, key = key.word(), file = key.file());
         lock(&self.keys).insert(info.uuid, key);
         lock(&self.locked).retain(|l| l.pool.base_bdev != info.base_bdev);
         Ok(Some(info))

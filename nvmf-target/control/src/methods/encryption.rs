@@ -359,7 +359,7 @@ fn opened_by(pools: &Pools, info: &PoolInfo) -> Value {
     }
 }
 
-fn describe(pools: &Pools, info: &PoolInfo) -> RpcResult {
+fn describe(pools: &Pools, info: &PoolInfo) -> Result<Value, PoolError> {
     let block = pools.manager().key_block(&info.name)?;
     let domains = pools.manager().domains(&info.name)?;
     Ok(json!({
@@ -481,8 +481,13 @@ fn status(c: &Control, p: Status) -> RpcResult {
         },
         None => {
             let open = pools.manager().list();
-            let open: Result<Vec<Value>, RpcError> = open.iter().map(|i| describe(pools, i)).collect();
-            open?.into_iter().chain(pools.locked().iter().map(describe_locked)).collect()
+            // One that has been closed meanwhile hides no other.
+            let open = open.iter().map(|i| describe(pools, i));
+            let open = open.filter(|told| !matches!(told, Err(PoolError::NoPool(_))));
+            open.collect::<Result<Vec<Value>, PoolError>>()?
+                .into_iter()
+                .chain(pools.locked().iter().map(describe_locked))
+                .collect()
         }
     };
     let waiting: Vec<String> = c.deferred.calls().into_iter().map(|(method, _)| method).collect();

@@ -34,8 +34,8 @@ params! {
     }
 }
 
-const ONE_SINK: &str =
-    "There is one log (standard error) and one level: log_set_level and log_set_print_level are the same.";
+const ONE_SINK: &str = "There is one log (standard error) and one level: log_set_level and log_set_print_level are the same. \
+     The newest events (cryptfold_get_overview) are of what it lets pass.";
 
 const OVERVIEW: &str = "What the web page and `cryptfold top` show: space, load, pools, volumes, devices, hosts, reactors, background \
     work, keys, the newest events. A new look once a second at most; rates, percentiles and `heat` are over the time since the \
