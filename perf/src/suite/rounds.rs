@@ -335,8 +335,11 @@ impl<'a> Rounds<'a> {
         let host = self.host(dir.path(), case);
         let mut load = host.case_command(place, Kind::of(case.path), case, &self.matrix.data[&case.data])?;
         own.probe.trace()?;
-        host::run(&mut load, self.stop, 0)?;
-        let stages = own.probe.traced()?;
+        let ran = host::run(&mut load, self.stop, 0);
+        // Off whatever the load said: cases that follow have this target too.
+        let stages = own.probe.traced();
+        ran?;
+        let stages = stages?;
         if let Some(known) = record.cases.iter_mut().find(|c| c.name == case.name()) {
             known.stages = stages;
         }
