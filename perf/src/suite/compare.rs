@@ -3,11 +3,16 @@
 //! Against an earlier run: a difference counts when the ranges of the two do not overlap. Of n and m rounds of the same thing
 //! that happens by chance in 2 of (n+m over n) cases, which is said beside it. Against a target that was measured in
 //! alternation: the ratios within rounds count, and whether they all lie on one side (by chance in 2 of 2^n cases).
+//!
+//! That chance is the rounds' noise alone. It knows nothing of what differs between two runs for all of their rounds (another
+//! neighbour on the host, temperature, where memory came to lie), so a run apart has to show more than rounds by turns.
 
 use super::record::{Sample, Spread};
 
-/// Chance from which a difference is not believed.
-const CHANCE: f64 = 0.11;
+/// Chance from which a difference within one run is not believed: five rounds by turns.
+const CHANCE_PAIRED: f64 = 0.11;
+/// The same between two runs: four rounds of each.
+const CHANCE_APART: f64 = 0.03;
 
 /// What a comparison says.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -18,18 +23,20 @@ pub struct Verdict {
     pub range: (f64, f64),
     /// Whether it is beyond the spread.
     pub significant: bool,
-    /// How often chance alone would look like this.
+    /// How often the rounds' noise alone would look like this.
     pub chance: f64,
+    /// Whether these are rounds enough to tell.
+    pub enough: bool,
 }
 
 impl Verdict {
     /// For people: `+12.0% (beyond the spread, p 0.8%)`.
     pub fn text(&self) -> String {
         let change = 100.0 * (self.ratio - 1.0);
-        match (self.significant, self.chance > CHANCE) {
-            (true, _) => format!("{change:+.1}% (beyond the spread; chance {:.1}%)", 100.0 * self.chance),
-            (false, true) => format!("{change:+.1}% (too few rounds to tell)"),
-            (false, false) => format!("{change:+.1}% (within the spread)"),
+        match (self.significant, self.enough) {
+            (true, _) => format!("{change:+.1}% (beyond the spread; by noise {:.1}%)", 100.0 * self.chance),
+            (false, false) => format!("{change:+.1}% (too few rounds to tell)"),
+            (false, true) => format!("{change:+.1}% (within the spread)"),
         }
     }
 }
@@ -43,12 +50,14 @@ pub fn apart(new: &Spread, old: &Spread) -> Option<Verdict> {
     // 2 / (n+m over n); the product stays small where the chance is of interest, and large means none.
     let ways = (1..=n).fold(1.0, |ways, k| ways * (m + k) as f64 / k as f64);
     let chance = (2.0 / ways).min(1.0);
+    let enough = chance <= CHANCE_APART;
     let overlap = new.min <= old.max && old.min <= new.max;
     Some(Verdict {
         ratio: new.median / old.median,
         range: (new.min / old.max, new.max / old.min),
-        significant: !overlap && chance <= CHANCE,
+        significant: !overlap && enough,
         chance,
+        enough,
     })
 }
 
@@ -64,12 +73,14 @@ pub fn paired(ours: &[Sample], other: &[Sample], value: fn(&Sample) -> f64) -> O
         return None;
     }
     let chance = (2.0 * 0.5f64.powi(ratios.len() as i32)).min(1.0);
+    let enough = chance <= CHANCE_PAIRED;
     let one_side = spread.min > 1.0 || spread.max < 1.0;
     Some(Verdict {
         ratio: spread.median,
         range: (spread.min, spread.max),
-        significant: one_side && chance <= CHANCE,
+        significant: one_side && enough,
         chance,
+        enough,
     })
 }
 
@@ -94,9 +105,12 @@ mod tests {
 
     #[test]
     fn few_rounds_prove_nothing() {
-        let (old, new) = (spread(&[1.0, 1.1]), spread(&[9.0, 9.1]));
+        // Three rounds of each differ by noise in one case of ten; two runs may differ by more than noise.
+        let (old, new) = (spread(&[1.0, 1.1, 1.2]), spread(&[9.0, 9.1, 9.2]));
         let verdict = apart(&new, &old).expect("both are there");
         assert!(!verdict.significant && verdict.text().contains("too few"), "{}", verdict.text());
+        let (old, new) = (spread(&[1.0, 1.1, 1.2, 1.3]), spread(&[9.0, 9.1, 9.2, 9.3]));
+        assert!(apart(&new, &old).is_some_and(|v| v.significant), "four of each are enough");
         assert!(apart(&spread(&[]), &old).is_none() && apart(&new, &spread(&[0.0])).is_none());
     }
 

@@ -350,7 +350,8 @@ fn comparison(record: &Record, old: Option<&Record>) -> String {
         let head = ["case", "IOPS then", "IOPS now", "rate", "p99", "core time per I/O"];
         out += &format!(
             "<section><h2>Since {} UTC ({} at {})</h2>\n{}<p class='dim'>Beyond the spread: the ranges of the rounds do not \
-             overlap, which chance alone does as often as it says.</p></section>\n",
+             overlap. By noise: how often they would not if nothing but the rounds' noise differed; what differs between two runs \
+             for all of their rounds (neighbours on the host, temperature) is not in it.</p></section>\n",
             date(old.started_s),
             escape(&old.machine.target),
             escape(&old.machine.commit),
