@@ -1,5 +1,6 @@
 //! Processes that the suite starts: each in a process group of its own (Ctrl-C reaches the suite, which ends them in order),
-//! none outlives its owner.
+//! none outlives its owner. Only a suite that is killed (SIGKILL, out of memory) leaves them: a load ends after its seconds, a
+//! target has to be ended by hand. PR_SET_PDEATHSIG would need `unsafe` code (`pre_exec`), which this program has none of.
 
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::process::CommandExt;
