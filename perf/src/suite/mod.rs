@@ -2,7 +2,8 @@
 //!
 //! A *case* is one combination of operation, block size, depth, cores, data and path; a *stage* is a target that serves several
 //! of them. Every round starts each stage's target afresh, fills it, measures its cases and ends it, in the other order in
-//! every second round. Targets and loads are processes of their own: nothing of one measurement is left in the next.
+//! every second round. Targets and loads are processes of their own. What the cases of a stage share, in one round, is the
+//! target: its caches, and what earlier ones wrote.
 
 mod compare;
 mod fio;
