@@ -3,6 +3,7 @@
 use super::compare::{Verdict, apart, paired};
 use super::record::{Measured, Record, Spread, Summary};
 use super::svg::{Bar, Group, Points, bars, escape, latencies, short};
+use super::warnings::warnings;
 
 const STYLE: &str = include_str!("page.css");
 /// Colours of parts, by primitive.
@@ -25,7 +26,8 @@ pub fn page(record: &Record, old: Option<&Record>) -> String {
         record.matrix.effort.rounds,
         record.matrix.effort.seconds,
     );
-    out += &warnings(record, old);
+    let warning = |w: &String| format!("<p class='warning'>{}</p>\n", escape(w));
+    out.extend(warnings(record, old).iter().map(warning));
     for path in paths(record) {
         let of = |c: &&Measured| c.case.path.name() == path;
         let cases: Vec<&Measured> = record.cases.iter().filter(of).collect();
@@ -53,37 +55,6 @@ fn paths(record: &Record) -> Vec<&'static str> {
     all
 }
 
-fn warnings(record: &Record, old: Option<&Record>) -> String {
-    let mut all = Vec::new();
-    if !record.complete {
-        all.push(format!(
-            "This run did not finish: {} of {} rounds are whole. What is shown is what was measured until then.",
-            record.rounds_done, record.matrix.effort.rounds
-        ));
-    }
-    if record.machine.load_before > 0.5 {
-        all.push(format!(
-            "The machine was not idle when it began: load average {:.2}.",
-            record.machine.load_before
-        ));
-    }
-    for left in record.left_out.iter().filter(|l| l.failed) {
-        all.push(format!("{} failed: {}", left.name, left.why));
-    }
-    if let Some(old) = old {
-        let same = |a: &str, b: &str, what: &str| {
-            (a != b).then(|| format!("The earlier run had another {what}: {b}"))
-        };
-        let (m, o) = (&record.machine, &old.machine);
-        all.extend(same(&m.cpu, &o.cpu, "processor"));
-        all.extend(same(&m.kernel, &o.kernel, "kernel"));
-        if record.matrix.effort != old.matrix.effort {
-            all.push("The earlier run had other times, rounds or sizes.".into());
-        }
-    }
-    all.iter().map(|w| format!("<p class='warning'>{}</p>\n", escape(w))).collect()
-}
-
 /// A case without its path, which stands above.
 fn label(case: &Measured) -> String {
     case.name
@@ -102,9 +73,8 @@ fn key(entries: &[(&str, &str)]) -> String {
     entries.iter().map(one).collect()
 }
 
-fn earlier(old: Option<&Record>, name: &str) -> Option<Summary> {
-    let case = old?.cases.iter().find(|c| c.name == name)?;
-    Some(Summary::of(&case.ours))
+fn earlier(record: &Record, old: Option<&Record>, case: &Measured) -> Option<Summary> {
+    Some(Summary::of(&record.before(old?, case)?.ours))
 }
 
 fn throughput(cases: &[&Measured], record: &Record, old: Option<&Record>) -> String {
@@ -125,7 +95,7 @@ fn throughput(cases: &[&Measured], record: &Record, old: Option<&Record>) -> Str
             if !case.other.is_empty() {
                 bars.push(bar("other", Spread::of(case.other.iter().map(|s| s.iops))));
             }
-            bars.extend(earlier(old, &case.name).map(|s| bar("old", s.iops)));
+            bars.extend(earlier(record, old, case).map(|s| bar("old", s.iops)));
             Group { label: label(case), bars }
         })
         .collect()
@@ -336,7 +306,7 @@ fn comparison(record: &Record, old: Option<&Record>) -> String {
     }
     if let Some(old) = old {
         let body = record.cases.iter().filter_map(|c| {
-            let before = earlier(Some(old), &c.name)?;
+            let before = earlier(record, Some(old), c)?;
             let s = &c.summary;
             Some(vec![
                 escape(&c.name),
@@ -366,6 +336,7 @@ fn facts(record: &Record) -> String {
     let guest = if m.virtual_machine { ", a virtual machine" } else { "" };
     let facts = [
         ("processor", format!("{}, {} CPUs{guest}", m.cpu, m.cpus)),
+        ("CPUs of this run", record.cpus.text()),
         ("instruction sets", m.features.join(" ")),
         ("memory", format!("{}B", short(m.memory_bytes as f64))),
         ("kernel", format!("Linux {}", m.kernel)),

@@ -6,6 +6,7 @@
 //! target: its caches, and what earlier ones wrote.
 
 mod compare;
+mod cpus;
 mod fio;
 mod host;
 mod html;
@@ -17,12 +18,14 @@ mod roofline;
 mod rounds;
 mod svg;
 mod target;
+mod warnings;
 
 use std::path::{Path, PathBuf};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use crate::load::Cores;
 use crate::report::table;
+use cpus::Cpus;
 use host::Kind;
 use machine::Description;
 use matrix::Matrix;
@@ -90,10 +93,10 @@ pub struct Args {
     /// The target's program [default: `cryptfold` beside this program, or in PATH]
     #[arg(long, value_name = "PROGRAM")]
     cryptfold: Option<PathBuf>,
-    /// CPUs of our target; a case takes as many as it wants from the front [default: the first half of all]
+    /// CPUs of our target; a case takes as many as it wants from the front [default: the first half of the physical cores]
     #[arg(long, value_name = "LIST")]
     target_cores: Option<Cores>,
-    /// CPUs of the load [default: the second half of all]
+    /// CPUs of the load [default: the other physical cores]
     #[arg(long, value_name = "LIST")]
     host_cores: Option<Cores>,
 }
@@ -182,19 +185,11 @@ fn program(args: &Args) -> Result<PathBuf, String> {
     })
 }
 
-/// CPUs for target and load: those given, or the halves of all.
-fn cores(args: &Args) -> [Vec<usize>; 2] {
-    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
-    let half = (cpus / 2).max(1);
-    let given = |cores: &Option<Cores>, range: std::ops::Range<usize>| match cores {
-        Some(cores) => cores.0.clone(),
-        None => range.collect(),
-    };
-    let host = if cpus > 1 { half..cpus } else { 0..1 };
-    [given(&args.target_cores, 0..half), given(&args.host_cores, host)]
-}
-
 fn new_record(args: &Args, matrix: &Matrix, program: Option<&Path>, stop: &Stop) -> Record {
+    let mut cpus = Cpus::choose(args.target_cores.as_ref(), args.host_cores.as_ref());
+    if args.no_own {
+        cpus = Cpus { host: cpus.host, ..Cpus::default() };
+    }
     let command = std::env::args().map(|a| process::quoted(&a)).collect::<Vec<_>>().join(" ");
     Record {
         format: FORMAT,
@@ -206,6 +201,8 @@ fn new_record(args: &Args, matrix: &Matrix, program: Option<&Path>, stop: &Stop)
         machine: Description::this(program, stop),
         matrix: matrix.clone(),
         other: args.target.as_ref().map(OtherAt::text),
+        overwrite: args.overwrite,
+        cpus,
         cases: Vec::new(),
         left_out: Vec::new(),
     }
@@ -263,7 +260,7 @@ pub fn run(args: &Args) -> Result<(), String> {
     let mut record = new_record(args, &matrix, program.as_deref(), &stop);
     // Before anything is measured: that the files can be written at all.
     save(&args.out, &mut record, old.as_ref(), begin)?;
-    let mut rounds = Rounds::new(args, &matrix, program.as_deref(), cores(args), &stop)?;
+    let mut rounds = Rounds::new(args, &matrix, program.as_deref(), record.cpus.clone(), &stop)?;
     let ended = rounds.run(&mut record, |record| save(&args.out, record, old.as_ref(), begin).map(drop));
     drop(rounds);
     record.complete = ended.is_ok();
@@ -312,15 +309,15 @@ fn summary(record: &Record, old: Option<&Record>) -> String {
             row.push(verdict.map_or_else(String::new, |v| v.text()));
         }
         if let Some(old) = old {
-            let before = old.cases.iter().find(|c| c.name == case.name);
-            let before = before.map(|c| record::Summary::of(&c.ours).iops);
+            let before = record.before(old, case).map(|c| record::Summary::of(&c.ours).iops);
             let verdict = before.and_then(|b| compare::apart(&s.iops, &b));
             row.push(verdict.map_or_else(String::new, |v| v.text()));
         }
         rows.push(row);
     }
     let mut out = table(&rows, 1);
-    for LeftOut { name, why, .. } in &record.left_out {
+    out.extend(warnings::warnings(record, old).iter().map(|w| format!("{w}\n")));
+    for LeftOut { name, why, .. } in record.left_out.iter().filter(|l| !l.failed) {
         out += &format!("{name}: left out: {why}\n");
     }
     out

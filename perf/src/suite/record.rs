@@ -4,6 +4,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use super::cpus::Cpus;
 use super::machine::Description;
 use super::matrix::{Case, Matrix};
 
@@ -217,6 +218,12 @@ pub struct Record {
     /// How the other target is called, where there is one.
     #[serde(default)]
     pub other: Option<String>,
+    /// Whether that one was filled as ours is.
+    #[serde(default)]
+    pub overwrite: bool,
+    /// Where target and load ran; empty in files of versions that did not say.
+    #[serde(default)]
+    pub cpus: Cpus,
     /// Cases with figures.
     pub cases: Vec<Measured>,
     /// Those without.
@@ -241,6 +248,12 @@ impl Record {
             return Err(said(&format!("format {}; this program reads {FORMAT}", head.format)));
         }
         serde_json::from_str(&text).map_err(|e| said(&e))
+    }
+
+    /// The same case of an earlier run. `None`: there is none, or the data of that name was something else.
+    pub fn before<'o>(&self, old: &'o Record, case: &Measured) -> Option<&'o Measured> {
+        let found = old.cases.iter().find(|c| c.name == case.name)?;
+        (self.matrix.data.get(&case.case.data) == old.matrix.data.get(&found.case.data)).then_some(found)
     }
 }
 

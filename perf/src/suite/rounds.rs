@@ -9,6 +9,7 @@ use std::process::Command;
 use indicatif::{ProgressBar, ProgressStyle};
 use tempfile::TempDir;
 
+use super::cpus::Cpus;
 use super::host::{self, Host, Kind, Place};
 use super::matrix::{Case, Layers, Matrix, Op};
 use super::process::{Failed, Stop, line, output};
@@ -67,8 +68,7 @@ pub struct Rounds<'a> {
     program: Option<&'a Path>,
     perf: PathBuf,
     dir: TempDir,
-    /// Target's and host's.
-    cores: [Vec<usize>; 2],
+    cpus: Cpus,
     other: Option<Other>,
     /// The other target's socket.
     probe: RefCell<Option<Probe>>,
@@ -102,7 +102,7 @@ impl<'a> Rounds<'a> {
         args: &Args,
         matrix: &'a Matrix,
         program: Option<&'a Path>,
-        cores: [Vec<usize>; 2],
+        cpus: Cpus,
         stop: &'a Stop,
     ) -> Result<Rounds<'a>, String> {
         let dir = tempfile::Builder::new().prefix("cryptfold-suite-").tempdir();
@@ -115,7 +115,7 @@ impl<'a> Rounds<'a> {
             program,
             perf: std::env::current_exe().map_err(|e| e.to_string())?,
             dir: dir.map_err(|e| format!("a temporary folder: {e}"))?,
-            cores,
+            cpus,
             other: args.target.as_ref().map(|at| Other::new(args, at)),
             probe: RefCell::new(probe),
             trace: args.trace,
@@ -180,13 +180,13 @@ impl<'a> Rounds<'a> {
         let mut cases = Vec::new();
         for case in &self.matrix.cases {
             let wanted = case.cores as usize;
-            let target = if self.program.is_some() { self.cores[0].len() } else { wanted };
+            let target = if self.program.is_some() { self.cpus.target.len() } else { wanted };
             let alone = self.other.as_ref().filter(|_| self.program.is_none());
             let why = match alone.and_then(|o| o.refuses(case)) {
                 Some(why) => Some(why.to_owned()),
-                None if wanted > target || wanted > self.cores[1].len() => Some(format!(
+                None if wanted > target || wanted > self.cpus.host.len() => Some(format!(
                     "it wants {wanted} CPUs for each of target and host; there are {target} and {}",
-                    self.cores[1].len()
+                    self.cpus.host.len()
                 )),
                 None => None,
             };
@@ -233,7 +233,7 @@ impl<'a> Rounds<'a> {
             let plan = target::Plan {
                 program,
                 dir: running.dir.path(),
-                cores: list(&self.cores[0][..first.cores as usize]),
+                cores: list(&self.cpus.target[..first.cores as usize]),
                 path: first.path,
                 size: self.matrix.effort.size,
                 queue_entries: cases.iter().map(|c| c.depth + 1).max().unwrap_or(0).max(128),
@@ -269,7 +269,7 @@ impl<'a> Rounds<'a> {
     fn host<'h>(&'h self, dir: &'h Path, case: &Case) -> Host<'h> {
         Host {
             perf: &self.perf,
-            cores: list(&self.cores[1][..case.cores as usize]),
+            cores: list(&self.cpus.host[..case.cores as usize]),
             dir,
             effort: &self.matrix.effort,
             files: self.files.get(&case.data).map(PathBuf::as_path),
