@@ -5,9 +5,11 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use clap::{Args, ValueEnum};
+use serde::{Deserialize, Serialize};
 
 /// What the I/O does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
 #[value(rename_all = "lower")]
 pub enum Rw {
     /// Sequential reads.
@@ -25,6 +27,21 @@ pub enum Rw {
 }
 
 impl Rw {
+    /// As `--rw` wants it.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Rw::Read => "read",
+            Rw::Write => "write",
+            Rw::RandRead => "randread",
+            Rw::RandWrite => "randwrite",
+            Rw::Rw => "rw",
+            Rw::RandRw => "randrw",
+        }
+    }
+    /// Whether there are reads and writes.
+    pub const fn mixed(self) -> bool {
+        matches!(self, Rw::Rw | Rw::RandRw)
+    }
     /// Whether offsets are drawn at random.
     pub const fn random(self) -> bool {
         matches!(self, Rw::RandRead | Rw::RandWrite | Rw::RandRw)

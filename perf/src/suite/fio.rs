@@ -67,7 +67,7 @@ fn job(case: &Case, data: &Data, matrix: &Matrix) -> String {
     if case.op.mixed() {
         let _ = writeln!(out, "rwmixread={}", case.read_pct);
     }
-    if case.op.reads(case.read_pct) < 1.0 {
+    if case.op.read_pct(case.read_pct) < 100 {
         out += &buffers(data);
     }
     out

@@ -6,10 +6,11 @@ use std::process::Command;
 
 use serde_json::{Value, json};
 
-use super::matrix::{Case, Data, Effort, Layers, Op};
+use super::matrix::{Case, Data, Effort, Layers};
 use super::process::{Failed, Stop, output};
 use super::record::Sample;
 use super::target::HOST_KEY;
+use crate::load::Rw;
 
 /// A namespace to load.
 #[derive(Clone, Debug)]
@@ -157,7 +158,7 @@ impl Host<'_> {
             "--ramp-time",
             &self.effort.warmup.to_string(),
         ]);
-        if !matches!(case.op, Op::Read | Op::RandRead) {
+        if !matches!(case.op, Rw::Read | Rw::RandRead) {
             self.data(&mut c, data, case.path);
         }
         Ok(c)

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
-use crate::load::Bytes;
+use crate::load::{Bytes, Rw};
 
 /// Cases of a matrix at most: a slip of the pen makes millions.
 const MAX_CASES: usize = 10_000;
@@ -34,24 +34,6 @@ pub enum Layers {
     Tls,
 }
 
-/// What the I/O does.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Op {
-    /// Sequential reads.
-    Read,
-    /// Sequential writes.
-    Write,
-    /// Random reads.
-    RandRead,
-    /// Random writes.
-    RandWrite,
-    /// Sequential, mixed.
-    Rw,
-    /// Random, mixed.
-    RandRw,
-}
-
 impl Layers {
     /// As in the matrix.
     pub const fn name(self) -> &'static str {
@@ -66,32 +48,6 @@ impl Layers {
     /// Whether a pool is among them.
     pub const fn pool(self) -> bool {
         matches!(self, Layers::Pool | Layers::PoolE2)
-    }
-}
-
-impl Op {
-    /// As in the matrix, and as `--rw` wants it.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Op::Read => "read",
-            Op::Write => "write",
-            Op::RandRead => "randread",
-            Op::RandWrite => "randwrite",
-            Op::Rw => "rw",
-            Op::RandRw => "randrw",
-        }
-    }
-    /// Whether `read_pct` means anything.
-    pub const fn mixed(self) -> bool {
-        matches!(self, Op::Rw | Op::RandRw)
-    }
-    /// Share of reads, 0 to 1.
-    pub fn reads(self, read_pct: u8) -> f64 {
-        match self {
-            Op::Read | Op::RandRead => 1.0,
-            Op::Write | Op::RandWrite => 0.0,
-            Op::Rw | Op::RandRw => f64::from(read_pct) / 100.0,
-        }
     }
 }
 
@@ -170,7 +126,7 @@ pub struct Effort {
 #[serde(deny_unknown_fields)]
 struct Run {
     path: Spanned<Vec<Layers>>,
-    op: Spanned<Vec<Op>>,
+    op: Spanned<Vec<Rw>>,
     bs: Spanned<Vec<Size>>,
     depth: Spanned<Vec<u32>>,
     #[serde(default = "one_core")]
@@ -206,7 +162,7 @@ pub struct Case {
     /// Name of the data.
     pub data: String,
     /// Operation.
-    pub op: Op,
+    pub op: Rw,
     /// Bytes per I/O.
     pub bs: Size,
     /// I/Os under way per core.

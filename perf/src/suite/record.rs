@@ -173,6 +173,21 @@ pub struct Measured {
 }
 
 impl Measured {
+    /// Nothing yet.
+    pub fn new(case: &Case, parts: Vec<Part>) -> Measured {
+        Measured {
+            name: case.name(),
+            case: case.clone(),
+            setup: Vec::new(),
+            command: String::new(),
+            ours: Vec::new(),
+            other: Vec::new(),
+            summary: Summary::default(),
+            parts,
+            stages: Vec::new(),
+        }
+    }
+
     /// Bytes a second of these I/Os a second.
     pub fn bytes_s(&self, iops: f64) -> f64 {
         iops * self.case.bs.0 as f64

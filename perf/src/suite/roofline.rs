@@ -100,7 +100,7 @@ impl Parts {
 
     /// The parts of a case. Empty when one of them is not known.
     pub fn of(&self, case: &Case, data: &Data) -> Vec<Part> {
-        let (reads, size) = (case.op.reads(case.read_pct), block(case));
+        let (reads, size) = (f64::from(case.op.read_pct(case.read_pct)) / 100.0, block(case));
         let stored = 1.0 - data.duplicates();
         let packed =
             1.0 / self.ratio.get(&(size, case.data.clone())).copied().unwrap_or_else(|| data.ratio());
@@ -177,10 +177,11 @@ fn primitives(
 
 #[cfg(test)]
 mod tests {
-    use super::super::matrix::{Op, Size};
+    use super::super::matrix::Size;
     use super::*;
+    use crate::load::Rw;
 
-    fn case(path: Layers, op: Op, bs: u64) -> Case {
+    fn case(path: Layers, op: Rw, bs: u64) -> Case {
         Case { path, cores: 1, data: "unique".into(), op, bs: Size(bs), depth: 1, read_pct: 0 }
     }
 
@@ -204,10 +205,10 @@ mod tests {
             parts.of(&case(path, op, 131_072), &data).iter().map(|p| p.core_s_per_gb).sum()
         };
         // 1/4 hash, half of the data goes through the codec at 1/2, a quarter through the cipher.
-        assert!((sum(Layers::Pool, Op::Write) - (0.25 + 1.0 + 0.05)).abs() < 1e-9);
-        assert!((sum(Layers::PoolE2, Op::Write) - sum(Layers::Pool, Op::Write) - 0.1).abs() < 1e-9);
-        assert!((sum(Layers::Pool, Op::Read) - (1.0 + 0.1)).abs() < 1e-9);
+        assert!((sum(Layers::Pool, Rw::Write) - (0.25 + 1.0 + 0.05)).abs() < 1e-9);
+        assert!((sum(Layers::PoolE2, Rw::Write) - sum(Layers::Pool, Rw::Write) - 0.1).abs() < 1e-9);
+        assert!((sum(Layers::Pool, Rw::Read) - (1.0 + 0.1)).abs() < 1e-9);
         // Small blocks were not measured: no roofline rather than a wrong one.
-        assert!(parts.of(&case(Layers::Pool, Op::Write, 4096), &data).is_empty());
+        assert!(parts.of(&case(Layers::Pool, Rw::Write, 4096), &data).is_empty());
     }
 }

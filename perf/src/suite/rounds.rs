@@ -11,12 +11,13 @@ use tempfile::TempDir;
 
 use super::cpus::Cpus;
 use super::host::{self, Host, Kind, Place};
-use super::matrix::{Case, Layers, Matrix, Op};
+use super::matrix::{Case, Layers, Matrix};
 use super::process::{Failed, Stop, line, output};
 use super::record::{Cost, LeftOut, Measured, Record, Sample};
 use super::roofline::Parts;
 use super::target::{self, Own, Probe};
 use super::{Args, OtherAt};
+use crate::load::Rw;
 
 /// Bytes of real files where the matrix does not say.
 const FILES_MAX: &str = "64M";
@@ -43,7 +44,7 @@ impl Other {
     /// Why a case is not measured there.
     fn refuses(&self, case: &Case) -> Option<&'static str> {
         match () {
-            () if !self.overwrite && !matches!(case.op, Op::Read | Op::RandRead) => {
+            () if !self.overwrite && !matches!(case.op, Rw::Read | Rw::RandRead) => {
                 Some("it writes, and --overwrite was not given")
             }
             () if case.path == Layers::Tls && self.place.psk.is_none() => Some("there is no --target-psk"),
@@ -363,17 +364,7 @@ impl<'a> Rounds<'a> {
         let name = case.name();
         let at = record.cases.iter().position(|c| c.name == name).unwrap_or_else(|| {
             let parts = self.parts.of(case, &self.matrix.data[&case.data]);
-            record.cases.push(Measured {
-                name,
-                case: case.clone(),
-                setup: Vec::new(),
-                command: String::new(),
-                ours: Vec::new(),
-                other: Vec::new(),
-                summary: Default::default(),
-                parts,
-                stages: Vec::new(),
-            });
+            record.cases.push(Measured::new(case, parts));
             record.cases.len() - 1
         });
         let known = &mut record.cases[at];

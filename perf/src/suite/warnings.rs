@@ -88,17 +88,7 @@ mod tests {
             commit: "c".into(),
         };
         let matrix = Matrix::parse("built-in", QUICK).expect("a matrix");
-        let measured = |case: &super::super::matrix::Case| Measured {
-            name: case.name(),
-            case: case.clone(),
-            setup: Vec::new(),
-            command: String::new(),
-            ours: Vec::new(),
-            other: Vec::new(),
-            summary: Default::default(),
-            parts: Vec::new(),
-            stages: Vec::new(),
-        };
+        let measured = |case| Measured::new(case, Vec::new());
         Record {
             format: FORMAT,
             complete: true,
