@@ -107,13 +107,31 @@ pub struct Done {
 
 /// Where I/O comes back to.
 #[derive(Default)]
-struct Returned(RefCell<VecDeque<Done>>);
+struct Returned {
+    done: RefCell<VecDeque<Done>>,
+    /// Answered writes to whose data something else still refers: a target may answer before all of it has gone out.
+    going_out: RefCell<Vec<Done>>,
+}
 
 impl Complete for Returned {
     fn complete(self: Rc<Self>, mut io: Box<Io>, frame: Frame) {
-        let (status, data) = (io.status(), std::mem::take(&mut io.data));
+        let (op, status, data) = (io.op, io.status(), std::mem::take(&mut io.data));
         io.recycle();
-        self.0.borrow_mut().push_back(Done { tag: frame.lba, status, data });
+        let done = Done { tag: frame.lba, status, data };
+        if op == Op::Write && done.data.iter().any(Buf::is_shared) {
+            self.going_out.borrow_mut().push(done);
+        } else {
+            self.done.borrow_mut().push_back(done);
+        }
+    }
+}
+
+impl Returned {
+    /// How many are done.
+    fn count(&self) -> usize {
+        let mut done = self.done.borrow_mut();
+        done.extend(self.going_out.borrow_mut().extract_if(.., |w| !w.data.iter().any(Buf::is_shared)));
+        done.len()
     }
 }
 
@@ -170,7 +188,7 @@ impl Engine {
     }
 
     /// Queues a command; it goes out with the next [`Engine::wait`]. `offset` and `bytes` are whole blocks, nothing for a flush;
-    /// `data` is what a write writes.
+    /// `data` is what a write writes, and nobody else's: the command is done when it was answered *and* that is so again.
     ///
     /// # Errors
     /// When they are not.
@@ -206,7 +224,7 @@ impl Engine {
             self.reactor.turn(false);
         }
         loop {
-            let done = self.returned.0.borrow().len();
+            let done = self.returned.count();
             if done >= min || begin.is_some_and(|(begin, limit)| begin.elapsed() >= limit) {
                 return done;
             }
@@ -216,7 +234,7 @@ impl Engine {
 
     /// The next command that is done.
     pub fn take(&mut self) -> Option<Done> {
-        self.returned.0.borrow_mut().pop_front()
+        self.returned.done.borrow_mut().pop_front()
     }
 
     /// Why the connection ended, if it did.
@@ -231,6 +249,9 @@ impl Drop for Engine {
             self.reactor.enter(|| drop((queue, namespace)));
             self.reactor.block_on(controller.shutdown());
         }
-        self.reactor.enter(|| self.returned.0.borrow_mut().clear());
+        self.reactor.enter(|| {
+            self.returned.done.borrow_mut().clear();
+            self.returned.going_out.borrow_mut().clear();
+        });
     }
 }

@@ -1,5 +1,6 @@
 //! What `shim.c` calls. Every function is called on the thread of the job that the queue belongs to; fio's buffers belong to a
-//! command from its submission until fio has taken its event. A panic becomes an error: it must not pass through C.
+//! command from its submission until fio has taken its event. They lie in memory of ours, so that writes go out from where fio
+//! filled them in. A panic becomes an error: it must not pass through C.
 
 use std::ffi::{CStr, c_char, c_void};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -53,6 +54,29 @@ pub struct Job {
     events: Vec<(*mut c_void, i32)>,
     /// Whether the end of the connection has been said.
     said: bool,
+    /// Where fio's buffers lie. No reference to its bytes is made: fio writes them.
+    memory: Option<Buf>,
+}
+
+impl Job {
+    /// What a write writes: fio's bytes themselves when they lie in our memory, or a copy.
+    ///
+    /// # Safety
+    /// As for [`cryptfold_fio_submit`].
+    unsafe fn data(&self, data: *const u8, bytes: usize) -> Buf {
+        let own = |memory: &&Buf| {
+            let from = data.addr().checked_sub(memory.as_ptr().addr());
+            from.is_some_and(|from| from + bytes <= memory.len())
+        };
+        // SAFETY: the owner keeps the memory, and the caller does not write these bytes before the command is done, which it is
+        // when no reference to them is left (`Engine::submit`). Without an owner they are read at once.
+        unsafe {
+            match self.memory.as_ref().filter(own) {
+                Some(memory) => Buf::from_owner(data, bytes, Box::new(memory.clone())),
+                None => Buf::from_slice(std::slice::from_raw_parts(data, bytes)),
+            }
+        }
+    }
 }
 
 /// # Safety
@@ -129,6 +153,7 @@ pub unsafe extern "C" fn cryptfold_fio_open(
                 free: Vec::new(),
                 events: Vec::new(),
                 said: false,
+                memory: None,
             }))
         }
         Err(e) => {
@@ -137,6 +162,22 @@ pub unsafe extern "C" fn cryptfold_fio_open(
             std::ptr::null_mut()
         }
     }
+}
+
+/// Memory for the buffers of all commands, as long as the job is open and once per job; null when it is too much (4 GiB).
+///
+/// # Safety
+/// `job` is open.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cryptfold_fio_memory(job: *mut Job, bytes: u64) -> *mut c_void {
+    let made = catch_unwind(AssertUnwindSafe(|| {
+        // SAFETY: the job is open, and its thread calls one function at a time.
+        let job = unsafe { &mut *job };
+        let bytes = u32::try_from(bytes).ok().filter(|_| job.memory.is_none())?;
+        let memory = job.memory.insert(Buf::alloc_zeroed(bytes as usize));
+        Some(memory.as_ptr().cast_mut().cast())
+    }));
+    made.ok().flatten().unwrap_or(std::ptr::null_mut())
 }
 
 /// Queues a command; 0, or an errno.
@@ -161,10 +202,8 @@ pub unsafe extern "C" fn cryptfold_fio_submit(
     let submitted = catch_unwind(AssertUnwindSafe(|| {
         // SAFETY: the job is open, and its thread calls one function at a time.
         let job = unsafe { &mut *job };
-        let out = (op == Op::Write).then(|| {
-            // SAFETY: the caller's promise; copied at once.
-            Buf::from_slice(unsafe { std::slice::from_raw_parts(data.cast::<u8>(), bytes as usize) })
-        });
+        // SAFETY: the caller's promise.
+        let out = (op == Op::Write).then(|| unsafe { job.data(data.cast(), bytes as usize) });
         let tag = job.free.pop().unwrap_or(job.places.len());
         if let Err(e) = job.engine.submit(op, offset, bytes, out, tag as u64) {
             job.free.extend((tag < job.places.len()).then_some(tag));

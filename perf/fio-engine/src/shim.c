@@ -41,6 +41,7 @@ struct cryptfold_event {
 };
 enum { OP_READ, OP_WRITE, OP_TRIM, OP_FLUSH };
 void *cryptfold_fio_open(const struct cryptfold_target *, uint64_t *bytes, uint32_t *block_bytes, char *why, size_t why_bytes);
+void *cryptfold_fio_memory(void *, uint64_t bytes);
 int32_t cryptfold_fio_submit(void *, uint32_t op, uint64_t offset, uint64_t bytes, void *data, void *tag);
 int32_t cryptfold_fio_wait(void *, uint32_t min, uint32_t max, int64_t timeout_ns);
 int32_t cryptfold_fio_event(void *, uint32_t index, struct cryptfold_event *);
@@ -143,6 +144,15 @@ static void cryptfold_cleanup(struct thread_data *td)
 	td->io_ops_data = NULL;
 }
 
+/* The queue's close frees it. */
+static int cryptfold_iomem_alloc(struct thread_data *td, size_t bytes)
+{
+	td->orig_buffer = cryptfold_fio_memory(td->io_ops_data, bytes);
+	if (!td->orig_buffer)
+		log_err("cryptfold: no %zu bytes for %u buffers: less than 4 GiB per job, please\n", bytes, td->o.iodepth);
+	return !td->orig_buffer;
+}
+
 static enum fio_q_status cryptfold_queue(struct thread_data *td, struct io_u *io_u)
 {
 	uint32_t op;
@@ -202,6 +212,7 @@ static struct ioengine_ops ops = {
 	.setup = cryptfold_setup,
 	.init = cryptfold_init,
 	.cleanup = cryptfold_cleanup,
+	.iomem_alloc = cryptfold_iomem_alloc,
 	.queue = cryptfold_queue,
 	.getevents = cryptfold_getevents,
 	.event = cryptfold_event,

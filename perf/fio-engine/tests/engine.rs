@@ -120,3 +120,22 @@ fn a_job_that_makes_no_sense_is_refused() {
         assert!(e.contains(what), "{e}");
     }
 }
+
+#[test]
+fn a_write_is_done_when_its_data_is_nobody_else_s() {
+    let (_runtime, target, place) = served();
+    let mut engine = Engine::open(&place).expect("connects");
+    let data = Buf::from_slice(&[7; 4096]);
+    let other = data.clone();
+    engine.submit(Op::Write, 0, 4096, Some(data), 1).expect("whole blocks");
+    // A RAM disk answers in the order of arrival: when the flush is back, the write was answered.
+    engine.submit(Op::Flush, 0, 0, None, 2).expect("a flush");
+    assert_eq!(engine.wait(1, None), 1);
+    assert_eq!(engine.take().expect("done").tag, 2);
+    assert_eq!(engine.wait(1, Some(Duration::from_millis(50))), 0, "something still refers to the data");
+    drop(other);
+    assert_eq!(engine.wait(1, None), 1);
+    assert_eq!(engine.take().expect("done").tag, 1);
+    drop(engine);
+    target.stop().expect("stops");
+}

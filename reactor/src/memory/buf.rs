@@ -329,8 +329,14 @@ impl Buf {
     /// Whether this is the only reference to a writable block.
     #[inline]
     pub fn is_unique(&self) -> bool {
+        matches!(self.block().kind, Kind::Pool | Kind::Large) && !self.is_shared()
+    }
+
+    /// Whether there are other references to the block, writable or not. What is not counted (zeroes) is not shared.
+    #[inline]
+    pub fn is_shared(&self) -> bool {
         let block = self.block();
-        matches!(block.kind, Kind::Pool | Kind::Large) && block.refs.load(Ordering::Acquire) == 1
+        block.kind.is_counted() && block.refs.load(Ordering::Acquire) != 1
     }
 
     /// Whether this is the only reference to a writable block and shows all of it: keeping the view wastes no memory.
