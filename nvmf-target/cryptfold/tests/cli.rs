@@ -128,8 +128,16 @@ fn page_metrics_and_health_over_http() {
         stream.read_to_string(&mut out).unwrap();
         out
     };
-    let metrics = get("/metrics");
-    assert!(metrics.contains("cryptfold_bdev_size_bytes{bdev=\"M0\",alias=\"\"} 4194304"), "{metrics}");
+    // A look is a second old at most: the first one may be of before the configuration.
+    let since = std::time::Instant::now();
+    loop {
+        let metrics = get("/metrics");
+        if metrics.contains("cryptfold_bdev_size_bytes{bdev=\"M0\",alias=\"\"} 4194304") {
+            break;
+        }
+        assert!(since.elapsed().as_secs() < 120, "{metrics}");
+        std::thread::sleep(std::time::Duration::from_millis(100));
+    }
     assert!(get("/healthz").contains("\"ok\""));
     assert!(get("/").contains("<title>"));
     // The page, the RPC and `top` say the same.
