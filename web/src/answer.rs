@@ -47,12 +47,11 @@ pub struct Shared {
 impl Shared {
     /// The target now; none when it is at its end.
     pub async fn look(&self) -> Option<Arc<Look>> {
-        let source = self.source.clone();
-        tokio::task::spawn_blocking(move || source.look()).await.ok().flatten()
+        self.of_look(Arc::clone).await
     }
 
     /// What `make` makes of the target now, on another thread than the one that serves; none when the target is at its end.
-    async fn of_look<T: Send + 'static>(&self, make: fn(&Look) -> T) -> Option<T> {
+    async fn of_look<T: Send + 'static>(&self, make: fn(&Arc<Look>) -> T) -> Option<T> {
         let source = self.source.clone();
         tokio::task::spawn_blocking(move || source.look().map(|look| make(&look))).await.ok().flatten()
     }

@@ -225,8 +225,11 @@ impl BdevStats {
     pub fn latencies(&self, class: Class) -> LatencyCounts {
         let i = locked(&self.inner);
         let mut all = i.latencies[class as usize].clone();
-        i.live.iter().for_each(|s| s.latencies[class as usize].add_to(&mut all));
-        all.sum_ns = i.sum(class).latency_ns;
+        all.sum_ns = i.closed[class as usize].latency_ns;
+        for s in &i.live {
+            s.latencies[class as usize].add_to(&mut all);
+            all.sum_ns += s.classes[class as usize].latency.get();
+        }
         all
     }
 
