@@ -298,6 +298,7 @@ impl Pool {
         PoolInfo {
             name: self.name(),
             uuid: self.uuid,
+            approved: superblock.is_approved(),
             base_bdev: self.handle.base_name.clone(),
             device_bytes: superblock.devices[0].blocks * 4096,
             segment_bytes: self.segment_bytes,

@@ -35,6 +35,15 @@ pub enum PoolError {
         /// What would do.
         need_bytes: u64,
     },
+    /// In a FIPS mode: a pool with other algorithms.
+    #[error(
+        "the pool on {device} was not made for the FIPS modes (its fingerprints are BLAKE3, its nonces not the cipher module's): open it with \
+         --fips-mode off, make a new pool in the FIPS mode, and copy the volumes"
+    )]
+    NotApproved {
+        /// Base device.
+        device: String,
+    },
     /// The base device carries something else.
     #[error("{device} carries {found}; force overwrites it")]
     Foreign {
@@ -209,7 +218,7 @@ impl PoolError {
             PoolError::Block { .. } => -22,
             PoolError::WrongKey { .. } | PoolError::Key { .. } => -126,
             PoolError::Erased { .. } => -127,
-            PoolError::NotErasable(_) => -95,
+            PoolError::NotErasable(_) | PoolError::NotApproved { .. } => -95,
             PoolError::SlotsChanged(_) => -16,
             PoolError::KeyFile { .. } => -2,
             PoolError::OpenElsewhere { .. } | PoolError::Busy(_) => -16,

@@ -52,8 +52,8 @@ pub(crate) struct Keys {
 }
 
 impl Keys {
-    /// Unwraps the keys of a domain; the error is for people.
-    pub fn open(record: &DomainRecord, wraps: &DomainWraps) -> Result<Keys, String> {
+    /// Unwraps the keys of a domain, whose fingerprints `hash` makes; the error is for people.
+    pub fn open(record: &DomainRecord, wraps: &DomainWraps, hash: HashId) -> Result<Keys, String> {
         let unwrap = |wrapped| match wraps.unwrap(wrapped) {
             Ok((secret, _)) => Ok(secret),
             Err(error) => Err(format!("domain {}: {error}", record.name)),
@@ -68,7 +68,7 @@ impl Keys {
         }
         let (generation, secret) =
             current.ok_or_else(|| format!("domain {} has no current key", record.name))?;
-        Ok(Keys { data, generation, hasher: Arc::new(Hasher::new(HashId::Blake3, &secret)) })
+        Ok(Keys { data, generation, hasher: Arc::new(Hasher::new(hash, &secret)) })
     }
 }
 
@@ -110,7 +110,7 @@ impl Shard {
         wraps: &DomainWraps,
     ) -> Result<(), ApplyError> {
         let d = self.domains.get_mut(&record.id.0).ok_or(ApplyError::NoDomain(record.id))?;
-        let keys = Keys::open(&record, wraps).map_err(ApplyError::Record)?;
+        let keys = Keys::open(&record, wraps, self.hash).map_err(ApplyError::Record)?;
         if keys.generation != d.generation {
             d.recent = Default::default();
         }
@@ -132,7 +132,7 @@ impl Shard {
     ) -> Result<(), ApplyError> {
         let d = self.domains.get_mut(&domain.0).ok_or(ApplyError::NoDomain(domain))?;
         let leaf = d.fingerprints.get_mut(container.get());
-        (leaf.generation, leaf.hash) = (generation, HashId::Blake3);
+        (leaf.generation, leaf.hash) = (generation, d.hasher.id());
         leaf.slots.clear();
         leaf.slots.extend_from_slice(fingerprints);
         Ok(())
@@ -173,6 +173,12 @@ impl Pool {
             }
             d.record.clone()
         };
+        if change == KeyChange::Disable && self.superblock.borrow().is_approved() {
+            return Err(PoolError::Invalid(format!(
+                "pool {} was made for the FIPS modes: its data is always encrypted",
+                self.name()
+            )));
+        }
         let wrap = |secret: &Secret| self.wraps.borrow().wrap(secret).map_err(|e| self.key_error(e));
         let last = record.keys.iter().map(|keys| keys.generation.0).max().unwrap_or(0);
         for keys in &mut record.keys {

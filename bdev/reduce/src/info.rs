@@ -99,6 +99,8 @@ pub struct SealedPool {
     pub uuid: Uuid,
     /// When it was made, in ms since 1970.
     pub created_ms: u64,
+    /// Made with the algorithms of the FIPS modes.
+    pub approved: bool,
     /// Its key slots.
     pub keys: KeyBlock,
 }
@@ -130,6 +132,8 @@ pub struct CreateOptions {
     pub compression: Option<Compression>,
     /// Every completion is durable (by group commit), and volumes report no volatile cache.
     pub durable: bool,
+    /// With the algorithms that FIPS 140-3 approves: HMAC-SHA-256 fingerprints, nonces that the cipher library makes.
+    pub approved: bool,
     /// For tests: as before there were erasure secrets.
     #[doc(hidden)]
     pub first_format: bool,
@@ -145,6 +149,7 @@ impl CreateOptions {
             memory_budget: None,
             compression: None,
             durable: false,
+            approved: false,
             first_format: false,
         }
     }
@@ -204,6 +209,8 @@ pub struct PoolInfo {
     pub name: String,
     /// Identity.
     pub uuid: Uuid,
+    /// Made with the algorithms of the FIPS modes.
+    pub approved: bool,
     /// Base device.
     pub base_bdev: String,
     /// Bytes of the base device in use.

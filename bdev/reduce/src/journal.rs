@@ -35,11 +35,13 @@ pub(crate) struct Journal {
     spare_bytes: Vec<Vec<u8>>,
     records: u64,
     pending_bytes: usize,
+    stored_nonces: bool,
 }
 
 impl Journal {
-    /// A journal that goes on where `sealer` stands, in the ring of `entry`, whose content from `tail` on is needed.
-    pub fn new(sealer: BatchSealer, entry: &ShardEntry, tail: u64) -> Journal {
+    /// A journal that goes on where `sealer` stands, in the ring of `entry`, whose content from `tail` on is needed; with
+    /// `stored_nonces` as pools of the FIPS modes have it.
+    pub fn new(sealer: BatchSealer, entry: &ShardEntry, tail: u64, stored_nonces: bool) -> Journal {
         Journal {
             durable: Sequence(sealer.cursor().sequence.0 - 1),
             sealer,
@@ -51,6 +53,7 @@ impl Journal {
             spare_bytes: Vec::new(),
             records: 0,
             pending_bytes: 0,
+            stored_nonces,
         }
     }
 
@@ -93,7 +96,10 @@ impl Journal {
         {
             return Ok(());
         }
-        let mut batch = self.spare.pop().unwrap_or_default();
+        let mut batch = self.spare.pop().unwrap_or_else(|| match self.stored_nonces {
+            true => Batch::with_stored_nonces(),
+            false => Batch::new(),
+        });
         batch.push(scope, record)?;
         self.pending.push(batch);
         Ok(())

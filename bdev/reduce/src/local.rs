@@ -51,6 +51,7 @@ impl LocalPool {
             force: options.force,
             segment_bytes: options.segment_bytes,
             first_format: options.first_format,
+            approved: options.approved,
         };
         open::create(&claim, &making, &key).await?;
         let opening = Opening { memory_bytes: options.memory_budget, ..Opening::default() };
@@ -93,6 +94,7 @@ impl LocalPool {
         let sealed = anchors::peek(&base, bdev.name(), bdev.size_bytes()).await?;
         Ok(sealed.map(|sealed| SealedPool {
             base_bdev: bdev.name().to_owned(),
+            approved: sealed.superblock.is_approved(),
             name: sealed.superblock.name,
             uuid: sealed.superblock.pool,
             created_ms: sealed.superblock.created_ms,

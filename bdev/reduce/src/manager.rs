@@ -4,7 +4,7 @@
 //! reactor. A pool's volumes are in the registry while it is open. A pool whose device is to go away is closed by a thread of its
 //! own, because a device goes only when nobody has it open.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::Duration;
 
@@ -44,6 +44,8 @@ pub struct PoolManager {
     slots: Mutex<()>,
     /// Who wants to know what happens to pools.
     listener: OnceLock<Listener>,
+    /// Pools are those of the FIPS modes, and no others.
+    approved: AtomicBool,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -104,6 +106,7 @@ impl PoolManager {
             serial: Mutex::default(),
             slots: Mutex::default(),
             listener: OnceLock::new(),
+            approved: AtomicBool::new(false),
         })
     }
 
@@ -145,6 +148,15 @@ impl PoolManager {
         let pools = locked(&self.pools);
         let found = pools.iter().find(|p| p.name() == name || uuid == Some(p.uuid));
         found.cloned().ok_or_else(|| PoolError::NoPool(name.to_owned()))
+    }
+
+    /// From now on pools are made with the algorithms that FIPS 140-3 approves, and others are not opened.
+    pub fn require_approved(&self) {
+        self.approved.store(true, Ordering::Relaxed);
+    }
+
+    fn is_approved(&self) -> bool {
+        self.approved.load(Ordering::Relaxed)
     }
 
     /// Opens and claims a base device for a pool of this manager.
@@ -230,13 +242,15 @@ impl PoolManager {
             )));
         }
         let claim = self.claim(base_bdev)?;
+        let approved = options.approved || self.is_approved();
         let making = Making {
             name: name.to_owned(),
             force: options.force,
             segment_bytes: options.segment_bytes,
             first_format: options.first_format,
+            approved,
         };
-        let opening = Opening { memory_bytes: options.memory_budget, ..Opening::default() };
+        let opening = Opening { memory_bytes: options.memory_budget, approved, ..Opening::default() };
         let (compression, durable) = (options.compression, options.durable);
         let opened = self.home()?.block_on(move || async move {
             open::create(&claim, &making, &key).await?;
@@ -264,7 +278,8 @@ impl PoolManager {
         let _one = locked(&self.serial);
         let kek = slot_key(key, base_bdev)?.kek;
         let claim = self.claim(base_bdev)?;
-        let opening = Opening { memory_bytes: memory_budget, ..Opening::default() };
+        let opening =
+            Opening { memory_bytes: memory_budget, approved: self.is_approved(), ..Opening::default() };
         let taken: Vec<String> = locked(&self.pools).iter().map(PoolRef::name).collect();
         let opened = self.home()?.block_on(move || async move {
             let Some(pool) = open::open(&claim, &kek, &opening).await? else { return Ok(None) };

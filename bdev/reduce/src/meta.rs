@@ -10,7 +10,6 @@ use cryptfold_bdev::Status;
 use cryptfold_reactor as reactor;
 use cryptfold_reduce_format::block::BLOCK_BYTES;
 use cryptfold_reduce_format::codec::Codec;
-use cryptfold_reduce_format::fingerprint::HashId;
 use cryptfold_reduce_format::ids::{DomainId, Epoch, Generation, POOL_DOMAIN, Sequence, ShardIx};
 use cryptfold_reduce_format::node::{self, MAX_NODE_UNIT_BYTES, NodeId, NodeOptions, NodePtr};
 use cryptfold_reduce_format::segment::{Cipher, Class, SegmentHeader};
@@ -289,7 +288,9 @@ impl Pool {
     ) -> SegmentHeader {
         let mut salt = [0; 32];
         reactor::fill_random(&mut salt);
-        let plain = self.shard.borrow().domains.get(&domain.0).is_some_and(Domain::is_plain);
+        let approved = self.superblock.borrow().is_approved();
+        let shard = self.shard.borrow();
+        let plain = shard.domains.get(&domain.0).is_some_and(Domain::is_plain);
         SegmentHeader {
             pool: self.uuid,
             addr,
@@ -299,8 +300,12 @@ impl Pool {
             class,
             domain,
             generation,
-            cipher: if plain { Cipher::Gmac } else { Cipher::Gcm },
-            hash: HashId::Blake3,
+            cipher: match (plain, approved) {
+                (true, _) => Cipher::Gmac,
+                (false, true) => Cipher::GcmStoredNonce,
+                (false, false) => Cipher::Gcm,
+            },
+            hash: shard.hash,
             codec: Codec::Zstd,
             shard: ShardIx(0),
             owner_epoch: self.epoch.owner_epoch,

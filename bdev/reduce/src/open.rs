@@ -14,6 +14,7 @@ use cryptfold_reactor as reactor;
 use cryptfold_reduce_format::block::{BLOCK_BYTES, BlockError};
 use cryptfold_reduce_format::codec::Compression;
 use cryptfold_reduce_format::entry::Record;
+use cryptfold_reduce_format::fingerprint::HashId;
 use cryptfold_reduce_format::ids::{
     DeviceIx, DomainId, Epoch, Generation, OwnerEpoch, Sequence, ShardIx, VolumeId,
 };
@@ -25,10 +26,10 @@ use cryptfold_reduce_format::record::{
     DomainRecord, GenerationState, KeyGeneration, PoolRecord, TreeRoot, VolumeRecord, decode_page,
 };
 use cryptfold_reduce_format::segtable;
-use cryptfold_reduce_format::slots::{KeyBlock, KeySlot, MAX_KEY_SLOTS};
+use cryptfold_reduce_format::slots::{KeyBlock, KeySlot, MAX_KEY_SLOTS, SlotKind};
 use cryptfold_reduce_format::superblock::{
-    ANCHOR_BYTES, DeviceEntry, DeviceState, FEATURE_ERASURE, Features, Geometry, KEYS_AT, MAX_SEGMENT_BYTES,
-    MIN_SEGMENT_BYTES, OWNER_AT, Redundancy, ShardEntry, Superblock, anchor_offsets,
+    ANCHOR_BYTES, DeviceEntry, DeviceState, FEATURE_APPROVED, FEATURE_ERASURE, Features, Geometry, KEYS_AT,
+    MAX_SEGMENT_BYTES, MIN_SEGMENT_BYTES, OWNER_AT, Redundancy, ShardEntry, Superblock, anchor_offsets,
 };
 use reactor::memory::Buf;
 use reactor::sync::{Mutex, Notify};
@@ -65,6 +66,8 @@ pub(crate) struct Making {
     pub force: bool,
     pub segment_bytes: Option<u32>,
     pub first_format: bool,
+    /// With the algorithms of the FIPS modes.
+    pub approved: bool,
 }
 
 /// How a pool is opened.
@@ -73,6 +76,8 @@ pub(crate) struct Opening {
     pub memory_bytes: Option<u64>,
     /// Write nothing, not even the owner block: for an audit.
     pub read_only: bool,
+    /// Only a pool that was made with the algorithms of the FIPS modes.
+    pub approved: bool,
 }
 
 /// A claimed base device, and whom to tell when it goes away.
@@ -158,6 +163,9 @@ pub(crate) async fn create(claim: &Claim, making: &Making, key: &SlotKey) -> Res
             making.name
         )));
     }
+    if making.approved && key.kind == SlotKind::Open {
+        return Err(PoolError::Invalid("in the FIPS modes a pool is encrypted: it needs a key".into()));
+    }
     let segment_bytes = making.segment_bytes.unwrap_or_else(|| default_segment_bytes(bytes));
     if !segment_bytes.is_power_of_two() || !(MIN_SEGMENT_BYTES..=MAX_SEGMENT_BYTES).contains(&segment_bytes) {
         return Err(PoolError::Invalid(format!(
@@ -180,7 +188,8 @@ pub(crate) async fn create(claim: &Claim, making: &Making, key: &SlotKey) -> Res
         name: making.name.clone(),
         generation: 1,
         features: Features {
-            incompatible: if making.first_format { 0 } else { FEATURE_ERASURE },
+            incompatible: if making.first_format { 0 } else { FEATURE_ERASURE }
+                | if making.approved { FEATURE_APPROVED } else { 0 },
             ..Features::default()
         },
         device: DeviceIx(0),
@@ -307,6 +316,9 @@ pub(crate) async fn open(claim: &Claim, kek: &Kek, opening: &Opening) -> Result<
     let (device, bytes) = (bdev.name().to_owned(), bdev.size_bytes());
     let base = Base::open(descriptor)?;
     let Some(found) = anchors::read(&base, &device, bytes, kek).await? else { return Ok(None) };
+    if opening.approved && !found.superblock.is_approved() {
+        return Err(PoolError::NotApproved { device });
+    }
     let damaged = |what: String| PoolError::Damaged { device: device.clone(), what };
     let entry = &found.superblock.devices[0];
     if found.superblock.devices.len() != 1 || found.superblock.shards.len() != 1 {
@@ -374,7 +386,7 @@ fn assemble(
         chain: entry.tail_chain,
     };
     let sealer = BatchSealer::new(found.keys.journal(), epoch, cursor);
-    let journal = Journal::new(sealer, entry, entry.tail_position);
+    let journal = Journal::new(sealer, entry, entry.tail_position, superblock.is_approved());
     let shard = Shard {
         pool: PoolRecord {
             epoch: Epoch(1),
@@ -391,6 +403,7 @@ fn assemble(
         segments: Segments::new(geometry, owner_epoch),
         index: Index::new(index_bytes),
         meter: meter.clone(),
+        hash: if superblock.is_approved() { HashId::HmacSha256 } else { HashId::Blake3 },
         emptied: Vec::new(),
         damaged: Default::default(),
         wanted: RefCell::default(),
@@ -495,7 +508,7 @@ impl Pool {
             for (_, record) in decode_page(&page).map_err(bad)? {
                 let record = DomainRecord::decode(record).map_err(bad)?;
                 let id = record.id.0;
-                let domain = Domain::open(record, &self.wraps.borrow(), &shard.meter);
+                let domain = Domain::open(record, &self.wraps.borrow(), shard.hash, &shard.meter);
                 shard.domains.insert(id, domain.map_err(|e| self.damage(e))?);
             }
         }

@@ -18,7 +18,7 @@ use std::rc::Rc;
 
 use cryptfold_bdev::Status;
 use cryptfold_reactor as reactor;
-use cryptfold_reduce_format::fingerprint::{Fingerprint, HashId};
+use cryptfold_reduce_format::fingerprint::Fingerprint;
 use cryptfold_reduce_format::ids::{ChunkAddr, ContainerId, DomainId, Epoch, HostKeyId, SLOTS};
 use cryptfold_reduce_format::map::{MAP_ENTRIES, MapEntry, Target};
 use cryptfold_reduce_format::node::{self, FANOUT, Interior};
@@ -417,7 +417,7 @@ impl Pool {
         }
         if let Some(d) = self.shard.borrow_mut().domains.get_mut(&id.0) {
             let leaf = d.fingerprints.get_mut(number);
-            (leaf.generation, leaf.hash, leaf.slots) = (generation, HashId::Blake3, slots);
+            (leaf.generation, leaf.hash, leaf.slots) = (generation, d.hasher.id(), slots);
         }
         if let Ok(Some(lists)) = self.lists(id, number).await {
             self.shard.borrow_mut().index_container(id, number, &lists);

@@ -179,7 +179,8 @@ impl Pool {
             tracing::info!(pool = %self.name(), batches, blocks = cursor.position - entry.tail_position, "journal replayed");
         }
         let sealer = BatchSealer::new(self.keys.journal(), self.epoch, cursor);
-        *self.journal.borrow_mut() = Journal::new(sealer, &entry, entry.tail_position);
+        let approved = self.superblock.borrow().is_approved();
+        *self.journal.borrow_mut() = Journal::new(sealer, &entry, entry.tail_position, approved);
         Ok(())
     }
 

@@ -17,7 +17,7 @@ use std::sync::Arc;
 use cryptfold_reduce_format::container;
 use cryptfold_reduce_format::container::{ContainerError, FragmentEntry};
 use cryptfold_reduce_format::entry::{FragmentRaw, MapRun, Record, Retarget};
-use cryptfold_reduce_format::fingerprint::{Fingerprint, Hasher};
+use cryptfold_reduce_format::fingerprint::{Fingerprint, HashId, Hasher};
 use cryptfold_reduce_format::ids::{
     ChunkAddr, ContainerId, DomainId, Epoch, Generation, Lba, SLOTS, SegmentAddr, Sequence, ShardIx, VolumeId,
 };
@@ -147,6 +147,8 @@ pub(crate) struct Shard {
     pub segments: Segments,
     pub index: Index,
     pub meter: Meter,
+    /// What makes fingerprints.
+    pub hash: HashId,
     /// Containers that lost their last reference, to be dropped by a record.
     pub emptied: Vec<(DomainId, ContainerId)>,
     /// Fragments (by their first chunk) that were found damaged: nothing new refers to them, so that a later write of the
@@ -158,8 +160,13 @@ pub(crate) struct Shard {
 
 impl Domain {
     /// Opens a domain's keys and makes its (empty) caches.
-    pub fn open(record: DomainRecord, wraps: &DomainWraps, meter: &Meter) -> Result<Domain, String> {
-        let Keys { data, generation, hasher } = Keys::open(&record, wraps)?;
+    pub fn open(
+        record: DomainRecord,
+        wraps: &DomainWraps,
+        hash: HashId,
+        meter: &Meter,
+    ) -> Result<Domain, String> {
+        let Keys { data, generation, hasher } = Keys::open(&record, wraps, hash)?;
         // One shard: a container's number is its leaf.
         let tables = match record.shards[..] {
             [] => EMPTY_TABLES,
@@ -592,7 +599,8 @@ impl Shard {
             Record::DomainCreate { record } => {
                 let record = DomainRecord::decode(record).map_err(bad)?;
                 self.pool.next_domain = DomainId(self.pool.next_domain.0.max(record.id.0 + 1));
-                let domain = Domain::open(record, wraps, &self.meter).map_err(ApplyError::Record)?;
+                let domain =
+                    Domain::open(record, wraps, self.hash, &self.meter).map_err(ApplyError::Record)?;
                 self.domains.insert(domain.record.id.0, domain);
                 self.segments.set_domains(self.domains.len());
             }
@@ -653,7 +661,7 @@ impl Shard {
         d.next_container = d.next_container.max(container.get() + 1);
         let leaf = d.fingerprints.get_mut(container.get());
         if leaf.slots.is_empty() {
-            leaf.generation = generation;
+            (leaf.generation, leaf.hash) = (generation, d.hasher.id());
             leaf.slots.reserve_exact(SLOTS);
         }
         // Other cores' fragments may come late: their slots have been passed over.

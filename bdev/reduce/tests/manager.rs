@@ -8,7 +8,9 @@ use std::time::Duration;
 use cryptfold_bdev::{Access, BdevEvent, Registry};
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{IdlePolicy, Runtime, RuntimeConfig};
-use cryptfold_reduce::{Compression, CreateOptions, KeySource, PoolError, PoolManager, VolumeOptions};
+use cryptfold_reduce::{
+    Compression, CreateOptions, KeyChange, KeySource, PoolError, PoolManager, VolumeOptions,
+};
 use support::key;
 
 const MIB: u64 = 1 << 20;
@@ -444,4 +446,37 @@ fn the_record_of_a_hosts_key_goes_with_what_is_stored_under_it() {
     assert!(manager.check("p", true).unwrap().is_clean());
     manager.shutdown();
     runtime.stop();
+}
+
+#[test]
+fn a_fips_mode_makes_and_opens_its_own_pools_only() {
+    let runtime = runtime(1);
+    let registry = Registry::new();
+    support::RamDisk::create(&registry, "ram", 64 * MIB);
+    support::RamDisk::create(&registry, "other", 64 * MIB);
+    let plain = PoolManager::new(registry.clone(), runtime.handles().to_vec());
+    assert!(!plain.create("ram", "p", &options()).unwrap().approved);
+    plain.close("p").unwrap();
+
+    let strict = PoolManager::new(registry.clone(), runtime.handles().to_vec());
+    strict.require_approved();
+    assert!(!strict.peek("ram").unwrap().unwrap().approved);
+    let refused = strict.open("ram", &key(), None).unwrap_err();
+    assert!(matches!(refused, PoolError::NotApproved { .. }));
+    assert!(refused.to_string().contains("--fips-mode off"), "{refused}");
+    let open = CreateOptions { key: KeySource::Open, ..options() };
+    assert!(strict.create("other", "q", &open).unwrap_err().to_string().contains("encrypted"));
+    assert!(strict.create("other", "q", &options()).unwrap().approved);
+    strict.create_volume("q", &volume("v", MIB)).unwrap();
+    write(&runtime, &registry, 0, "q/v", 64, 5);
+    let off = strict.change_domain_keys("q", None, KeyChange::Disable, 1 << 30).unwrap_err();
+    assert!(off.to_string().contains("always encrypted"), "{off}");
+    strict.close("q").unwrap();
+
+    // Outside of the mode both open.
+    assert!(plain.open("ram", &key(), None).unwrap().is_some());
+    assert!(plain.open("other", &key(), None).unwrap().is_some_and(|info| info.approved));
+    verify(&runtime, &registry, 0, "q/v", 64, 5);
+    plain.close("p").unwrap();
+    plain.close("q").unwrap();
 }

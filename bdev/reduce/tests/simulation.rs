@@ -20,6 +20,7 @@ use cryptfold_reactor as reactor;
 use cryptfold_reduce::block::Block;
 use cryptfold_reduce::keys::PoolKeys;
 use cryptfold_reduce::{CreateOptions, KeyChange, LocalPool, PoolError, ScrubState, VolumeOptions};
+use cryptfold_reduce_format::fingerprint::HashId;
 use cryptfold_reduce_format::segment::{Cipher, SegmentHeader};
 use support::key;
 
@@ -34,6 +35,8 @@ struct PoolStack {
     sampled: bool,
     /// The keys of both domains are changed, again and again: new ones, encryption off, encryption on.
     rotating: bool,
+    /// With the algorithms of the FIPS modes; these keep encryption on.
+    approved: bool,
     /// Snapshots that were deleted.
     deleted: Rc<Cell<u64>>,
     seen: Arc<Seen>,
@@ -47,7 +50,7 @@ async fn rotate(pool: &LocalPool) -> Result<(), String> {
     for domain in pool.domains() {
         let change = match (domain.encrypted, domain.generation % 3) {
             (false, _) => KeyChange::Enable,
-            (true, 0) => KeyChange::Disable,
+            (true, 0) if !pool.info().approved => KeyChange::Disable,
             (true, _) => KeyChange::Rotate,
         };
         match pool.change_domain_keys(&domain.name, change, RENEWAL).await {
@@ -81,7 +84,12 @@ async fn all_renewed(pool: &LocalPool, machine: &Machine) -> Result<(), String> 
         let header = header.map_err(|error| format!("segment at {at}: {error}"))?;
         let domain = pool.domains().into_iter().find(|domain| domain.id == header.domain);
         let Some(domain) = domain else { continue };
-        if header.generation.0 != domain.generation || (header.cipher == Cipher::Gcm) != domain.encrypted {
+        let (cipher, hash) = match (domain.encrypted, pool.info().approved) {
+            (false, _) => (Cipher::Gmac, HashId::Blake3),
+            (true, false) => (Cipher::Gcm, HashId::Blake3),
+            (true, true) => (Cipher::GcmStoredNonce, HashId::HmacSha256),
+        };
+        if (header.generation.0, header.cipher, header.hash) != (domain.generation, cipher, hash) {
             return Err(format!("{domain:?} lives in {header:?}"));
         }
     }
@@ -124,8 +132,9 @@ impl PoolStack {
 impl Stack for PoolStack {
     fn create(&self, machine: Machine) -> LocalFuture<Result<(), String>> {
         let (slot, sampled, rotating) = (self.pool.clone(), self.sampled, self.rotating);
+        let approved = self.approved;
         Box::pin(async move {
-            let mut options = CreateOptions::new(key());
+            let mut options = CreateOptions { approved, ..CreateOptions::new(key()) };
             options.force = true;
             options.segment_bytes = Some(MIB as u32);
             options.memory_budget = Some(MEMORY);
@@ -366,6 +375,18 @@ fn power_cuts_at_every_event_of_a_change_of_keys() {
     let points = every_point(&|| rotating(0), &options, &Recording::new(78), stride, surfaces).unwrap();
     println!("{points:?}");
     assert!(points.events > 100 && points.surfaces >= points.events / stride);
+}
+
+/// Fragments, nodes and batches with stored nonces, fingerprints of the other hash; every other seed changes keys as well.
+#[test]
+fn power_cuts_in_pools_of_the_fips_modes() {
+    let again = "cargo test --release -p cryptfold-reduce --test simulation power_cuts_in";
+    let make = |seed: u64| -> Rc<dyn Stack> {
+        let (sampled, rotating) = (seed % 3 == 1, seed % 2 == 1);
+        Rc::new(PoolStack { approved: true, sampled, rotating, ..PoolStack::default() })
+    };
+    let life_of = |seed| life(&|| make(seed), &options(seed), seed);
+    seeds(again, if cfg!(debug_assertions) { 16 } else { 200 }, life_of);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! Fingerprints: what makes two chunks the same.
 //!
-//! Keyed BLAKE3 (or HMAC-SHA-256 in the validated FIPS mode) of the chunk's 4096 bytes under the domain's fingerprint
+//! Keyed BLAKE3 (or HMAC-SHA-256 in pools of the FIPS modes) of the chunk's 4096 bytes under the domain's fingerprint
 //! secret, its first 16 bytes. Equal fingerprints count as equal chunks: among 2^40 chunks (4 PiB) of a domain two
 //! different ones collide with probability 2^-49, and nobody without the secret can look for a collision.
 //!
@@ -123,6 +123,14 @@ impl Hasher {
     /// A hasher with full fingerprints.
     pub fn new(id: HashId, secret: &FingerprintSecret) -> Self {
         Self::with_bits(id, secret, 8 * FINGERPRINT_BYTES as u32)
+    }
+
+    /// What it makes fingerprints with.
+    pub fn id(&self) -> HashId {
+        match self.kind {
+            Kind::Blake3 { .. } => HashId::Blake3,
+            Kind::HmacSha256(_) => HashId::HmacSha256,
+        }
     }
 
     /// A hasher whose fingerprints keep only `bits` bits (1 ..= 128): to provoke collisions in tests.

@@ -134,7 +134,7 @@ pub fn body_at(key: &SegmentKey) -> usize {
 /// Seals a fragment at byte `offset` of the segment from the pieces of its body (their lengths add up to
 /// `header.body_bytes`) into `out`, of exactly `header.unit_bytes(key)` bytes. One piece is enciphered without a copy.
 ///
-/// `nonce` is `Some` exactly for [`crate::segment::Cipher::GcmStoredNonce`].
+/// `nonce` is for tests: without it [`crate::segment::Cipher::GcmStoredNonce`] makes one.
 pub fn seal_fragment(
     key: &SegmentKey,
     offset: u32,

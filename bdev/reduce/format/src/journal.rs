@@ -7,7 +7,7 @@
 //!
 //! ```text
 //! 0      magic "CFJRNL01", pool UUID [16]
-//! 24     shard u16, flags u16, blocks u32
+//! 24     shard u16, flags u16 (1: stored nonces), blocks u32
 //! 32     owner epoch u64, sequence u64, position u64 (in blocks since the pool was made), durable sequence u64
 //! 64     payload bytes u32, groups u32
 //! 72     tag of the previous batch [16]
@@ -28,9 +28,12 @@
 //! bytes u32, records; for scope 1 and 2 the bytes are encrypted and a tag [16] follows
 //! (key by domain, owner epoch, shard and salt; nonce = sequence, index of the group).
 //!
+//! With stored nonces (pools of the FIPS modes) each nonce is random, made by the cipher library and stored: the batch's as the first 12
+//! bytes of the payload, in clear, a sealed group's between its header and its records.
+//!
 //! Record: kind u8, reserved u8, body bytes u16, body. Bodies are the fixed structures of this file, unaligned.
 
-use aws_lc_rs::aead::{Aad, LessSafeKey, Nonce};
+use aws_lc_rs::aead::{Aad, LessSafeKey, Nonce, RandomizedNonceKey};
 use thiserror::Error;
 use uuid::Uuid;
 use zerocopy::little_endian::{U16, U32, U64};
@@ -40,7 +43,7 @@ use crate::block::BLOCK_BYTES;
 use crate::entry::{Record, RecordReader};
 use crate::ids::{DomainId, Generation, OwnerEpoch, Sequence, ShardIx, VolumeId};
 use crate::keys::{JournalRoot, derive};
-use crate::sealed::{TAG_BYTES, gcm};
+use crate::sealed::{NONCE_BYTES, TAG_BYTES, gcm, making, seal_making, stored_nonce};
 use crate::wire::{WireError, range};
 
 /// First bytes of a batch.
@@ -53,6 +56,7 @@ pub const GROUP_HEADER_BYTES: usize = 20;
 pub const MAX_BATCH_BLOCKS: u32 = 256;
 /// Groups of a batch, at most.
 pub const MAX_GROUPS: usize = 1024;
+const FLAG_STORED_NONCES: u16 = 1;
 const SIGNED_BYTES: usize = BATCH_HEADER_BYTES - TAG_BYTES;
 
 /// Why a batch does not open.
@@ -123,6 +127,7 @@ pub struct BatchHeader {
     pub salt: [u8; 16],
     /// Its own tag.
     pub tag: [u8; TAG_BYTES],
+    stored_nonces: bool,
     payload_bytes: u32,
 }
 
@@ -155,14 +160,18 @@ impl BatchHeader {
         if raw.magic != BATCH_MAGIC {
             return Err(BatchError::NoBatch);
         }
-        if raw.flags != 0 || raw.reserved != [0; 8] {
+        if raw.flags.get() & !FLAG_STORED_NONCES != 0 || raw.reserved != [0; 8] {
             return Err(range("batch flags", raw.flags.get()).into());
         }
         let (blocks, payload_bytes) = (raw.blocks.get(), raw.payload_bytes.get());
         if !(1..=MAX_BATCH_BLOCKS).contains(&blocks) {
             return Err(range("batch blocks", blocks).into());
         }
-        if (BATCH_HEADER_BYTES + payload_bytes as usize).div_ceil(BLOCK_BYTES) != blocks as usize {
+        let stored_nonces = raw.flags.get() & FLAG_STORED_NONCES != 0;
+        let least = if stored_nonces { NONCE_BYTES } else { 0 };
+        if (payload_bytes as usize) < least
+            || (BATCH_HEADER_BYTES + payload_bytes as usize).div_ceil(BLOCK_BYTES) != blocks as usize
+        {
             return Err(range("payload bytes", payload_bytes).into());
         }
         if raw.sequence == 0 || raw.durable.get() >= raw.sequence.get() {
@@ -183,8 +192,19 @@ impl BatchHeader {
             chain: raw.chain,
             salt: raw.salt,
             tag: raw.tag,
+            stored_nonces,
             payload_bytes,
         })
+    }
+
+    /// Bytes of each stored nonce.
+    fn nonce_bytes(&self) -> usize {
+        if self.stored_nonces { NONCE_BYTES } else { 0 }
+    }
+
+    /// The nonce that is stored, or the one of a group (the batch itself: `u32::MAX`).
+    fn nonce(&self, stored: &[u8], group: u32) -> Nonce {
+        <[u8; NONCE_BYTES]>::try_from(stored).map_or_else(|_| batch_nonce(self.sequence, group), stored_nonce)
     }
 
     /// Whether this is the batch that comes after `cursor`.
@@ -249,6 +269,7 @@ impl JournalEpoch {
 /// A key of one shard's journal in one epoch: of the batches (from the pool's root), or of a domain's groups.
 pub struct JournalKey {
     gcm: LessSafeKey,
+    making: RandomizedNonceKey,
     epoch: JournalEpoch,
 }
 
@@ -262,7 +283,26 @@ impl JournalKey {
     /// Derives the key.
     pub fn derive(root: &JournalRoot, epoch: JournalEpoch) -> Self {
         let context = [&epoch.owner_epoch.0.to_le_bytes()[..], &epoch.shard.0.to_le_bytes()];
-        Self { gcm: gcm(&derive(&root.0, &epoch.salt, "journal epoch", &context)), epoch }
+        let secret = derive(&root.0, &epoch.salt, "journal epoch", &context);
+        Self { gcm: gcm(&secret), making: making(&secret), epoch }
+    }
+
+    /// Seals in place with the nonce of that batch and group, or with one that is made: that one, and the tag.
+    fn seal(
+        &self,
+        stored: bool,
+        place: (Sequence, u32),
+        aad: &[u8],
+        body: &mut [u8],
+    ) -> Result<(Option<[u8; NONCE_BYTES]>, [u8; TAG_BYTES]), SealBatchError> {
+        if stored {
+            let (nonce, tag) = seal_making(&self.making, aad, body).map_err(|_| SealBatchError::Cipher)?;
+            return Ok((Some(nonce), tag));
+        }
+        let mut tag = [0; TAG_BYTES];
+        let made = self.gcm.seal_in_place_separate_tag(batch_nonce(place.0, place.1), Aad::from(aad), body);
+        tag.copy_from_slice(made.map_err(|_| SealBatchError::Cipher)?.as_ref());
+        Ok((None, tag))
     }
 }
 
@@ -350,12 +390,18 @@ pub struct Batch {
     /// Groups as in the payload, not sealed, without room for tags.
     groups: Vec<(Scope, usize)>,
     records: Vec<u8>,
+    stored_nonces: bool,
 }
 
 impl Batch {
     /// An empty batch.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// An empty batch whose nonces are made by the cipher library and stored.
+    pub fn with_stored_nonces() -> Self {
+        Self { stored_nonces: true, ..Self::default() }
     }
 
     /// Empties it.
@@ -381,7 +427,8 @@ impl Batch {
 
     fn payload_bytes(&self) -> usize {
         let tags = self.groups.iter().filter(|(scope, _)| *scope != Scope::Pool).count();
-        self.records.len() + self.groups.len() * GROUP_HEADER_BYTES + tags * TAG_BYTES
+        let nonces = if self.stored_nonces { (1 + tags) * NONCE_BYTES } else { 0 };
+        self.records.len() + self.groups.len() * GROUP_HEADER_BYTES + tags * TAG_BYTES + nonces
     }
 
     /// Appends a record. `Ok(false)` if the batch is full: seal it and push again to an empty one.
@@ -445,28 +492,29 @@ impl BatchSealer {
         let blocks = batch.blocks();
         out.clear();
         out.reserve(blocks as usize * BLOCK_BYTES);
-        out.resize(BATCH_HEADER_BYTES, 0);
+        let stored = batch.stored_nonces;
+        let nonce_bytes = if stored { NONCE_BYTES } else { 0 };
+        out.resize(BATCH_HEADER_BYTES + nonce_bytes, 0);
         let mut records = batch.records.as_slice();
         for (index, &(scope, bytes)) in batch.groups.iter().enumerate() {
             let (group, rest) = records.split_at(bytes);
             records = rest;
             let head = scope.raw(bytes as u32);
             out.extend_from_slice(head.as_bytes());
-            let start = out.len();
-            out.extend_from_slice(group);
-            if scope != Scope::Pool {
-                let key =
-                    key(scope).filter(|key| key.epoch == *epoch).ok_or(SealBatchError::Key { scope })?;
-                let tag = key
-                    .gcm
-                    .seal_in_place_separate_tag(
-                        batch_nonce(cursor.sequence, index as u32),
-                        Aad::from(head.as_bytes()),
-                        &mut out[start..],
-                    )
-                    .map_err(|_| SealBatchError::Cipher)?;
-                out.extend_from_slice(tag.as_ref());
+            if scope == Scope::Pool {
+                out.extend_from_slice(group);
+                continue;
             }
+            let start = out.len() + nonce_bytes;
+            out.resize(start, 0);
+            out.extend_from_slice(group);
+            let key = key(scope).filter(|key| key.epoch == *epoch).ok_or(SealBatchError::Key { scope })?;
+            let place = (cursor.sequence, index as u32);
+            let (nonce, tag) = key.seal(stored, place, head.as_bytes(), &mut out[start..])?;
+            if let Some(nonce) = nonce {
+                out[start - nonce_bytes..start].copy_from_slice(&nonce);
+            }
+            out.extend_from_slice(&tag);
         }
         let payload_bytes = out.len() - BATCH_HEADER_BYTES;
         out.resize(blocks as usize * BLOCK_BYTES, 0);
@@ -474,7 +522,7 @@ impl BatchSealer {
             magic: BATCH_MAGIC,
             pool: cursor.pool.into_bytes(),
             shard: cursor.shard.0.into(),
-            flags: 0.into(),
+            flags: if stored { FLAG_STORED_NONCES } else { 0 }.into(),
             blocks: blocks.into(),
             owner_epoch: epoch.owner_epoch.0.into(),
             sequence: cursor.sequence.0.into(),
@@ -488,16 +536,13 @@ impl BatchSealer {
             tag: [0; TAG_BYTES],
         };
         let (head, payload) = out.split_at_mut(BATCH_HEADER_BYTES);
-        let tag = self
-            .key
-            .gcm
-            .seal_in_place_separate_tag(
-                batch_nonce(cursor.sequence, u32::MAX),
-                Aad::from(&raw.as_bytes()[..SIGNED_BYTES]),
-                payload,
-            )
-            .map_err(|_| SealBatchError::Cipher)?;
-        raw.tag.copy_from_slice(tag.as_ref());
+        let (nonce_out, payload) = payload.split_at_mut(nonce_bytes);
+        let place = (cursor.sequence, u32::MAX);
+        let (nonce, tag) = self.key.seal(stored, place, &raw.as_bytes()[..SIGNED_BYTES], payload)?;
+        if let Some(nonce) = nonce {
+            nonce_out.copy_from_slice(&nonce);
+        }
+        raw.tag = tag;
         head.copy_from_slice(raw.as_bytes());
         let header = BatchHeader::parse(head).map_err(|_| SealBatchError::Cipher)?;
         self.cursor = Cursor::after(&header);
@@ -539,7 +584,7 @@ pub struct OpenBatch {
 #[derive(Debug)]
 struct Group {
     scope: Scope,
-    /// Header and records in the payload.
+    /// Header (and nonce) and records in the payload; the same place when it is open.
     head: usize,
     records: std::ops::Range<usize>,
 }
@@ -553,20 +598,21 @@ impl OpenBatch {
         let need = header.blocks as usize * BLOCK_BYTES;
         let bytes = bytes.get(..need).ok_or(WireError::Truncated { need, have: bytes.len() })?;
         let (head, sealed) = bytes.split_at(BATCH_HEADER_BYTES);
+        let (nonce, sealed) = sealed.split_at(header.nonce_bytes());
         let mut payload = sealed.to_vec();
         key.gcm
             .open_in_place_separate_tag(
-                batch_nonce(sequence, u32::MAX),
+                header.nonce(nonce, u32::MAX),
                 Aad::from(&head[..SIGNED_BYTES]),
                 &header.tag,
                 &mut payload,
             )
             .map_err(|_| BatchError::Tag { sequence })?;
-        let (used, rest) = payload.split_at(header.payload_bytes as usize);
+        let (used, rest) = payload.split_at(header.payload_bytes as usize - header.nonce_bytes());
         if rest.iter().any(|&byte| byte != 0) {
             return Err(range("padding", rest.len() as u64).into());
         }
-        let groups = parse_groups(used, header.groups)?;
+        let groups = parse_groups(used, header.groups, header.nonce_bytes())?;
         Ok(Self { header, payload, groups })
     }
 
@@ -584,12 +630,15 @@ impl OpenBatch {
         if group.head != group.records.start {
             if let Some(key) = key {
                 let mut head = [0; GROUP_HEADER_BYTES];
-                head.copy_from_slice(&self.payload[group.head..group.records.start]);
+                let (found, nonce) =
+                    self.payload[group.head..group.records.start].split_at(GROUP_HEADER_BYTES);
+                head.copy_from_slice(found);
+                let nonce = self.header.nonce(nonce, at as u32);
                 let mut tag = [0; TAG_BYTES];
                 tag.copy_from_slice(&self.payload[group.records.end..group.records.end + TAG_BYTES]);
                 key.gcm
                     .open_in_place_separate_tag(
-                        batch_nonce(sequence, at as u32),
+                        nonce,
                         Aad::from(head),
                         &tag,
                         &mut self.payload[group.records.clone()],
@@ -604,14 +653,14 @@ impl OpenBatch {
     }
 }
 
-fn parse_groups(payload: &[u8], count: u32) -> Result<Vec<Group>, WireError> {
+fn parse_groups(payload: &[u8], count: u32, nonce_bytes: usize) -> Result<Vec<Group>, WireError> {
     let mut groups = Vec::with_capacity(count as usize);
     let mut at = 0;
     for _ in 0..count {
         let (raw, _) = GroupRaw::ref_from_prefix(&payload[at..])
             .map_err(|_| WireError::Truncated { need: GROUP_HEADER_BYTES, have: payload.len() - at })?;
         let scope = Scope::from_raw(raw)?;
-        let start = at + GROUP_HEADER_BYTES;
+        let start = at + GROUP_HEADER_BYTES + if scope == Scope::Pool { 0 } else { nonce_bytes };
         let end = start + raw.bytes.get() as usize;
         let next = if scope == Scope::Pool { end } else { end + TAG_BYTES };
         if next > payload.len() {

@@ -312,7 +312,7 @@ pub struct NodeOptions<'a> {
     pub compressor: Option<&'a mut Compressor>,
     /// Seal the body inside with a host's key, under this nonce (random, or never used before with this key).
     pub host: Option<(&'a HostSeal, [u8; 12])>,
-    /// `Some` exactly for [`crate::segment::Cipher::GcmStoredNonce`].
+    /// For tests: without it [`crate::segment::Cipher::GcmStoredNonce`] makes one.
     pub nonce: Option<[u8; 12]>,
 }
 

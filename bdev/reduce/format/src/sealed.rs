@@ -7,9 +7,11 @@
 //! The nonce is the unit's byte offset in the segment (or stored); key and associated data carry the segment's address,
 //! incarnation, class, domain and key generation. So a unit opens only at the place, in the incarnation and under the
 //! header that it was sealed with, and (key, nonce) never repeats, provided that each place of an incarnation is sealed once.
+//! A stored nonce is random and made by the cipher library while it seals (NIST SP 800-38D section 8.2.2): the only way that a FIPS 140-3
+//! module counts as approved. One key makes as many units as fit into a segment, far fewer than the 2^32 that random nonces allow.
 //! With [`Cipher::Gmac`] the body is plain, and header and body are associated data (the address is in the key).
 
-use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, UnboundKey};
+use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, RandomizedNonceKey, UnboundKey};
 use thiserror::Error;
 
 use crate::codec::DecodeError;
@@ -89,12 +91,9 @@ pub enum SealError {
         /// Value.
         value: u64,
     },
-    /// [`Cipher::GcmStoredNonce`] needs a nonce from the caller, the others take none.
-    #[error("this segment's cipher {} a nonce from the caller", if *.needed { "needs" } else { "takes no" })]
-    Nonce {
-        /// Whether one is needed.
-        needed: bool,
-    },
+    /// Only [`Cipher::GcmStoredNonce`] takes a nonce.
+    #[error("this segment's cipher takes no nonce from the caller")]
+    Nonce,
     /// The cipher refused.
     #[error("the cipher failed")]
     Cipher,
@@ -103,6 +102,8 @@ pub enum SealError {
 /// The key of one segment in one incarnation, and the address that it is bound to. Derived once, kept while in use.
 pub struct SegmentKey {
     gcm: LessSafeKey,
+    /// The same key, where the library makes the nonces.
+    making: Option<RandomizedNonceKey>,
     context: [u8; CONTEXT_BYTES],
     addr: SegmentAddr,
     incarnation: Incarnation,
@@ -120,6 +121,32 @@ impl std::fmt::Debug for SegmentKey {
 pub(crate) fn gcm(secret: &Secret) -> LessSafeKey {
     // The length is the algorithm's by type.
     LessSafeKey::new(UnboundKey::new(&AES_256_GCM, secret.expose()).expect("AES-256 takes 32 bytes"))
+}
+
+/// The same for sealing with nonces that the library makes.
+pub(crate) fn making(secret: &Secret) -> RandomizedNonceKey {
+    RandomizedNonceKey::new(&AES_256_GCM, secret.expose()).expect("AES-256 takes 32 bytes")
+}
+
+/// Bytes of a nonce.
+pub const NONCE_BYTES: usize = 12;
+
+/// A nonce that was stored.
+pub(crate) fn stored_nonce(nonce: [u8; NONCE_BYTES]) -> Nonce {
+    Nonce::assume_unique_for_key(nonce)
+}
+
+/// Seals `body` in place with a nonce that the library makes: nonce and tag.
+pub(crate) fn seal_making(
+    key: &RandomizedNonceKey,
+    aad: &[u8],
+    body: &mut [u8],
+) -> Result<([u8; NONCE_BYTES], [u8; TAG_BYTES]), SealError> {
+    let (nonce, made) =
+        key.seal_in_place_separate_tag(Aad::from(aad), body).map_err(|_| SealError::Cipher)?;
+    let mut tag = [0; TAG_BYTES];
+    tag.copy_from_slice(made.as_ref());
+    Ok((*nonce.as_ref(), tag))
 }
 
 impl SegmentKey {
@@ -145,6 +172,7 @@ impl SegmentKey {
         context[31] = header.cipher as u8;
         Self {
             gcm: gcm(&secret),
+            making: (header.cipher == Cipher::GcmStoredNonce).then(|| making(&secret)),
             context,
             addr: header.addr,
             incarnation: header.incarnation,
@@ -198,7 +226,7 @@ impl SegmentKey {
     }
 
     /// Seals the unit in `out` (exactly the unit): header is in place; the body is in place too if `body` is `None`,
-    /// else taken from there. Returns the tag.
+    /// else taken from there. `nonce` is for tests; without it a stored one is made. Returns the tag.
     pub(crate) fn seal(
         &self,
         offset: u32,
@@ -215,11 +243,11 @@ impl SegmentKey {
         if u64::from(offset) + out.len() as u64 > u64::from(u32::MAX) {
             return Err(SealError::Range { field: "offset", value: offset.into() });
         }
-        let nonce = match (stored, nonce) {
-            (0, None) => self.place_nonce(offset),
-            (0, Some(_)) => return Err(SealError::Nonce { needed: false }),
-            (_, None) => return Err(SealError::Nonce { needed: true }),
-            (_, Some(nonce)) => {
+        let nonce = match (&self.making, nonce) {
+            (None, None) => self.place_nonce(offset),
+            (None, Some(_)) => return Err(SealError::Nonce),
+            (Some(making), None) => return self.seal_made(making, header_bytes, body, out),
+            (Some(_), Some(nonce)) => {
                 out[header_bytes..header_bytes + stored].copy_from_slice(&nonce);
                 nonce
             }
@@ -252,6 +280,27 @@ impl SegmentKey {
         }
         let mut tag = [0; TAG_BYTES];
         tag.copy_from_slice(tag_out);
+        Ok(tag)
+    }
+
+    /// [`SegmentKey::seal`] with a nonce that the library makes; `out` has the unit's length.
+    fn seal_made(
+        &self,
+        key: &RandomizedNonceKey,
+        header_bytes: usize,
+        body: Option<&[u8]>,
+        out: &mut [u8],
+    ) -> Result<[u8; TAG_BYTES], SealError> {
+        let (front, tag_out) = out.split_at_mut(out.len() - TAG_BYTES);
+        let (header, rest) = front.split_at_mut(header_bytes);
+        let (nonce_out, body_out) = rest.split_at_mut(NONCE_BYTES);
+        if let Some(body) = body {
+            body_out.copy_from_slice(body);
+        }
+        let (aad, len) = self.associated(header);
+        let (nonce, tag) = seal_making(key, &aad[..len], body_out)?;
+        nonce_out.copy_from_slice(&nonce);
+        tag_out.copy_from_slice(&tag);
         Ok(tag)
     }
 

@@ -50,8 +50,8 @@ impl Class {
 pub enum Cipher {
     /// AES-256-GCM, the nonce is the place.
     Gcm = 1,
-    /// AES-256-GCM, the nonce (12 bytes, made by the cipher module) lies between header and ciphertext: the validated FIPS
-    /// mode.
+    /// AES-256-GCM, the nonce (12 bytes, made by the cipher module) lies between header and ciphertext: pools of the FIPS
+    /// modes ([`FEATURE_APPROVED`](crate::superblock::FEATURE_APPROVED)).
     GcmStoredNonce = 2,
     /// Encryption off: plaintext with an AES-256-GMAC tag (NIST SP 800-38D section 3), so that damage is found as surely.
     Gmac = 3,

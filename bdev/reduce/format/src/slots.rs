@@ -71,7 +71,7 @@ pub enum Kdf {
         /// Salt.
         salt: [u8; 32],
     },
-    /// PBKDF2-HMAC-SHA-256 (RFC 8018), 32 bytes: the validated FIPS mode.
+    /// PBKDF2-HMAC-SHA-256 (RFC 8018), 32 bytes: the FIPS modes.
     Pbkdf2 {
         /// Iterations.
         iterations: u32,

@@ -143,8 +143,11 @@ pub const FEATURE_ERASURE: u64 = 1;
 /// Incompatible feature: domains' keys have been changed. There are [`Record::Fingerprints`](crate::entry::Record::Fingerprints)
 /// and [`Record::DomainUpdate`](crate::entry::Record::DomainUpdate), and domains that are [`PLAIN`](crate::record::domain_flags::PLAIN).
 pub const FEATURE_ROTATION: u64 = 2;
+/// Incompatible feature: made where only algorithms that FIPS 140-3 approves may be used. Fingerprints are HMAC-SHA-256, segments are
+/// sealed with [`GcmStoredNonce`](crate::segment::Cipher::GcmStoredNonce), journal batches with stored nonces; all of it is encrypted.
+pub const FEATURE_APPROVED: u64 = 4;
 /// Incompatible feature flags that this program knows.
-pub const KNOWN_INCOMPATIBLE: u64 = FEATURE_ERASURE | FEATURE_ROTATION;
+pub const KNOWN_INCOMPATIBLE: u64 = FEATURE_ERASURE | FEATURE_ROTATION | FEATURE_APPROVED;
 /// Read-only-compatible feature flags that this program knows.
 pub const KNOWN_READ_ONLY: u64 = 0;
 
@@ -354,6 +357,11 @@ impl Superblock {
     /// Whether a program that knows only this version may write the pool.
     pub fn is_writable(&self) -> bool {
         self.features.read_only_compatible & !KNOWN_READ_ONLY == 0
+    }
+
+    /// Whether it was made with the algorithms of the FIPS modes ([`FEATURE_APPROVED`]).
+    pub fn is_approved(&self) -> bool {
+        self.features.incompatible & FEATURE_APPROVED != 0
     }
 
     fn from_raw(raw: &SuperblockRaw) -> Result<Self, BlockError> {

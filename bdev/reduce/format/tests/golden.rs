@@ -77,7 +77,7 @@ fn images() -> Vec<(&'static str, Vec<u8>)> {
         ("snapshot_records", encoded_snapshot_records()),
         ("retarget_record", encoded_retarget()),
         ("fingerprints_record", encoded_fingerprints()),
-        ("journal_batch", batch()),
+        ("journal_batch", batch(Batch::new())),
     ];
     images.sort();
     images
@@ -281,8 +281,7 @@ fn domain_journal_key() -> JournalKey {
     JournalKey::derive(&data_key().journal_root(POOL), journal_epoch())
 }
 
-fn batch() -> Vec<u8> {
-    let mut batch = Batch::new();
+fn batch(mut batch: Batch) -> Vec<u8> {
     with_records(|record| {
         let in_domain = matches!(
             record,
@@ -321,12 +320,18 @@ fn write_missing_images() {
             std::fs::write(path(name), dump(&bytes)).unwrap();
         }
     }
+    // Its nonces are random: it is read, and not written again.
+    if !path(STORED_NONCES).exists() {
+        std::fs::write(path(STORED_NONCES), dump(&batch(Batch::with_stored_nonces()))).unwrap();
+    }
     if !path("zstd_frame").exists() {
         let (codec, frame) = Compressor::new().compress_node(&text(4096));
         assert_eq!(codec, Codec::Zstd);
         std::fs::write(path("zstd_frame"), dump(&frame)).unwrap();
     }
 }
+
+const STORED_NONCES: &str = "journal_batch_stored_nonces";
 
 fn image(name: &str) -> Vec<u8> {
     undump(&std::fs::read_to_string(path(name)).unwrap())
@@ -396,10 +401,16 @@ fn journals_of_the_first_version_are_read() {
     with_snapshot_records(|record| assert_eq!(read.next().unwrap().unwrap(), *record));
     assert!(read.next().is_none());
 
-    let bytes = image("journal_batch");
-    let header = BatchHeader::parse(&bytes).unwrap();
+    for name in ["journal_batch", STORED_NONCES] {
+        assert_eq!(records_of(&image(name)), records, "{name}: grouping keeps the order");
+    }
+}
+
+/// The records of a batch in their order.
+fn records_of(bytes: &[u8]) -> Vec<u8> {
+    let header = BatchHeader::parse(bytes).unwrap();
     let key = JournalKey::derive(pool_keys().journal(), JournalEpoch::of(&header));
-    let mut batch = OpenBatch::open(&bytes, &key).unwrap();
+    let mut batch = OpenBatch::open(bytes, &key).unwrap();
     let domain_key = domain_journal_key();
     let mut read = Vec::new();
     for (at, found) in batch.scopes().enumerate().collect::<Vec<_>>() {
@@ -408,7 +419,7 @@ fn journals_of_the_first_version_are_read() {
             record.unwrap().encode(&mut read).unwrap();
         }
     }
-    assert_eq!(read, records, "grouping keeps the order");
+    read
 }
 
 #[test]

@@ -281,8 +281,7 @@ fn flipped_bits_in_containers_change_the_container_or_fail() {
     }
 }
 
-fn batch(sealer: &mut BatchSealer, domain: &JournalKey) -> Vec<u8> {
-    let mut batch = Batch::new();
+fn batch(sealer: &mut BatchSealer, domain: &JournalKey, mut batch: Batch) -> Vec<u8> {
     let scope = Scope::Domain { domain: DomainId(3), generation: Generation(2) };
     let container = ContainerId::new(9).unwrap();
     assert!(batch.push(Scope::Pool, &Record::EpochAdvance { epoch: Epoch(9) }).unwrap());
@@ -300,12 +299,21 @@ fn sealer() -> BatchSealer {
 
 #[test]
 fn flipped_bits_and_broken_chains_of_journals() {
+    flips_and_chains(Batch::new);
+}
+
+#[test]
+fn flipped_bits_and_broken_chains_of_journals_with_stored_nonces() {
+    flips_and_chains(Batch::with_stored_nonces);
+}
+
+fn flips_and_chains(empty: fn() -> Batch) {
     let keys = pool_keys();
     let key = JournalKey::derive(keys.journal(), journal_epoch());
     let domain = JournalKey::derive(&data_key().journal_root(POOL), journal_epoch());
     let mut sealer = sealer();
     let mut cursor = sealer.cursor().clone();
-    let (first, second) = (batch(&mut sealer, &domain), batch(&mut sealer, &domain));
+    let (first, second) = (batch(&mut sealer, &domain, empty()), batch(&mut sealer, &domain, empty()));
     each_flip(&first, |bit, bad| {
         let opened = BatchHeader::parse(bad).and_then(|header| {
             OpenBatch::open(bad, &JournalKey::derive(keys.journal(), JournalEpoch::of(&header)))

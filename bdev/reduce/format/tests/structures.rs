@@ -439,7 +439,12 @@ fn pages_hold_ascending_records_of_one_page() {
 
 #[test]
 fn a_full_batch_says_so_and_stays_as_it_was() {
-    let mut batch = Batch::new();
+    for batch in [Batch::new(), Batch::with_stored_nonces()] {
+        fills_up(batch);
+    }
+}
+
+fn fills_up(mut batch: Batch) {
     let name = "n".repeat(255);
     let record = Record::VolumeRename { volume: VolumeId(1), name: &name };
     let mut pushed = 0;
