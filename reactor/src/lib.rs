@@ -32,5 +32,6 @@ pub use context::{
 pub use core::{Deferred, Poller, PollerGuard, SleepVerdict};
 pub use handle::{Handle, Message, PollerStats, ReactorGone, ReactorId, ReactorStats};
 pub use memory::{Buf, MemoryConfig, SecretBytes, SgList};
+pub use random::set_random_source;
 pub use sim::Sim;
 pub use thread::{IdlePolicy, Inline, Runtime, RuntimeConfig, StartError};

@@ -1,6 +1,7 @@
 //! Randomness: the kernel's for keys and salts, a fast generator (xoshiro256++) for everything else and for the simulator.
 
 use std::cell::RefCell;
+use std::sync::OnceLock;
 
 /// xoshiro256++ by Blackman and Vigna (public domain), seeded through SplitMix64. Not for secrets.
 #[derive(Clone, Debug)]
@@ -51,11 +52,22 @@ impl Rng {
     }
 }
 
-/// Fills from getrandom(2).
+static SOURCE: OnceLock<fn(&mut [u8])> = OnceLock::new();
+
+/// Has [`crate::fill_random`] take `source` in place of the kernel's randomness from now on, in the whole process (not in the simulator).
+/// The first call counts.
+pub fn set_random_source(source: fn(&mut [u8])) {
+    let _ = SOURCE.set(source);
+}
+
+/// Fills from the source that was set, or from getrandom(2).
 ///
 /// # Panics
 /// If the kernel has no random source: going on would make predictable keys.
 pub(crate) fn machine_fill(target: &mut [u8]) {
+    if let Some(source) = SOURCE.get() {
+        return source(target);
+    }
     let mut filled = 0;
     while filled < target.len() {
         let rest = &mut target[filled..];

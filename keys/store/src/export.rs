@@ -85,7 +85,8 @@ pub fn export(
     for secret in &block.erasure {
         content.extend_from_slice(&secret.unwrap_or([0; WRAPPED_BYTES]));
     }
-    let kek = derive(password, &cost.with_salt(salt), &Limits::default())?;
+    let limits = Limits { approved: matches!(cost, Cost::Pbkdf2 { .. }), ..Limits::default() };
+    let kek = derive(password, &cost.with_salt(salt), &limits)?;
     let wrap = |plain: &[u8]| wrap_padded(&kek.0, plain).map_err(|_| ExportError::Format("it is too long"));
     let wrapped = wrap(&content)?;
     let salt = STANDARD.encode(salt);

@@ -20,7 +20,7 @@ use cryptfold_reduce_format::slots::{Kdf, KeyBlock, KeySlot, SlotKind};
 use thiserror::Error;
 
 pub use export::{Backup, ExportError, export, import, parse_content};
-pub use password::{Cost, Limits, MIN_PASSWORD_CHARS, Password, PasswordError, derive};
+pub use password::{Cost, Limits, MIN_APPROVED_BYTES, MIN_PASSWORD_CHARS, Password, PasswordError, derive};
 
 /// Why slots were not opened or not changed.
 #[derive(Clone, PartialEq, Eq, Debug, Error)]

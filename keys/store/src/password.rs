@@ -13,6 +13,8 @@ use zeroize::{Zeroize as _, Zeroizing};
 /// Fewest characters of a new or given password.
 pub const MIN_PASSWORD_CHARS: usize = 8;
 const MAX_PASSWORD_BYTES: usize = 1024;
+/// Fewest bytes of a password in a FIPS mode: 112 bits (FIPS 140-3 IG D.N; AWS-LC's module counts no shorter one as approved).
+pub const MIN_APPROVED_BYTES: usize = 14;
 
 /// A password; zeroed when dropped, never printed.
 pub struct Password(Zeroizing<String>);
@@ -56,6 +58,20 @@ pub enum PasswordError {
         /// The caller's limit.
         limit: u32,
     },
+    /// The derivation is none that FIPS 140-3 approves.
+    #[error(
+        "the key slot's password goes through Argon2id, which FIPS 140-3 does not approve; with --fips-mode off, changing the password \
+         of a pool that was made for the FIPS modes gives it PBKDF2"
+    )]
+    NotApproved,
+    /// Too short for PBKDF2 where only what FIPS 140-3 approves may be used.
+    #[error(
+        "the password has {bytes} bytes; in the FIPS modes, and for pools that were made there, at least {MIN_APPROVED_BYTES} are needed"
+    )]
+    ShortApproved {
+        /// What it has.
+        bytes: usize,
+    },
     /// The parameters are impossible, or the slot takes no password.
     #[error("the key slot's parameters are no derivation from a password")]
     Parameters,
@@ -97,7 +113,7 @@ pub enum Cost {
         /// Lanes.
         lanes: u32,
     },
-    /// PBKDF2-HMAC-SHA-256 (RFC 8018): the only one of the two that FIPS modules have.
+    /// PBKDF2-HMAC-SHA-256 (RFC 8018, SP 800-132): the one of the two that FIPS 140-3 approves.
     Pbkdf2 {
         /// Iterations.
         iterations: u32,
@@ -107,8 +123,8 @@ pub enum Cost {
 impl Cost {
     /// RFC 9106, section 4, second recommended option: 64 MiB, 3 passes, 4 lanes.
     pub const DEFAULT: Cost = Cost::Argon2id { memory_kib: 64 << 10, passes: 3, lanes: 4 };
-    /// Where only validated algorithms may be used.
-    pub const VALIDATED: Cost = Cost::Pbkdf2 { iterations: 1_000_000 };
+    /// In the FIPS modes.
+    pub const APPROVED: Cost = Cost::Pbkdf2 { iterations: 1_000_000 };
 
     pub(crate) fn with_salt(self, salt: [u8; 32]) -> Kdf {
         match self {
@@ -127,12 +143,14 @@ pub struct Limits {
     pub passes: u32,
     /// PBKDF2's iterations.
     pub iterations: u32,
+    /// Only what FIPS 140-3 approves: PBKDF2, and no short password.
+    pub approved: bool,
 }
 
 impl Default for Limits {
     /// 1 GiB, 64 passes, 20 million iterations.
     fn default() -> Self {
-        Limits { memory_kib: 1 << 20, passes: 64, iterations: 20_000_000 }
+        Limits { memory_kib: 1 << 20, passes: 64, iterations: 20_000_000, approved: false }
     }
 }
 
@@ -142,6 +160,14 @@ impl Default for Limits {
 /// See [`PasswordError`]; a wrong password is none here, its key opens nothing.
 pub fn derive(password: &Password, kdf: &Kdf, limits: &Limits) -> Result<Kek, PasswordError> {
     let mut key = Zeroizing::new([0; SECRET_BYTES]);
+    if limits.approved {
+        let bytes = password.0.len();
+        match kdf {
+            Kdf::Argon2id { .. } => return Err(PasswordError::NotApproved),
+            _ if bytes < MIN_APPROVED_BYTES => return Err(PasswordError::ShortApproved { bytes }),
+            _ => {}
+        }
+    }
     match *kdf {
         Kdf::None => return Err(PasswordError::Parameters),
         Kdf::Pbkdf2 { iterations, salt } => {

@@ -137,7 +137,7 @@ fn the_last_slot_stays() {
 
 #[test]
 fn slots_that_ask_for_too_much_are_not_tried_and_hide_no_other() {
-    let tight = Limits { memory_kib: 64, passes: 1, iterations: 1000 };
+    let tight = Limits { memory_kib: 64, passes: 1, iterations: 1000, approved: false };
     let mut b = block();
     let dear = Cost::Argon2id { memory_kib: 128, passes: 1, lanes: 1 };
     add_password(&mut b, &key(), &password("dear password"), &new(dear, 1), &limits()).unwrap();
@@ -156,6 +156,22 @@ fn slots_that_ask_for_too_much_are_not_tried_and_hide_no_other() {
     assert_eq!(asks(Kdf::None), PasswordError::Parameters);
     let lanes = Kdf::Argon2id { memory_kib: 8, passes: 1, lanes: 2, salt: [0; 32] };
     assert_eq!(asks(lanes), PasswordError::Parameters);
+}
+
+#[test]
+fn a_fips_mode_takes_pbkdf2_and_long_passwords_only() {
+    let strict = Limits { approved: true, ..limits() };
+    let mut b = block();
+    add_password(&mut b, &key(), &password("a good password"), &new(CHEAP, 1), &limits()).unwrap();
+    let refused = unlock(&b, &password("a good password"), &strict).unwrap_err();
+    assert_eq!(refused, PasswordError::NotApproved.into());
+    let short = add_password(&mut b, &key(), &password("only 13 bytes"), &new(CHEAP_PBKDF2, 1), &strict);
+    assert_eq!(short, Err(PasswordError::ShortApproved { bytes: 13 }.into()));
+    add_password(&mut b, &key(), &password("now 14 bytes ."), &new(CHEAP_PBKDF2, 1), &strict).unwrap();
+    assert!(
+        unlock(&b, &password("now 14 bytes ."), &strict) == Ok((2, key())),
+        "the other slot hides nothing"
+    );
 }
 
 #[test]

@@ -5,6 +5,9 @@
 
 use std::ptr::NonNull;
 
+#[cfg(feature = "fips")]
+use aws_lc_fips_sys as ffi;
+#[cfg(not(feature = "fips"))]
 use aws_lc_sys as ffi;
 use cryptfold_nvmf_spec::auth::DhGroup;
 use zeroize::Zeroizing;

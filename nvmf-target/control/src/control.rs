@@ -22,6 +22,7 @@ use uuid::Uuid;
 
 use crate::access::{Grant, Peer};
 use crate::deferred::Deferred;
+use crate::fips::FipsMode;
 use crate::jsonrpc::{Handler, RpcError, RpcResult};
 use crate::keyring::Keyring;
 use crate::keys::KeyStore;
@@ -66,6 +67,8 @@ pub struct ControlConfig {
     pub log: LogControl,
     /// Who besides root and this process's user may do what on the control socket.
     pub grants: Vec<Grant>,
+    /// Which algorithms may be used; entered already ([`FipsMode::enter`]).
+    pub fips: FipsMode,
     /// Delivers a signal to the process.
     pub on_signal: Box<dyn Fn(Signal) + Send + Sync>,
 }
@@ -80,6 +83,7 @@ impl Default for ControlConfig {
             key_dir: crate::keys::default_key_dir(),
             log: LogControl::detached(),
             grants: Vec::new(),
+            fips: FipsMode::Off,
             on_signal: Box::new(|_| {}),
         }
     }
@@ -235,15 +239,25 @@ impl Control {
         let target = Target::new(self.registry.clone(), &handles);
         let luks = self.luks.clone();
         target.on_arrival(move |arrival| luks.arrives(arrival));
+        target.set_auth_offer(self.config.fips.offer())?;
         crate::methods::apply_nvmf_options(self, &target)?;
         let manager = PoolManager::new(self.registry.clone(), handles.clone());
+        if self.config.fips.is_on() {
+            manager.require_approved();
+        }
         let watch = Arc::downgrade(&self.watch);
         manager.listen(move |pool, event| {
             if let Some(watch) = watch.upgrade() {
                 watch.pool_event(pool, event);
             }
         });
-        let pools = Pools::new(manager, self.registry.clone(), self.kms.clone(), self.config.key_dir.clone());
+        let pools = Pools::new(
+            manager,
+            self.registry.clone(),
+            self.kms.clone(),
+            self.config.key_dir.clone(),
+            self.config.fips,
+        );
         let running = Running { handles, target, pools, runtime: Mutex::new(Some(runtime)) };
         if self.running.set(running).is_err() {
             return Err(RpcError::internal("initialised twice"));

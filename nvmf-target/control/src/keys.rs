@@ -184,16 +184,11 @@ pub fn hex_line(key: &[u8]) -> Zeroizing<String> {
     s
 }
 
-/// Random bytes from the operating system.
-///
-/// # Errors
-/// When it has none.
-pub fn random_key(len: usize) -> Result<Zeroizing<Vec<u8>>, KeyFileError> {
+/// Random bytes from where all keys come from ([`cryptfold_reactor::fill_random`]).
+pub fn random_key(len: usize) -> Zeroizing<Vec<u8>> {
     let mut key = Zeroizing::new(vec![0; len]);
-    File::open("/dev/urandom")
-        .and_then(|mut f| f.read_exact(&mut key))
-        .map_err(|error| KeyFileError::Os { path: "/dev/urandom".into(), error })?;
-    Ok(key)
+    cryptfold_reactor::fill_random(&mut key);
+    key
 }
 
 /// Where keys lie when nobody says: `$CRYPTFOLD_KEYS`, else `$XDG_STATE_HOME/cryptfold/keys`, else
@@ -292,7 +287,7 @@ impl KeyStore {
         if let KeySource::Files(a, b) = &k.source {
             return Ok((a.clone(), b.clone()));
         }
-        let path = free_name(dir, name, "xts")?;
+        let path = free_name(dir, name, "xts");
         write_key_file(&path, hex_line(k.bytes.expose()).as_bytes())?;
         tracing::info!(key = name, file = %path.display(), "key written to a file for the saved configuration");
         k.source = KeySource::Files(path.clone(), None);
@@ -301,17 +296,14 @@ impl KeyStore {
 }
 
 /// `DIR/NAME.EXTENSION`, or with a random part when that exists.
-///
-/// # Errors
-/// When the operating system has no random bytes.
-pub fn free_name(dir: &Path, name: &str, extension: &str) -> Result<PathBuf, KeyFileError> {
+pub fn free_name(dir: &Path, name: &str, extension: &str) -> PathBuf {
     let name = file_name(name);
     let plain = dir.join(format!("{name}.{extension}"));
     if !plain.exists() {
-        return Ok(plain);
+        return plain;
     }
-    let suffix = hex_line(&random_key(4)?);
-    Ok(dir.join(format!("{name}-{}.{extension}", suffix.trim())))
+    let suffix = hex_line(&random_key(4));
+    dir.join(format!("{name}-{}.{extension}", suffix.trim()))
 }
 
 /// A name as a file name: anything unusual becomes `%XX`.
@@ -334,7 +326,7 @@ mod tests {
     fn key_files_are_private_and_of_the_right_size() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("new/k");
-        let key = random_key(64).unwrap();
+        let key = random_key(64);
         assert!(key.iter().any(|b| *b != key[0]));
         write_key_file(&path, hex_line(&key).as_bytes()).unwrap();
         assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);

@@ -16,6 +16,7 @@ pub mod config;
 mod control;
 mod deferred;
 mod events;
+pub mod fips;
 pub mod jsonrpc;
 pub mod keyring;
 pub mod keys;

@@ -13,6 +13,7 @@ use cryptfold_reactor::{IdlePolicy, MemoryConfig, Runtime, RuntimeConfig};
 use cryptfold_reduce::PoolManager;
 use serde_json::Value;
 
+use crate::fips::FipsMode;
 use crate::methods::describe_check;
 use crate::pools::{PoolKey, Pools, Try};
 
@@ -60,7 +61,7 @@ pub fn check(what: &OfflineCheck) -> Result<Value, String> {
     };
     let base = cryptfold_bdev_uring::create(&registry, options).map_err(|e| e.to_string())?;
     let manager = PoolManager::new(registry.clone(), runtime.handles().to_vec());
-    let pools = Pools::new(manager, registry.clone(), Arc::default(), what.key_dir.clone());
+    let pools = Pools::new(manager, registry.clone(), Arc::default(), what.key_dir.clone(), FipsMode::Off);
     let key = || match (&what.key_file, &what.password_file) {
         (Some(file), _) => Try::Key(PoolKey::File(file.clone())),
         (None, Some(file)) => Try::Key(PoolKey::PasswordFile(file.clone())),

@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
 use cryptfold_bdev::{Bdev, Registry};
-use cryptfold_keystore::{Cost, Limits, Password, StoreError};
+use cryptfold_keystore::{Password, StoreError};
 use cryptfold_nvmf_target::audit::TARGET as AUDIT;
 use cryptfold_reduce::keys::Kek;
 use cryptfold_reduce::slots::{Kdf, SlotKind};
@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::control::lock;
+use crate::fips::FipsMode;
 use crate::jsonrpc::RpcError;
 use crate::keys::{
     credentials, files_in, free_name, hex_line, random_key, read_key, read_password, write_key_file,
@@ -133,6 +134,7 @@ pub struct Pools {
     registry: Arc<Registry>,
     kms: Arc<Kms>,
     key_dir: PathBuf,
+    fips: FipsMode,
     keys: Mutex<HashMap<Uuid, PoolKey>>,
     locked: Mutex<Vec<Locked>>,
     /// One search at a time: two of them would find each other's owner mark.
@@ -163,9 +165,15 @@ fn file_label(path: &Path) -> String {
 
 impl Pools {
     /// No pools yet.
-    pub fn new(manager: Arc<PoolManager>, registry: Arc<Registry>, kms: Arc<Kms>, key_dir: PathBuf) -> Pools {
+    pub fn new(
+        manager: Arc<PoolManager>,
+        registry: Arc<Registry>,
+        kms: Arc<Kms>,
+        key_dir: PathBuf,
+        fips: FipsMode,
+    ) -> Pools {
         let (keys, locked) = (Mutex::default(), Mutex::default());
-        Pools { manager, registry, kms, key_dir, keys, locked, searching: Mutex::default() }
+        Pools { manager, registry, kms, key_dir, fips, keys, locked, searching: Mutex::default() }
     }
 
     /// The engine.
@@ -298,14 +306,13 @@ impl Pools {
                 from_file(path, made)
             }
             NewKey::Own => {
-                let path = free_name(&self.key_dir, name, "key")?;
+                let path = free_name(&self.key_dir, name, "key");
                 make_key(&path)?;
                 from_file(path, true)
             }
             NewKey::Password(password, file) => {
-                let (kek, kdf) =
-                    cryptfold_keystore::fresh(&password, Cost::DEFAULT, salt()?, &Limits::default())
-                        .map_err(RpcError::from)?;
+                let (cost, limits) = self.fips.costs(self.fips.is_on());
+                let (kek, kdf) = cryptfold_keystore::fresh(&password, cost, salt(), &limits)?;
                 let key = SlotKey { kdf, ..slot_key(kek, SlotKind::Password, "password") };
                 Ok((file.map_or(PoolKey::Given, PoolKey::PasswordFile), None, source(key)))
             }
@@ -334,6 +341,7 @@ impl Pools {
             return Ok(Some(open));
         }
         let Some(sealed) = self.manager.peek(base.name())? else { return Ok(None) };
+        self.check_mode(&sealed)?;
         let memory_budget =
             memory_budget.or_else(|| self.find_locked(base.name()).and_then(|l| l.memory_budget));
         let found = self.find_key(&sealed, key);
@@ -385,7 +393,7 @@ impl Pools {
             Try::Key(key) => vec![key],
             Try::All => self.at_hand(),
             Try::Password(password) => {
-                return match password_key(sealed, password) {
+                return match self.password_key(sealed, password) {
                     Ok(kek) => Ok((PoolKey::Given, kek)),
                     Err(error) => Err(Refusal { error, waiting: false }),
                 };
@@ -413,6 +421,24 @@ impl Pools {
         Err(refused.unwrap_or_else(none))
     }
 
+    /// The key-encryption key of the slot that a password opens.
+    fn password_key(&self, sealed: &SealedPool, password: &Password) -> Result<SlotKey, RpcError> {
+        let (_, limits) = self.fips.costs(sealed.approved);
+        let (_, kek, _) = cryptfold_keystore::find(&sealed.keys, password, &limits)?;
+        Ok(slot_key(kek, SlotKind::Password, "password"))
+    }
+
+    /// Before keys are tried: in a FIPS mode, whether the pool is one of those that it opens.
+    fn check_mode(&self, sealed: &SealedPool) -> Result<(), RpcError> {
+        if self.fips.is_on() && !sealed.approved {
+            let device = sealed.base_bdev.clone();
+            let refused = PoolError::NotApproved { device };
+            tracing::warn!(target: AUDIT, event = "pool not opened", pool = sealed.name, bdev = sealed.base_bdev, reason = %refused);
+            return Err(refused.into());
+        }
+        Ok(())
+    }
+
     /// The key-encryption key of one of the ways, if it opens a slot.
     fn try_key(&self, sealed: &SealedPool, key: &PoolKey) -> Result<Option<SlotKey>, Refusal> {
         let now = |error: RpcError| Refusal { error, waiting: false };
@@ -425,7 +451,7 @@ impl Pools {
             }
             PoolKey::PasswordFile(path) => {
                 let password = read_password(path).map_err(|e| now(e.into()))?;
-                password_key(sealed, &password).map(Some).map_err(now)
+                self.password_key(sealed, &password).map(Some).map_err(now)
             }
             PoolKey::Kms => {
                 let mut refused = None;
@@ -532,16 +558,11 @@ impl Pools {
 /// Product name of the pools' volumes.
 pub const VOLUME_PRODUCT: &str = "Cryptfold volume";
 
-/// The key-encryption key of the slot that a password opens.
-fn password_key(sealed: &SealedPool, password: &Password) -> Result<SlotKey, RpcError> {
-    let (_, kek, _) = cryptfold_keystore::find(&sealed.keys, password, &Limits::default())?;
-    Ok(slot_key(kek, SlotKind::Password, "password"))
-}
-
 /// 32 random bytes.
-pub fn salt() -> Result<[u8; 32], RpcError> {
-    let bytes = random_key(32)?;
-    <[u8; 32]>::try_from(bytes.as_slice()).map_err(|_| RpcError::internal("32 random bytes"))
+pub fn salt() -> [u8; 32] {
+    let mut salt = [0; 32];
+    cryptfold_reactor::fill_random(&mut salt);
+    salt
 }
 
 impl From<StoreError> for RpcError {
@@ -563,6 +584,6 @@ pub fn make_key(path: &Path) -> Result<bool, RpcError> {
     if path.exists() {
         return Ok(false);
     }
-    write_key_file(path, hex_line(&random_key(KEK_BYTES)?).as_bytes())?;
+    write_key_file(path, hex_line(&random_key(KEK_BYTES)).as_bytes())?;
     Ok(true)
 }

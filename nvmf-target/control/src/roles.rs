@@ -65,6 +65,7 @@ const VIEWER: &[&str] = &[
     "notify_get_types",
     "notify_get_notifications",
     "cryptfold_get_overview",
+    "cryptfold_get_fips_mode",
     "cryptfold_get_history",
     "bdev_get_bdevs",
     "bdev_wait_for_examine",

@@ -383,7 +383,7 @@ fn format(args: &EnrollArgs, device: &str, objects: &[String], key: &[u8]) -> Re
     let offset = OFFSET_SECTORS.to_string();
     let volume_key = Handed::new(key)?;
     // A keyslot has to be made with the header; without a passphrase for it, one that nobody knows, and then none.
-    let nobody = random_key(32).map_err(|e| Failure::Failed(e.to_string()))?;
+    let nobody = random_key(32);
     let passphrase = match &args.recovery_file {
         Some(file) => Handed::new(&read_key_file(file).map_err(|e| Failure::Usage(e.to_string()))?)?,
         None => Handed::new(&nobody)?,

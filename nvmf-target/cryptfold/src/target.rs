@@ -11,6 +11,7 @@ use cryptfold_bdev_crypto::engine::awslc;
 use cryptfold_control::access::Grant;
 use cryptfold_control::audit::AuditLog;
 use cryptfold_control::config::Config;
+use cryptfold_control::fips::FipsMode;
 use cryptfold_control::logging::{Level, LogControl};
 use cryptfold_control::server::Server;
 use cryptfold_control::{Control, ControlConfig, Signal, keys};
@@ -33,6 +34,16 @@ enum Idle {
     Adaptive,
     /// Sleep whenever there is nothing to do.
     Interrupt,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Fips {
+    /// All that cryptfold has.
+    Off,
+    /// Only algorithms that FIPS 140-3 approves; pools have to be made in such a mode.
+    Approved,
+    /// The same, executed by AWS-LC's validated module, which has to be built in.
+    Validated,
 }
 
 #[derive(Args)]
@@ -72,6 +83,9 @@ pub struct TargetArgs {
     /// reach.
     #[arg(long, value_name = "FILE", requires = "http")]
     http_token: Option<PathBuf>,
+    /// Which algorithms may be used, and what executes them (docs/security.md).
+    #[arg(long, value_enum, value_name = "MODE", default_value_t = Fips::Off)]
+    fips_mode: Fips,
     /// Do not use reserved hugepages.
     #[arg(long)]
     no_huge: bool,
@@ -99,6 +113,12 @@ pub fn run(args: TargetArgs) -> Result<(), Failure> {
             .to_owned()
             .into());
     }
+    let fips = match args.fips_mode {
+        Fips::Off => FipsMode::Off,
+        Fips::Approved => FipsMode::Approved,
+        Fips::Validated => FipsMode::Validated,
+    };
+    fips.enter().map_err(|e| e.to_string())?;
     if !args.core_dumps {
         forbid_core_dumps()
             .map_err(|e| format!("core dumps can not be forbidden: {e} (--core-dumps allows them)"))?;
@@ -127,6 +147,7 @@ pub fn run(args: TargetArgs) -> Result<(), Failure> {
         key_dir: args.keys.unwrap_or_else(keys::default_key_dir),
         log,
         grants: args.role,
+        fips,
         on_signal: Box::new(move |signal| match signal {
             Signal::Int | Signal::Term | Signal::Quit => {
                 let _ = sender.lock().map(|s| s.send(()));

@@ -15,5 +15,5 @@ mod session;
 mod socket;
 
 pub use hello::identities;
-pub use session::{Direction, Keys, Layer, Offload, Raw, RecordKeys, Session, TlsError};
+pub use session::{Direction, Keys, Layer, Offload, Raw, RecordKeys, Session, TlsError, require_approved};
 pub use socket::load_kernel_tls;

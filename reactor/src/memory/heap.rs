@@ -9,8 +9,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::arena;
 
-/// Bytes in front of each block; keeps the alignment of `malloc`.
+/// Bytes in front of each block: its length, then [`MARK`]; keeps the alignment of `malloc`.
 const HEAD: usize = 16;
+/// Says that a block is one of ours.
+const MARK: usize = 0x7061_6568_5f79_656b;
 const SMALLEST_SHIFT: u32 = 6;
 const LARGEST_SHIFT: u32 = 16;
 /// Two for each power of two.
@@ -119,9 +121,18 @@ pub fn alloc(len: usize) -> *mut u8 {
     let Some(block) = NonNull::new(block) else { return null_mut() };
     // SAFETY: the block has 64 bytes or more, is ours alone and aligned to 32.
     unsafe {
-        block.cast::<usize>().write(len);
+        block.cast::<[usize; 2]>().write([len, MARK]);
         block.as_ptr().add(HEAD)
     }
+}
+
+/// Whether [`alloc`] has given this: for a library that had memory of `malloc`'s before it was given this heap.
+///
+/// # Safety
+/// `at` is what [`alloc`] has given, or the 8 bytes in front of it are readable and are not [`MARK`] (a length, say).
+pub unsafe fn is_own(at: *const u8) -> bool {
+    // SAFETY: the caller's.
+    unsafe { at.sub(8).cast::<usize>().read_unaligned() == MARK }
 }
 
 /// Zeroes memory and gives it back.
@@ -194,6 +205,8 @@ mod tests {
             }
         }
         for (at, len, _) in blocks {
+            // SAFETY: ours, and the words in front of `[1]` are no mark.
+            unsafe { assert!(is_own(at) && !is_own([9_usize, 9, 9].as_ptr().add(1).cast())) };
             // SAFETY: given once; small blocks stay mapped, and all but the first words is zero.
             unsafe {
                 free(at);

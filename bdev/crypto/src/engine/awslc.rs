@@ -24,24 +24,77 @@ unsafe extern "C" fn allocate(len: usize, _: *const c_char, _: c_int) -> *mut c_
     heap::alloc(len).cast()
 }
 
+/// What the FIPS module's self-test has allocated before the program began: the 8 bytes in front of it are its length (AWS-LC's `mem.c`,
+/// `OPENSSL_MALLOC_PREFIX`), and it holds no keys of ours.
+fn is_older(at: *const c_void) -> bool {
+    // SAFETY: it is either of the heap or as said.
+    cfg!(feature = "fips") && !at.is_null() && !unsafe { heap::is_own(at.cast()) }
+}
+
 unsafe extern "C" fn reallocate(at: *mut c_void, len: usize, _: *const c_char, _: c_int) -> *mut c_void {
+    if is_older(at) {
+        let new = heap::alloc(len);
+        if !new.is_null() {
+            // SAFETY: both have as many bytes as are copied, and are not the same. The old one stays.
+            unsafe {
+                let before = at.cast::<u8>().sub(8).cast::<usize>().read_unaligned();
+                ptr::copy_nonoverlapping(at.cast::<u8>(), new, before.min(len));
+            }
+        }
+        return new.cast();
+    }
     // SAFETY: AWS-LC gives what `allocate` or this has given it.
     unsafe { heap::realloc(at.cast(), len).cast() }
 }
 
 unsafe extern "C" fn release(at: *mut c_void, _: *const c_char, _: c_int) {
-    // SAFETY: as above, and it does not use it any more.
-    unsafe { heap::free(at.cast()) }
+    // The few bytes that are older stay: `malloc`'s heap must not get what it might not have given.
+    if !is_older(at) {
+        // SAFETY: as above, and it does not use it any more.
+        unsafe { heap::free(at.cast()) }
+    }
 }
 
 /// Has AWS-LC keep everything in memory that no core dump has ([`heap`]): its key schedules begin with the keys. For the start of a
 /// program: what it has allocated before could not be freed. Whether it will.
 ///
 /// # Safety
-/// Nothing in this process has used AWS-LC yet.
+/// Nothing in this process has used AWS-LC yet (the FIPS module's self-test apart, which runs before `main`).
 pub unsafe fn keep_out_of_dumps() -> bool {
     // SAFETY: the three functions belong together; no memory of another allocator comes to them, the caller says.
     unsafe { ffi::CRYPTO_set_mem_functions(Some(allocate), Some(reallocate), Some(release)) == 1 }
+}
+
+/// AWS-LC's version.
+pub fn version() -> &'static str {
+    let text = CStr::from_bytes_with_nul(ffi::AWSLC_VERSION_NUMBER_STRING).unwrap_or_default();
+    text.to_str().unwrap_or_default()
+}
+
+/// The version of the FIPS module, if that is what was built in.
+pub fn fips_module() -> Option<&'static str> {
+    // SAFETY: no arguments, no state.
+    (cfg!(feature = "fips") && unsafe { ffi::FIPS_mode() } == 1).then(version)
+}
+
+/// Runs AWS-LC's known-answer tests; in the FIPS module these and its integrity test have run before `main`, or there was no `main`.
+pub fn self_test() -> bool {
+    // SAFETY: no arguments.
+    unsafe { ffi::BORINGSSL_self_test() == 1 }
+}
+
+/// What `call` gives, and whether the FIPS module has counted an approved service on this thread meanwhile; never, without the module.
+pub fn is_approved<T>(call: impl FnOnce() -> T) -> (T, bool) {
+    #[cfg(feature = "fips")]
+    {
+        // SAFETY: no arguments; a counter of this thread.
+        let before = unsafe { ffi::FIPS_service_indicator_before_call() };
+        let done = call();
+        // SAFETY: as above.
+        (done, before != unsafe { ffi::FIPS_service_indicator_after_call() })
+    }
+    #[cfg(not(feature = "fips"))]
+    (call(), false)
 }
 
 struct Context {

@@ -20,6 +20,7 @@ mod run;
 mod tests;
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use cryptfold_reactor::memory::SecretBytes;
 use thiserror::Error;
@@ -100,6 +101,21 @@ pub enum KeyError {
     /// Both halves are the same.
     #[error("the two halves of an XTS key must differ")]
     EqualHalves,
+    /// Only [`EngineKind::Portable`] has the cipher, and it may not be used ([`require_module`]).
+    #[error(
+        "{cipher} is not in the validated module (--fips-mode validated); AES-256-XTS is: a key of 64 bytes"
+    )]
+    NotInModule {
+        /// The cipher.
+        cipher: XtsCipher,
+    },
+}
+
+static MODULE_ONLY: AtomicBool = AtomicBool::new(false);
+
+/// From now on, keys are taken only for ciphers that AWS-LC executes, in the whole process.
+pub fn require_module() {
+    MODULE_ONLY.store(true, Ordering::Relaxed);
 }
 
 /// A whole XTS key: the data key, then the tweak key.
@@ -126,6 +142,9 @@ impl XtsKey {
     pub fn for_cipher(cipher: XtsCipher, bytes: &[u8]) -> Result<XtsKey, KeyError> {
         if bytes.len() != cipher.key_bytes() {
             return Err(KeyError::LengthForCipher { cipher, got_bytes: bytes.len() });
+        }
+        if MODULE_ONLY.load(Ordering::Relaxed) && !EngineKind::AwsLc.supports(cipher) {
+            return Err(KeyError::NotInModule { cipher });
         }
         let (data, tweak) = bytes.split_at(bytes.len() / 2);
         // No early exit: where the halves differ is nobody's business.

@@ -369,7 +369,7 @@ fn set_options(c: &Control, p: SetOptions) -> RpcResult {
         "dhchap_digests": p.dhchap_digests, "dhchap_dhgroups": p.dhchap_dhgroups,
         "tcp_connect_timeout_ms": p.tcp_connect_timeout_ms,
     }));
-    offer(&given)?;
+    offer(c.config.fips, &given)?;
     let mut merged = options(c);
     merged.extend(given.clone());
     recovery(&merged, None, None, None)?;
@@ -449,7 +449,9 @@ fn attach_tcp(c: &Control, p: Attach) -> RpcResult {
     let controller: Option<Secret> =
         secret(c, "dhchap_ctrlr_key", p.dhchap_ctrlr_key.clone())?.map(|n| n.key);
     connect.credentials = match (host_secret, controller) {
-        (Some(s), controller) => Some(Credentials { secret: s.key, controller, offer: offer(&defaults)? }),
+        (Some(s), controller) => {
+            Some(Credentials { secret: s.key, controller, offer: offer(c.config.fips, &defaults)? })
+        }
         (None, None) => None,
         (None, Some(_)) => return Err(RpcError::params("dhchap_key: missing; dhchap_ctrlr_key needs it")),
     };

@@ -364,7 +364,7 @@ fn describe(pools: &Pools, info: &PoolInfo) -> Result<Value, PoolError> {
     let domains = pools.manager().domains(&info.name)?;
     Ok(json!({
         "name": info.name, "uuid": info.uuid.to_string(), "base_bdev": info.base_bdev, "state": "unlocked",
-        "encrypted": is_encrypted(&block), "opened_by": opened_by(pools, info), "slots": slots(&block),
+        "encrypted": is_encrypted(&block), "approved": info.approved, "opened_by": opened_by(pools, info), "slots": slots(&block),
         "erasable": block.erasure[0].is_some(), "renewal": info.renewal,
         "domains": domains.iter().map(describe_domain).collect::<Vec<_>>(),
     }))
@@ -467,7 +467,7 @@ fn enable(c: &Control, p: Enable) -> RpcResult {
 fn describe_locked(l: &Locked) -> Value {
     json!({
         "name": l.pool.name, "uuid": l.pool.uuid.to_string(), "base_bdev": l.pool.base_bdev, "state": "locked",
-        "reason": l.reason, "waits_for_key_server": l.waiting, "encrypted": is_encrypted(&l.pool.keys),
+        "reason": l.reason, "waits_for_key_server": l.waiting, "encrypted": is_encrypted(&l.pool.keys), "approved": l.pool.approved,
         "slots": slots(&l.pool.keys), "erasable": l.pool.keys.erasure[0].is_some(),
     })
 }
@@ -583,12 +583,18 @@ fn now_ms() -> u64 {
     since.map_or(0, |t| t.as_millis() as u64)
 }
 
+/// What a new password of a pool costs, and what its slots may ask for.
+fn costs(c: &Control, pool: &str) -> Result<(Cost, Limits), RpcError> {
+    Ok(c.config.fips.costs(c.pools()?.find(pool)?.approved))
+}
+
 fn passwd(c: &Control, p: Passwd) -> RpcResult {
     let old = given("password", p.password, p.password_file)?;
     let new = given("new_password", p.new_password, p.new_password_file)?;
-    let fresh = NewSlot { cost: Cost::DEFAULT, salt: salt()?, created_ms: now_ms(), label: "" };
+    let (cost, limits) = costs(c, &p.name)?;
+    let fresh = NewSlot { cost, salt: salt(), created_ms: now_ms(), label: "" };
     let at = change(c, &p.name, "password changed", |block, _| {
-        Ok(cryptfold_keystore::change_password(block, &old, &new, &fresh, &Limits::default())?)
+        Ok(cryptfold_keystore::change_password(block, &old, &new, &fresh, &limits)?)
     })?;
     Ok(json!(at))
 }
@@ -645,9 +651,10 @@ fn new_slot(c: &Control, p: AddSlot, alone: bool) -> RpcResult {
         NewSlotKind::Password => {
             let password = given("password", p.password, p.password_file)?;
             let label = p.label.unwrap_or_else(|| "password".into());
-            let new = NewSlot { cost: Cost::DEFAULT, salt: salt()?, created_ms: now_ms(), label: &label };
+            let (cost, limits) = costs(c, &p.name)?;
+            let new = NewSlot { cost, salt: salt(), created_ms: now_ms(), label: &label };
             change(c, &p.name, event, |block, key| {
-                let at = cryptfold_keystore::add_password(block, key, &password, &new, &Limits::default())?;
+                let at = cryptfold_keystore::add_password(block, key, &password, &new, &limits)?;
                 close(block);
                 Ok(at)
             })?
@@ -720,15 +727,10 @@ fn rotate_kek(c: &Control, p: RotateKek) -> RpcResult {
         SlotKind::Open => Err(RpcError::params("slot: the pool is not encrypted; everybody knows this key")),
         SlotKind::Password => {
             let password = given("password", p.password, p.password_file)?;
-            let new = NewSlot { cost: Cost::DEFAULT, salt: salt()?, created_ms: now_ms(), label: "" };
+            let (cost, limits) = c.config.fips.costs(info.approved);
+            let new = NewSlot { cost, salt: salt(), created_ms: now_ms(), label: "" };
             change(c, &p.name, event, |block, _| {
-                Ok(cryptfold_keystore::change_password(
-                    block,
-                    &password,
-                    &password,
-                    &new,
-                    &Limits::default(),
-                )?)
+                Ok(cryptfold_keystore::change_password(block, &password, &password, &new, &limits)?)
             })?;
             Ok(json!({"slot": at}))
         }
@@ -873,7 +875,7 @@ fn rotate_file(
     let mut beside = path.as_os_str().to_owned();
     beside.push(".new");
     let beside = PathBuf::from(beside);
-    let bytes = random_key(32)?;
+    let bytes = random_key(32);
     let kek = Kek::from_file(&bytes).map_err(StoreError::from)?;
     // What a rotation that was cut short has left.
     let _ = std::fs::remove_file(&beside);
@@ -931,10 +933,11 @@ fn overwrite(old: &mut std::fs::File) -> std::io::Result<()> {
 fn backup(c: &Control, p: BackupTo) -> RpcResult {
     let password = given("password", p.password, p.password_file)?;
     let pools = c.pools()?;
-    let pool = pools.find(&p.name)?.name;
+    let info = pools.find(&p.name)?;
+    let (pool, (cost, _)) = (info.name, c.config.fips.costs(info.approved));
     let (keys, superblock) = pools.manager().backup(&pool)?;
     let backup = Backup { keys, superblock };
-    let text = cryptfold_keystore::export(&backup, &password, Cost::DEFAULT, salt()?, now_ms())
+    let text = cryptfold_keystore::export(&backup, &password, cost, salt(), now_ms())
         .map_err(|e| RpcError::internal(e.to_string()))?;
     tracing::info!(target: AUDIT, event = "key slots backed up", pool, file = p.filename);
     match p.filename {
@@ -1094,7 +1097,7 @@ fn restore(c: &Control, p: Restore) -> RpcResult {
         _ => return Err(RpcError::params("filename: either this or backup is needed")),
     };
     let password = given("password", p.password, p.password_file)?;
-    let limits = Limits::default();
+    let (_, limits) = c.config.fips.costs(false);
     let backup = cryptfold_keystore::import(&text, &password, &limits)
         .map_err(|e| RpcError::params(format!("backup: {e}")))?;
     let base = c.registry.get(&p.base_bdev_name)?;

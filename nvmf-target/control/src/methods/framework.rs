@@ -69,6 +69,13 @@ pub fn methods() -> Vec<Method> {
             version,
         )
         .when(When::Any),
+        Method::plain(
+            "cryptfold_get_fips_mode",
+            "The FIPS mode (--fips-mode), the cipher library, and with its FIPS module: the certificate that covers its version, and what \
+             the module counts as approved services. Ours.",
+            |c| Ok(c.config.fips.describe()),
+        )
+        .when(When::Any),
         Method::new(
             "spdk_kill_instance",
             "Sends this process a signal. SIGTERM, SIGINT and SIGQUIT end it in order.",

@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::framework::{TICK_RATE, thread_name};
 use super::options::object;
 use crate::control::{Control, lock};
+use crate::fips::FipsMode;
 use crate::jsonrpc::{RpcError, RpcResult};
 use crate::params::{FromJson, Hex, ParamError, choices, object_params, params};
 use crate::table::{Method, When};
@@ -661,7 +662,7 @@ fn address(a: &ListenAddr) -> Value {
 fn remember(c: &Control, method: &'static str, params: Value) -> RpcResult {
     let fresh = object(params);
     if let Ok(t) = c.target() {
-        apply(t, method, &fresh)?;
+        apply(c.config.fips, t, method, &fresh)?;
     }
     lock(&c.options).remember("nvmf", method, fresh);
     Ok(TRUE)
@@ -673,13 +674,13 @@ pub fn apply_options(c: &Control, t: &Target) -> Result<(), RpcError> {
     t.set_kernel_tls(o.kernel_tls());
     for method in ["nvmf_set_config", "nvmf_set_max_subsystems", "nvmf_set_crdt"] {
         if let Some(params) = o.get(method) {
-            apply(t, method, params)?;
+            apply(c.config.fips, t, method, params)?;
         }
     }
     Ok(())
 }
 
-fn apply(t: &Target, method: &str, params: &Map<String, Value>) -> Result<(), RpcError> {
+fn apply(mode: FipsMode, t: &Target, method: &str, params: &Map<String, Value>) -> Result<(), RpcError> {
     let number = |k: &str| params.get(k).and_then(Value::as_u64).unwrap_or(0);
     match method {
         "nvmf_set_max_subsystems" => t.set_max_subsystems(number("max_subsystems") as u32)?,
@@ -692,14 +693,14 @@ fn apply(t: &Target, method: &str, params: &Map<String, Value>) -> Result<(), Rp
             {
                 t.set_config(f);
             }
-            t.set_auth_offer(offer(params)?)?;
+            t.set_auth_offer(offer(mode, params)?)?;
         }
     }
     Ok(())
 }
 
 /// What DH-HMAC-CHAP may use: as given, or everything.
-pub fn offer(params: &Map<String, Value>) -> Result<Offer, RpcError> {
+pub fn offer(mode: FipsMode, params: &Map<String, Value>) -> Result<Offer, RpcError> {
     fn list<T: Copy>(
         params: &Map<String, Value>,
         key: &str,
@@ -716,11 +717,16 @@ pub fn offer(params: &Map<String, Value>) -> Result<Offer, RpcError> {
         }
         Ok(list)
     }
-    let all = Offer::default();
-    Ok(Offer {
-        hashes: list(params, "dhchap_digests", all.hashes, HashId::from_name)?,
-        groups: list(params, "dhchap_dhgroups", all.groups, DhGroup::from_name)?,
-    })
+    let all = mode.offer();
+    let groups = list(params, "dhchap_dhgroups", all.groups, DhGroup::from_name)?;
+    if let Some(group) = groups.iter().find(|group| !mode.allows(**group)) {
+        let (group, mode) = (group.name(), mode.name());
+        return Err(RpcError::params(format!(
+            "dhchap_dhgroups: \"{group}\" is not possible with --fips-mode {mode}: the module has no such key agreement; \"null\" is, and TLS \
+             keeps a connection secret"
+        )));
+    }
+    Ok(Offer { hashes: list(params, "dhchap_digests", all.hashes, HashId::from_name)?, groups })
 }
 
 fn set_config(c: &Control, p: SetConfig) -> RpcResult {
@@ -733,7 +739,7 @@ fn set_config(c: &Control, p: SetConfig) -> RpcResult {
     }
     let given = json!({"discovery_filter": filter, "dup_host_policy": p.dup_host_policy.map(DupHostPolicy::word),
         "dhchap_digests": p.dhchap_digests, "dhchap_dhgroups": p.dhchap_dhgroups});
-    offer(&object(given.clone()))?;
+    offer(c.config.fips, &object(given.clone()))?;
     remember(c, "nvmf_set_config", given)
 }
 

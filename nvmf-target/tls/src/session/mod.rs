@@ -18,6 +18,7 @@ mod pipe;
 
 use std::cell::RefCell;
 use std::io::{self, IoSlice, IoSliceMut};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::task::{Poll, Waker};
 
@@ -25,7 +26,7 @@ use cryptfold_nvmf_auth::{HashId, TlsPsk};
 use s2n_tls::callbacks::{ClientHelloCallback, ConnectionFuture};
 use s2n_tls::config::Config;
 use s2n_tls::connection::Connection;
-use s2n_tls::enums::{Blinding, Mode, PskHmac, SerializationVersion};
+use s2n_tls::enums::{self, Blinding, Mode, PskHmac, SerializationVersion};
 use s2n_tls::error::{Error, ErrorType};
 use s2n_tls::psk::Psk;
 use s2n_tls::security::Policy;
@@ -39,6 +40,8 @@ use pipe::Pipe;
 
 /// TLS 1.3 only; AES-128-GCM, AES-256-GCM, ChaCha20; X25519, P-256, P-384 (s2n-tls, numbered policies never change).
 const POLICY: &str = "AWS-CRT-SDK-TLSv1.3";
+/// AES-128-GCM, AES-256-GCM; P-256, P-384, P-521. There is none for TLS 1.3 alone that has AES-128-GCM: [`Session`] sees to that.
+const APPROVED_POLICY: &str = "20230317";
 /// Data in a full record, bytes (RFC 8446 section 5.1).
 const RECORD_BYTES: usize = 16 << 10;
 /// Data that is encrypted before the stream is asked to take it, bytes.
@@ -142,13 +145,23 @@ fn psk(key: &TlsPsk) -> Result<Psk, Error> {
     psk.build()
 }
 
+static APPROVED: AtomicBool = AtomicBool::new(false);
+
+/// From now on sessions use only what FIPS 140-3 approves, in the whole process. Before the first one.
+pub fn require_approved() {
+    APPROVED.store(true, Ordering::Relaxed);
+}
+
 fn config() -> Result<Config, Error> {
     static CONFIG: OnceLock<Config> = OnceLock::new();
     if let Some(config) = CONFIG.get() {
         return Ok(config.clone());
     }
     let mut builder = Config::builder();
-    builder.set_security_policy(&Policy::from_version(POLICY)?)?;
+    let approved = APPROVED.load(Ordering::Relaxed);
+    builder.set_security_policy(&Policy::from_version(if approved { APPROVED_POLICY } else { POLICY })?)?;
+    // Keys are all that proves somebody; no certificate does.
+    builder.wipe_trust_store()?;
     builder.set_client_hello_callback(OnHello)?;
     // The delay before an error is shown guards CBC ciphers; there are none here, and a failed connection just ends.
     builder.set_max_blinding_delay(0)?;
@@ -280,6 +293,9 @@ impl Session {
 
     /// The handshake is done, and the stream has all of ours.
     fn establish(&mut self, raw: &dyn Raw) -> io::Result<()> {
+        if !matches!(self.connection.actual_protocol_version(), Ok(enums::Version::TLS13)) {
+            return Err(self.end(raw, TlsError::Session("the other side has no TLS 1.3".into())));
+        }
         let len = self.connection.negotiated_psk_identity_length().unwrap_or(0);
         let mut identity = vec![0; len];
         let named = self.connection.negotiated_psk_identity(&mut identity).is_ok();
