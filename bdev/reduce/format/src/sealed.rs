@@ -12,6 +12,7 @@
 //! With [`Cipher::Gmac`] the body is plain, and header and body are associated data (the address is in the key).
 
 use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, Nonce, RandomizedNonceKey, UnboundKey};
+use aws_lc_rs::error::Unspecified;
 use thiserror::Error;
 
 use crate::codec::DecodeError;
@@ -126,6 +127,33 @@ pub(crate) fn gcm(secret: &Secret) -> LessSafeKey {
 /// The same for sealing with nonces that the library makes.
 pub(crate) fn making(secret: &Secret) -> RandomizedNonceKey {
     RandomizedNonceKey::new(&AES_256_GCM, secret.expose()).expect("AES-256 takes 32 bytes")
+}
+
+/// Seals `body` into `out`, and its tag beside that.
+#[cfg(not(feature = "fips"))]
+fn seal_across(
+    key: &LessSafeKey,
+    nonce: Nonce,
+    aad: Aad<&[u8]>,
+    body: &[u8],
+    (out, tag_out): (&mut [u8], &mut [u8]),
+) -> Result<(), Unspecified> {
+    key.seal_out_of_place_scatter(nonce, aad, body, out, &[], tag_out)
+}
+
+/// The same with the AWS-LC that has a validated module, which seals in place only.
+#[cfg(feature = "fips")]
+fn seal_across(
+    key: &LessSafeKey,
+    nonce: Nonce,
+    aad: Aad<&[u8]>,
+    body: &[u8],
+    (out, tag_out): (&mut [u8], &mut [u8]),
+) -> Result<(), Unspecified> {
+    out.copy_from_slice(body);
+    let tag = key.seal_in_place_separate_tag(nonce, aad, out)?;
+    tag_out.copy_from_slice(tag.as_ref());
+    Ok(())
 }
 
 /// Bytes of a nonce.
@@ -268,9 +296,7 @@ impl SegmentKey {
             let aad = Aad::from(&aad[..len]);
             match body {
                 Some(body) => {
-                    self.gcm
-                        .seal_out_of_place_scatter(nonce, aad, body, body_out, &[], tag_out)
-                        .map_err(failed)?;
+                    seal_across(&self.gcm, nonce, aad, body, (body_out, tag_out)).map_err(failed)?;
                 }
                 None => {
                     let tag = self.gcm.seal_in_place_separate_tag(nonce, aad, body_out).map_err(failed)?;
