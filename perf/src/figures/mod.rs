@@ -23,7 +23,7 @@ use crate::report::{self, Machine};
 /// ratios to bare loops of the same run.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
-    /// Only figures whose name contains this, and what they are compared with (null, crypto, tcp, pool for whole groups).
+    /// Only figures whose name contains this, and what they are compared with (null, crypto, tcp, pool, modes for whole groups).
     #[arg(long, value_name = "NAME")]
     pub only: Option<String>,
     /// Seconds per subject and round.
@@ -123,8 +123,13 @@ struct Report {
 type Rounds<'r> = &'r dyn Fn(&'static str, Vec<Subject<'_>>) -> Result<Vec<Row>, String>;
 type Group = fn(Rounds<'_>) -> Result<Vec<Row>, String>;
 
-const GROUPS: [(&str, Group); 4] =
-    [("null", chain::null), ("crypto", chain::crypto), ("tcp", tcp::tcp), ("pool", pool::pool)];
+const GROUPS: [(&str, Group); 5] = [
+    ("null", chain::null),
+    ("crypto", chain::crypto),
+    ("tcp", tcp::tcp),
+    ("pool", pool::pool),
+    ("modes", pool::modes),
+];
 
 fn median(values: &[f64]) -> f64 {
     let mut sorted = values.to_vec();
@@ -315,7 +320,7 @@ mod tests {
     #[test]
     fn wrong_parameters_are_refused() {
         let e = measure(&Args { only: Some("nothing".into()), ..args() }).expect_err("unknown group");
-        assert!(e.contains("null, crypto, tcp, pool"), "{e}");
+        assert!(e.contains("null, crypto, tcp, pool, modes"), "{e}");
         let e = measure(&Args { seconds: 0.0, ..args() }).expect_err("no time");
         assert!(e.contains("--seconds"), "{e}");
     }

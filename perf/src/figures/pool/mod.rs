@@ -5,6 +5,7 @@
 //! in a pool that lasts, so that garbage collection has its share. Two cores: the pool's home is core 0, each core makes the
 //! load of half the data (or its own reads).
 
+mod modes;
 mod parts;
 mod rig;
 
@@ -17,8 +18,9 @@ use cryptfold_reduce_format::fragment::CHUNK_BYTES;
 use super::{Measure, Rounds, Row, Sample, Subject, Unit};
 use crate::load::Rng;
 use crate::primitives::data;
-use parts::{FRAGMENT_BYTES, Parts, Span};
-use rig::{Fresh, Full, both};
+pub use modes::modes;
+use parts::{Algorithms, FRAGMENT_BYTES, Parts, Span};
+use rig::{Fresh, Full, Protection, both};
 
 /// Data of each kind. Bytes.
 const DATA_BYTES: usize = 384 << 20;
@@ -118,7 +120,7 @@ impl Bare {
     fn new(data: &Data) -> Result<Bare, String> {
         let span = || Arc::new(Mutex::new(Span::new(DATA_BYTES + DATA_BYTES / 8)));
         let mut target = Span::new(DATA_BYTES);
-        let sealed = Parts::new().seal_all(&data.packs, &mut target)?;
+        let sealed = Parts::of(Algorithms::DEFAULT).seal_all(&data.packs, FRAGMENT_BYTES, &mut target)?;
         Ok(Bare { spans: [span(), span()], sealed: Arc::new((target, sealed)) })
     }
 }
@@ -136,7 +138,8 @@ impl<'a> Group<'a> {
             let run = |core: usize| {
                 let (part, span) = (data.part(kind, core, cores), bare.spans[core].clone());
                 let work = move || {
-                    parts::write(&part, kind, &mut span.lock().unwrap_or_else(PoisonError::into_inner))
+                    let mut span = span.lock().unwrap_or_else(PoisonError::into_inner);
+                    parts::write(&part, Algorithms::DEFAULT, kind, &mut span)
                 };
                 rig.on_core(core, move || async move { work() })
             };
@@ -151,7 +154,7 @@ impl<'a> Group<'a> {
             let run = |core: usize| {
                 let sealed = bare.sealed.clone();
                 let from = core * sealed.1.len() / cores;
-                let work = move || parts::read(&sealed, (random, per_op), from, time);
+                let work = move || parts::read(&sealed, Algorithms::DEFAULT, (random, per_op), from, time);
                 rig.on_core(core, move || async move { work() })
             };
             Ok(sum(both(cores, run)?))
@@ -163,7 +166,8 @@ impl<'a> Group<'a> {
         Box::new(move |time| {
             let (part, span) = (data.chunks(kind), bare.spans[0].clone());
             let work = move || {
-                parts::overwrite(&part, kind, &mut span.lock().unwrap_or_else(PoisonError::into_inner), time)
+                let mut span = span.lock().unwrap_or_else(PoisonError::into_inner);
+                parts::overwrite(&part, Algorithms::DEFAULT, kind, &mut span, time)
             };
             rig.on_core(0, move || async move { work() })
         })
@@ -176,7 +180,7 @@ impl<'a> Group<'a> {
 
     fn read(&self, random: bool, cores: usize) -> Measure<'a> {
         let (data, fresh) = (self.data, self.fresh);
-        Box::new(move |time: Duration| fresh.read(data, random, cores, time))
+        Box::new(move |time: Duration| fresh.read(data, Kind::Unique, random, cores, time))
     }
 }
 
@@ -216,7 +220,7 @@ macro_rules! names {
 pub fn pool(rounds: Rounds<'_>) -> Result<Vec<Row>, String> {
     let data = &Data::prepare();
     let bare = &Bare::new(data)?;
-    let fresh = &Fresh::new()?;
+    let fresh = &Fresh::new(Protection::Default)?;
     let full = &Full::new(&fresh.rig, data);
     let group = Group { data, bare, fresh };
     let writes = |kind| {

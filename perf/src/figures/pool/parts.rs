@@ -29,6 +29,18 @@ const BUF_BYTES: usize = 1 << 20;
 /// Chunks hashed together.
 const LANES: usize = 16;
 
+/// What fingerprints and seals.
+#[derive(Clone, Copy)]
+pub struct Algorithms {
+    pub cipher: Cipher,
+    pub hash: HashId,
+}
+
+impl Algorithms {
+    /// Those of pools that nobody asked anything of.
+    pub const DEFAULT: Algorithms = Algorithms { cipher: Cipher::Gcm, hash: HashId::Blake3 };
+}
+
 /// Hash, codec and cipher, for one core.
 pub struct Parts {
     hasher: Hasher,
@@ -42,6 +54,7 @@ pub struct Parts {
 #[derive(Clone, Copy)]
 pub struct Sealed {
     codec: Codec,
+    chunks: usize,
     buf: usize,
     at: usize,
     bytes: usize,
@@ -67,7 +80,7 @@ impl Span {
     }
 }
 
-fn segment_key() -> SegmentKey {
+fn segment_key(algorithms: Algorithms) -> SegmentKey {
     let header = SegmentHeader {
         pool: uuid::Uuid::nil(),
         addr: SegmentAddr::default(),
@@ -77,8 +90,8 @@ fn segment_key() -> SegmentKey {
         class: Class::Data,
         domain: DomainId(1),
         generation: Generation(1),
-        cipher: Cipher::Gcm,
-        hash: HashId::Blake3,
+        cipher: algorithms.cipher,
+        hash: algorithms.hash,
         codec: Codec::Zstd,
         shard: ShardIx(0),
         owner_epoch: OwnerEpoch(1),
@@ -87,12 +100,12 @@ fn segment_key() -> SegmentKey {
 }
 
 impl Parts {
-    pub fn new() -> Parts {
+    pub fn of(algorithms: Algorithms) -> Parts {
         Parts {
-            hasher: Hasher::new(HashId::Blake3, &FingerprintSecret(Secret::take(&mut [9; 32]))),
+            hasher: Hasher::new(algorithms.hash, &FingerprintSecret(Secret::take(&mut [9; 32]))),
             compressor: Compressor::new(),
             decompressor: Decompressor::new(),
-            key: segment_key(),
+            key: segment_key(algorithms),
             body: vec![0; FRAGMENT_BYTES],
         }
     }
@@ -138,7 +151,7 @@ impl Parts {
         } else {
             fragment::seal_fragment(&self.key, 4096, &header, &[plain], None, unit).map_err(text)?;
         }
-        let sealed = Sealed { codec, buf: span.buf, at: span.at, bytes };
+        let sealed = Sealed { codec, chunks: chunks.into(), buf: span.buf, at: span.at, bytes };
         span.at += bytes;
         Ok(sealed)
     }
@@ -154,16 +167,16 @@ impl Parts {
         self.decompressor.decompress_front(sealed.codec, body, out, wanted).map(drop).map_err(text)
     }
 
-    /// Seals everything, as the pool would.
-    pub fn seal_all(&mut self, data: &[Buf], span: &mut Span) -> Result<Vec<Sealed>, String> {
-        let fragments = data.iter().flat_map(|buf| buf.chunks(FRAGMENT_BYTES));
+    /// Seals everything in fragments of `bytes`, as the pool would.
+    pub fn seal_all(&mut self, data: &[Buf], bytes: usize, span: &mut Span) -> Result<Vec<Sealed>, String> {
+        let fragments = data.iter().flat_map(|buf| buf.chunks(bytes));
         fragments.map(|fragment| self.seal(fragment, false, span)).collect()
     }
 }
 
 /// One pass over the data as it comes in large writes.
-pub fn write(data: &[Buf], kind: Kind, span: &mut Span) -> Result<Sample, String> {
-    let mut parts = Parts::new();
+pub fn write(data: &[Buf], algorithms: Algorithms, kind: Kind, span: &mut Span) -> Result<Sample, String> {
+    let mut parts = Parts::of(algorithms);
     span.rewind();
     let (watch, start) = (Watch::start(), Instant::now());
     for buf in data {
@@ -182,8 +195,14 @@ pub fn write(data: &[Buf], kind: Kind, span: &mut Span) -> Result<Sample, String
 }
 
 /// The chunks of the data as single writes, for `time`: each is a fragment of its own.
-pub fn overwrite(data: &[Buf], kind: Kind, span: &mut Span, time: Duration) -> Result<Sample, String> {
-    let mut parts = Parts::new();
+pub fn overwrite(
+    data: &[Buf],
+    algorithms: Algorithms,
+    kind: Kind,
+    span: &mut Span,
+    time: Duration,
+) -> Result<Sample, String> {
+    let mut parts = Parts::of(algorithms);
     let all: Vec<&Chunk> = data.iter().flat_map(|buf| buf.as_chunks::<CHUNK_BYTES>().0).collect();
     let (mut next, mut result) = (0, Ok(()));
     let sample = bare::repeat(time, || {
@@ -202,18 +221,20 @@ pub fn overwrite(data: &[Buf], kind: Kind, span: &mut Span, time: Duration) -> R
 /// Opens fragments for `time`: in order from `from` on, or at random; `per_op` of them are one operation.
 pub fn read(
     (span, sealed): &(Span, Vec<Sealed>),
+    algorithms: Algorithms,
     (random, per_op): (bool, usize),
     from: usize,
     time: Duration,
 ) -> Result<Sample, String> {
-    let (mut parts, mut rng, mut next) = (Parts::new(), Rng::new(3 + from as u64), from);
+    let (mut parts, mut rng, mut next) = (Parts::of(algorithms), Rng::new(3 + from as u64), from);
     let mut out = vec![0; FRAGMENT_BYTES];
     let mut result = Ok(());
     let sample = bare::repeat(time, || {
         for _ in 0..per_op {
             next = if random { rng.below(sealed.len() as u64) as usize } else { (next + 1) % sealed.len() };
+            let all = sealed[next].chunks;
             // Of a random chunk.
-            let chunks = if random { 1 + rng.below(16) as usize } else { 16 };
+            let chunks = if random { 1 + rng.below(all as u64) as usize } else { all };
             if let Err(e) = parts.open(span, &sealed[next], &mut out, chunks * CHUNK_BYTES) {
                 result = Err(e);
             }

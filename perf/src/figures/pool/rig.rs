@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use cryptfold_bdev::{Descriptor, Registry};
 use cryptfold_reactor::Runtime;
-use cryptfold_reduce::{CreateOptions, KeySource, PoolManager, VolumeOptions};
+use cryptfold_reduce::{CreateOptions, KeyChange, KeySource, PoolManager, VolumeOptions};
 use cryptfold_reduce_format::fragment::CHUNK_BYTES;
 
 use super::{DATA_BYTES, Data, IO_BYTES, Kind, sum, text};
@@ -37,6 +37,17 @@ pub fn both<T: Send>(cores: usize, f: impl Fn(usize) -> Result<T, String> + Sync
     })
 }
 
+/// How a pool is protected.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Protection {
+    /// Encryption is off.
+    None,
+    /// As by default.
+    Default,
+    /// With the algorithms of the FIPS modes.
+    Approved,
+}
+
 /// Reactors on two cores; pools live on the first.
 pub struct Rig {
     runtime: Runtime,
@@ -61,10 +72,24 @@ impl Rig {
         self.runtime.handles()[core].block_on(f).map_err(text)?
     }
 
-    fn create(&self, disk: &str, pool: &str) -> Result<(), String> {
+    fn create(&self, disk: &str, pool: &str, protection: Protection) -> Result<(), String> {
         let key = KeySource::Bytes((1..=32).collect());
-        let options = CreateOptions { force: true, ..CreateOptions::new(key) };
-        self.manager.create(disk, pool, &options).map_err(text).map(drop)
+        let approved = protection == Protection::Approved;
+        let options = CreateOptions { force: true, approved, ..CreateOptions::new(key) };
+        self.manager.create(disk, pool, &options).map_err(text)?;
+        if protection != Protection::None {
+            return Ok(());
+        }
+        self.manager.change_domain_keys(pool, None, KeyChange::Disable, u64::MAX).map_err(text)?;
+        // Nothing lies under the first keys, and the change ends before anything is measured.
+        let limit = Instant::now() + Duration::from_secs(60);
+        while self.manager.domains(pool).map_err(text)?.iter().any(|domain| domain.changing) {
+            if Instant::now() > limit {
+                return Err("switching encryption off does not end".into());
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
     }
 
     fn volume(&self, pool: &str, name: &str, size_bytes: u64) -> Result<(), String> {
@@ -99,15 +124,16 @@ impl Rig {
 /// The pool of large I/O, made anew whenever something is to be written that is there already.
 pub struct Fresh {
     pub rig: Rig,
+    protection: Protection,
     /// Volumes of the present pool that have been written.
     written: RefCell<Vec<Kind>>,
 }
 
 impl Fresh {
-    pub fn new() -> Result<Fresh, String> {
+    pub fn new(protection: Protection) -> Result<Fresh, String> {
         let rig = Rig::new()?;
         ram_disk(&rig.registry, "ram", DISK_BYTES)?;
-        let fresh = Fresh { rig, written: RefCell::default() };
+        let fresh = Fresh { rig, protection, written: RefCell::default() };
         fresh.renew()?;
         Ok(fresh)
     }
@@ -117,7 +143,7 @@ impl Fresh {
         if self.rig.manager.list().iter().any(|pool| pool.name == POOL) {
             self.rig.manager.close(POOL).map_err(text)?;
         }
-        self.rig.create("ram", POOL)?;
+        self.rig.create("ram", POOL, self.protection)?;
         self.written.borrow_mut().clear();
         for kind in [Kind::Unique, Kind::Duplicate, Kind::Incompressible] {
             self.rig.volume(POOL, kind.volume(), DATA_BYTES as u64)?;
@@ -150,10 +176,30 @@ impl Fresh {
         Ok(Sample::new(per_second, waited.into_iter().fold(0.0, f64::max)))
     }
 
-    /// Reads new data back, large and in order or small and at random.
-    pub fn read(&self, data: &Data, random: bool, cores: usize, time: Duration) -> Result<Sample, String> {
-        self.need(data, Kind::Unique)?;
-        let device = self.rig.open(POOL, Kind::Unique.volume())?;
+    /// Overwrites 4 KiB blocks of a volume at random; what is read or written next finds an empty pool.
+    pub fn overwrite(&self, data: &Data, kind: Kind, time: Duration) -> Result<Sample, String> {
+        self.need(data, kind)?;
+        let device = self.rig.open(POOL, kind.volume())?;
+        let base = plan(DATA_BYTES as u64, CHUNK_BYTES, 0, true, OVERWRITE_DEPTH, time);
+        let plan = Plan { data: DataSource::Stamped(data.chunks(kind)), ..base };
+        let sample = self
+            .rig
+            .on_core(0, move || async move { run_load(device.channel().map_err(text)?, plan).await })?;
+        self.renew()?;
+        Ok(sample)
+    }
+
+    /// Reads data back, large and in order or small and at random.
+    pub fn read(
+        &self,
+        data: &Data,
+        kind: Kind,
+        random: bool,
+        cores: usize,
+        time: Duration,
+    ) -> Result<Sample, String> {
+        self.need(data, kind)?;
+        let device = self.rig.open(POOL, kind.volume())?;
         let (bytes, depth) = if random { (CHUNK_BYTES, RANDOM_DEPTH) } else { (IO_BYTES, DEPTH) };
         let rig = &self.rig;
         let samples = both(cores, |core| {
@@ -199,7 +245,7 @@ impl<'a> Full<'a> {
     fn fill(&self, kind: Kind) -> Result<u64, String> {
         let pool = kind.volume();
         ram_disk(&self.rig.registry, &format!("ram-{pool}"), FULL_DISK_BYTES)?;
-        self.rig.create(&format!("ram-{pool}"), pool)?;
+        self.rig.create(&format!("ram-{pool}"), pool, Protection::Default)?;
         // Thin: as large as it may have to be.
         self.rig.volume(pool, "volume", 16 * FULL_DISK_BYTES)?;
         let device = self.rig.open(pool, "volume")?;
