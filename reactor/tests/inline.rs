@@ -2,6 +2,8 @@
 
 use std::cell::Cell;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use cryptfold_reactor::{self as reactor, IdlePolicy, Inline, MemoryConfig, RuntimeConfig};
@@ -24,16 +26,23 @@ fn turns_run_tasks_timers_and_messages() {
     // A sleeping reactor is woken by another thread.
     let handle = reactor.handle();
     let (told, mut hear) = reactor::sync::oneshot::channel();
+    let woken = Arc::new(AtomicBool::new(false));
+    let answered = woken.clone();
     let thread = std::thread::spawn(move || {
         std::thread::sleep(Duration::from_millis(20));
-        handle.block_on(|| async { 7 }).expect("the reactor lives")
+        let answer = move || async move {
+            answered.store(true, Ordering::Release);
+            7
+        };
+        handle.block_on(answer).expect("the reactor lives")
     });
     reactor.enter(|| reactor::spawn_local(async move { drop(told.send(thread)) }).detach());
     let thread = reactor.block_on(async move {
         reactor::sleep(Duration::from_millis(1)).await;
         (&mut hear).await.expect("told")
     });
-    while !thread.is_finished() {
+    // Not until the thread has ended: it may be late, and nothing would end a further sleep.
+    while !woken.load(Ordering::Acquire) {
         reactor.turn(true);
     }
     assert_eq!(thread.join().expect("no panic"), 7);

@@ -80,7 +80,7 @@ fn the_ways_a_superblock_can_be_wrong_are_told_apart() {
     };
     assert_eq!(changed(8, 2), Err(BlockError::Version { found_major: 2, found_minor: 0 }));
     assert_eq!(changed(10, 9), Ok(()), "a minor version does not matter");
-    assert_eq!(changed(72, 4), Err(BlockError::Features { unknown: 4 }));
+    assert_eq!(changed(72, 8), Err(BlockError::Features { unknown: 8 }));
     assert_eq!(changed(12, 2), Err(BlockError::Kind { found: 2, expected: 1 }));
     assert_eq!(changed(300, 1), Err(BlockError::Malformed { field: "reserved", value: 1 }));
     assert_eq!(changed(148, 1), Err(BlockError::Malformed { field: "segment size", value: (4 << 20) | 1 }));
