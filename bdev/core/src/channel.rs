@@ -15,7 +15,7 @@ use cryptfold_reactor as reactor;
 use reactor::memory::SgList;
 
 use crate::emulate;
-use crate::io::{Complete, Frame, Io, Op};
+use crate::io::{BlockRanges, Complete, Frame, Io, Op};
 use crate::locks::{self, Ack, ChannelId, LockId, Range};
 use crate::registry::gate;
 use crate::stats::ChannelStats;
@@ -157,6 +157,28 @@ impl Channel {
     /// The device's status.
     pub async fn write_zeroes(&self, lba: u64, blocks: u64) -> Result<(), Status> {
         self.run(Io::new(Op::WriteZeroes, lba, blocks)).await
+    }
+
+    /// Reads a range (of a few MiB at most) and writes the parts of it that `which` picks again, as they are, while no other change of
+    /// it is under way: for layers below that store what they get in another way by now. How many blocks were written. As no
+    /// user of the device sees a change, this is possible beside a claim, is not limited and does not count in statistics.
+    ///
+    /// # Errors
+    /// The device's status; a part may be written. `NAMESPACE_WRITE_PROTECTED` when the device is read-only.
+    pub async fn rewrite(
+        &self,
+        lba: u64,
+        blocks: u64,
+        which: impl FnOnce(&Io) -> BlockRanges,
+    ) -> Result<u64, Status> {
+        let bdev = self.bdev();
+        if lba.checked_add(blocks).is_none_or(|end| end > bdev.blocks()) {
+            return Err(Status::LBA_OUT_OF_RANGE);
+        }
+        if bdev.is_read_only() {
+            return Err(Status::NAMESPACE_WRITE_PROTECTED);
+        }
+        emulate::rewrite(&self.inner, lba, blocks, which).await
     }
 
     async fn run(&self, io: Box<Io>) -> Result<(), Status> {

@@ -8,7 +8,7 @@ use cryptfold_reactor as reactor;
 use reactor::memory::SgList;
 
 use crate::channel::{ChannelInner, IoFuture};
-use crate::io::{Io, Op};
+use crate::io::{BlockRanges, Io, Op};
 use crate::locks::{Range, RangeLocks};
 use crate::{Queue, Status};
 
@@ -33,6 +33,33 @@ pub(crate) fn run(c: Rc<ChannelInner>, mut io: Box<Io>) {
         io.up(result.err().unwrap_or(Status::SUCCESS));
     })
     .detach();
+}
+
+/// See [`crate::Channel::rewrite`].
+pub(crate) async fn rewrite(
+    c: &ChannelInner,
+    lba: u64,
+    blocks: u64,
+    which: impl FnOnce(&Io) -> BlockRanges,
+) -> Result<u64, Status> {
+    let block_bytes = c.desc.bdev().block_size_bytes() as usize;
+    let _guard = RangeLocks::lock(c.desc.bdev(), Range { lba, blocks }).await;
+    let queue: Rc<dyn Queue> = c.queue.clone();
+    let read = IoFuture::start(Io::new(Op::Read, lba, blocks), |io| queue.submit(io)).await;
+    let status = read.status();
+    let parts = if status.is_ok() { which(&read) } else { BlockRanges::new() };
+    let mut written = 0;
+    let mut result = status.ok();
+    for part in parts {
+        let (from, bytes) = (part.start as usize * block_bytes, part.blocks as usize * block_bytes);
+        if result.is_ok() {
+            let data = read.data.slice(from..from + bytes);
+            result = write(c, lba + u64::from(part.start), part.blocks.into(), data, false).await;
+            written += u64::from(part.blocks);
+        }
+    }
+    read.recycle();
+    result.map(|()| written)
 }
 
 fn step_blocks(c: &ChannelInner) -> u64 {

@@ -122,8 +122,11 @@ impl OpSet {
     }
 }
 
-/// Which parts of a read are unmapped, in blocks from the start of the I/O. Unmapped blocks hold zeros in `data`.
-pub type UnmappedRanges = SmallVec<[BlockRange; 2]>;
+/// Parts of an I/O, in blocks from its start.
+pub type BlockRanges = SmallVec<[BlockRange; 2]>;
+
+/// Which parts of a read are unmapped. Unmapped blocks hold zeros in `data`.
+pub type UnmappedRanges = BlockRanges;
 
 /// A run of blocks inside an I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -204,7 +207,8 @@ pub struct Io {
     pub op: Op,
     /// Force unit access: durable when it completes.
     pub fua: bool,
-    /// Which host key the data was decrypted with; 0 = none, stored as the host sent it.
+    /// Which host key the data was decrypted with; 0 = none, stored as the host sent it. Of a read: which one its data goes
+    /// through on its way up.
     pub host_key: u16,
     /// Chosen by the submitter, for [`Queue::abort`](crate::Queue::abort); unique among its outstanding I/O.
     pub tag: u64,
@@ -220,6 +224,8 @@ pub struct Io {
     pub compare: SgList,
     /// Filled by reads of devices that know: which blocks are unmapped.
     pub unmapped: UnmappedRanges,
+    /// Filled by reads under a host key, of devices that know: which mapped blocks were stored as the host had sent them.
+    pub as_sent: BlockRanges,
     status: Status,
     /// Whoever hands it up has just looked at the clock.
     timed: bool,
@@ -243,6 +249,7 @@ impl Io {
                 data: SgList::new(),
                 compare: SgList::new(),
                 unmapped: UnmappedRanges::new(),
+                as_sent: BlockRanges::new(),
                 status: Status::SUCCESS,
                 timed: false,
                 frames: Frames::new(),
@@ -283,6 +290,7 @@ impl Io {
             self.compare = SgList::new();
         }
         self.unmapped.clear();
+        self.as_sent.clear();
         self.status = Status::SUCCESS;
         self.timed = false;
     }

@@ -151,6 +151,54 @@ fn writes_of_other_channels_do_not_slip_in_between() {
 }
 
 #[test]
+fn what_is_written_again_undoes_no_write() {
+    let mut written = 0;
+    for seed in 0..60 {
+        let (mut sim, registry) = machine(seed);
+        let (claimed, tell) =
+            (Arc::new(std::sync::atomic::AtomicBool::new(false)), std::sync::atomic::Ordering::SeqCst);
+        let mut tasks = Vec::new();
+        for n in 1..CORES as u64 {
+            let (registry, claimed) = (registry.clone(), claimed.clone());
+            tasks.push(sim.spawn(n as usize, move || async move {
+                while !claimed.load(tell) {
+                    sleep(Duration::from_micros(1)).await;
+                }
+                // Beside a claim.
+                let c = registry.open("disk", Access::ReadOnly, |_| ()).unwrap().channel().unwrap();
+                let mut done = 0;
+                for turn in 0..40 {
+                    // Both blocks, or the second one.
+                    let start = turn % 2;
+                    let part = cryptfold_bdev::BlockRange { start, blocks: 2 - start };
+                    done += c.rewrite(30, 2, |_| [part].into_iter().collect()).await.unwrap();
+                }
+                assert_eq!(c.rewrite(2047, 2, |_| Default::default()).await, Err(Status::LBA_OUT_OF_RANGE));
+                done
+            }));
+        }
+        tasks.push(sim.spawn(0, move || async move {
+            let descriptor = registry.open("disk", Access::ReadWrite, |_| ()).unwrap();
+            descriptor.claim("a host").unwrap();
+            claimed.store(true, tell);
+            let c = descriptor.channel().unwrap();
+            for n in 1..=40 {
+                c.write(30, counter(n, 2), false).await.unwrap();
+                for lba in [30, 31] {
+                    assert_eq!(value(&c, lba).await, n, "seed {seed}: a write was undone");
+                }
+            }
+            0
+        }));
+        finish(&mut sim, &tasks);
+        for task in tasks {
+            written += sim.run(move || task);
+        }
+    }
+    assert_eq!(written, 60 * 3 * 40 * 3 / 2);
+}
+
+#[test]
 fn overlapping_locks_of_many_sizes_end() {
     // Ranges chosen so that waiters overlap each other in chains, with channels that come and go meanwhile.
     for seed in 0..60 {
