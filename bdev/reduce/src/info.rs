@@ -314,6 +314,15 @@ pub struct VolumeInfo {
     pub created_ms: u64,
 }
 
+/// Where data lies in a part of a volume that was stored as the host had sent it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct AsSent {
+    /// First block of 4 KiB and number of blocks, ascending. Zeros and patterns are not among them.
+    pub runs: Vec<(u64, u64)>,
+    /// The block to go on from; none: this was the end.
+    pub next: Option<u64>,
+}
+
 /// A deduplication domain, as it is now.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DomainInfo {

@@ -75,9 +75,9 @@ pub use cryptfold_reduce_format::{block, keys, slots};
 pub use damage::{Falsify, Part};
 pub use error::PoolError;
 pub use info::{
-    CheckReport, CreateOptions, DeletionInfo, DomainInfo, ErasedDomain, ErasedPool, KeyChange, KeySource,
-    LateInfo, LostPool, PoolEvent, PoolInfo, RenewalInfo, ScrubInfo, ScrubState, SealedPool, SlotKey, Space,
-    VolumeInfo, VolumeOptions,
+    AsSent, CheckReport, CreateOptions, DeletionInfo, DomainInfo, ErasedDomain, ErasedPool, KeyChange,
+    KeySource, LateInfo, LostPool, PoolEvent, PoolInfo, RenewalInfo, ScrubInfo, ScrubState, SealedPool,
+    SlotKey, Space, VolumeInfo, VolumeOptions,
 };
 pub use local::LocalPool;
 pub use manager::PoolManager;

@@ -17,7 +17,7 @@ use crate::base::Base;
 use crate::damage::{Falsify, Part};
 use crate::error::PoolError;
 use crate::info::{
-    CheckReport, CreateOptions, DomainInfo, ErasedDomain, ErasedPool, KeyChange, KeySource, LateInfo,
+    AsSent, CheckReport, CreateOptions, DomainInfo, ErasedDomain, ErasedPool, KeyChange, KeySource, LateInfo,
     PoolInfo, RenewalInfo, ScrubInfo, SealedPool, VolumeInfo, VolumeOptions,
 };
 use crate::keyslots;
@@ -195,6 +195,27 @@ impl LocalPool {
     pub async fn own_volume(&self, volume: &str, parent_only: bool) -> Result<(), PoolError> {
         let id = self.pool.find_volume(volume)?;
         self.pool.own_volume(id, parent_only).await
+    }
+
+    /// As [`crate::PoolManager::set_host_key`].
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn set_host_key(
+        &self,
+        volume: &str,
+        from: u64,
+        record: Option<Vec<u8>>,
+    ) -> Result<bool, PoolError> {
+        self.pool.set_host_key(self.pool.find_volume(volume)?, from, record).await
+    }
+
+    /// As [`crate::PoolManager::as_sent`].
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn as_sent(&self, volume: &str, from: u64) -> Result<AsSent, PoolError> {
+        self.pool.as_sent(self.pool.find_volume(volume)?, from).await
     }
 
     /// Whether deleted volumes are still giving back what they had.

@@ -19,7 +19,7 @@ use uuid::Uuid;
 
 use crate::error::PoolError;
 use crate::info::{
-    CheckReport, CreateOptions, DomainInfo, ErasedDomain, ErasedPool, KeyChange, KeySource, LateInfo,
+    AsSent, CheckReport, CreateOptions, DomainInfo, ErasedDomain, ErasedPool, KeyChange, KeySource, LateInfo,
     LostPool, PoolEvent, PoolInfo, RenewalInfo, ScrubInfo, SealedPool, SlotKey, VolumeInfo, VolumeOptions,
 };
 use crate::local::LocalPool;
@@ -735,6 +735,15 @@ impl PoolManager {
     pub fn is_empty_behind(&self, pool: &str, volume: &str, from: u64) -> Result<bool, PoolError> {
         let id = self.volume(pool, volume)?.id;
         self.on_home(&self.find(pool)?, move |pool| async move { pool.is_empty_behind(id, from).await })
+    }
+
+    /// Where data lies in a volume that was stored as the host had sent it, in some blocks from block `from` (of 4 KiB) on.
+    ///
+    /// # Errors
+    /// There is no such volume; the pool's device fails.
+    pub fn as_sent(&self, pool: &str, volume: &str, from: u64) -> Result<AsSent, PoolError> {
+        let id = self.volume(pool, volume)?.id;
+        self.on_home(&self.find(pool)?, move |pool| async move { pool.as_sent(id, from).await })
     }
 
     fn reregister(

@@ -10,7 +10,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use cryptfold_bdev::trace::{self, Stage};
-use cryptfold_bdev::{BlockRange, Status, UnmappedRanges};
+use cryptfold_bdev::{BlockRange, BlockRanges, Status};
 use cryptfold_reactor::memory::{Buf, SgList};
 use cryptfold_reduce_format::codec::{Codec, Decompressor};
 use cryptfold_reduce_format::container::FragmentEntry;
@@ -41,6 +41,8 @@ struct Extent {
     at: usize,
     count: usize,
     source: Source,
+    /// Data, patterns or zeros that were stored as the host had sent them.
+    as_sent: bool,
 }
 
 enum Source {
@@ -166,14 +168,28 @@ pub(crate) fn steps(count: u64) -> impl Iterator<Item = (u64, usize)> {
     (0..count).step_by(STEP as usize).map(move |done| (done, STEP.min(count - done) as usize))
 }
 
+/// What is to be known of a read's blocks besides their bytes: runs of them, in order.
+#[derive(Default)]
+pub(crate) struct Runs {
+    /// Not mapped.
+    pub unmapped: BlockRanges,
+    /// Mapped, and stored as the host had sent them.
+    pub as_sent: BlockRanges,
+}
+
 impl Resolved {
-    /// Adds the unmapped runs, `base` blocks into the read.
-    pub fn unmapped(&self, base: u64, unmapped: &mut UnmappedRanges) {
-        for extent in self.extents.iter().filter(|extent| matches!(extent.source, Source::Unmapped)) {
+    /// Adds the runs, `base` blocks into the read.
+    pub fn add_runs(&self, base: u64, runs: &mut Runs) {
+        for extent in &self.extents {
+            let kind = match extent.source {
+                Source::Unmapped => &mut runs.unmapped,
+                _ if extent.as_sent => &mut runs.as_sent,
+                _ => continue,
+            };
             let (start, blocks) = (base as u32 + extent.at as u32, extent.count as u32);
-            match unmapped.last_mut().filter(|last| last.start + last.blocks == start) {
+            match kind.last_mut().filter(|last| last.start + last.blocks == start) {
                 Some(last) => last.blocks += blocks,
-                None => unmapped.push(BlockRange { start, blocks }),
+                None => kind.push(BlockRange { start, blocks }),
             }
         }
     }
@@ -185,22 +201,22 @@ impl Resolved {
 }
 
 impl Pool {
-    /// Reads 4 KiB blocks of a volume, on the pool's home: their bytes, and which of them are unmapped.
+    /// Reads 4 KiB blocks of a volume, on the pool's home: their bytes, and of which runs of them there is more to say.
     pub(crate) async fn read_blocks(
         &self,
         volume: VolumeId,
         lba: u64,
         count: u64,
-    ) -> Result<(SgList, UnmappedRanges), Status> {
+    ) -> Result<(SgList, Runs), Status> {
         let mut data = SgList::new();
-        let mut unmapped = UnmappedRanges::new();
+        let mut runs = Runs::default();
         for (done, blocks) in steps(count) {
             let resolved = self.resolve_blocks(volume, lba + done, blocks).await?;
-            resolved.unmapped(done, &mut unmapped);
+            resolved.add_runs(done, &mut runs);
             let part = self.core.read(&resolved, blocks).await;
             data.append(part.map_err(|error| self.read_failed(error))?);
         }
-        Ok((data, unmapped))
+        Ok((data, runs))
     }
 
     /// Finds out what blocks are, loading what that takes.
@@ -489,7 +505,7 @@ fn resolve(
             }
         };
         if own.is_none() && base.is_none() {
-            push(&mut extents, at, here, Source::Unmapped);
+            push(&mut extents, at, here, Source::Unmapped, false);
             at += here;
             continue;
         }
@@ -509,7 +525,7 @@ fn resolve(
                 Target::Uncorrectable => return Err(Status::UNRECOVERED_READ),
             };
             if let Some(source) = source {
-                push(&mut extents, at, 1, source);
+                push(&mut extents, at, 1, source, entry.host_key.0 == 0);
             }
             at += 1;
         }
@@ -518,11 +534,11 @@ fn resolve(
 }
 
 /// A leaf that shows what a volume does not have itself, up to which slot.
-type Inherited = (Rc<MapLeaf>, usize);
+pub(crate) type Inherited = (Rc<MapLeaf>, usize);
 
 /// What a volume inherits in a leaf, if anything; the outer `None`: something is missing.
 #[allow(clippy::option_option)]
-fn inherited(
+pub(crate) fn inherited(
     shard: &Shard,
     v: &Volume,
     index: u64,
@@ -583,9 +599,10 @@ fn resolve_chunk(
 }
 
 /// Appends a run, or lengthens the last one.
-fn push(extents: &mut Extents, at: usize, count: usize, source: Source) {
+fn push(extents: &mut Extents, at: usize, count: usize, source: Source, as_sent: bool) {
     if let Some(last) = extents.last_mut()
         && last.at + last.count == at
+        && last.as_sent == as_sent
     {
         let goes_on = match (&last.source, &source) {
             (Source::Unmapped, Source::Unmapped) | (Source::Zero, Source::Zero) => true,
@@ -600,5 +617,5 @@ fn push(extents: &mut Extents, at: usize, count: usize, source: Source) {
             return;
         }
     }
-    extents.push(Extent { at, count, source });
+    extents.push(Extent { at, count, source, as_sent });
 }

@@ -12,7 +12,7 @@ use std::rc::Rc;
 use std::sync::Arc;
 
 use cryptfold_bdev::{
-    BdevError, BlockRange, Device, DeviceInfo, Io, Op, OpSet, Queue, Space, Status, UnmappedRanges,
+    BdevError, BlockRange, BlockRanges, Device, DeviceInfo, Io, Op, OpSet, Queue, Space, Status,
 };
 use cryptfold_reactor as reactor;
 use cryptfold_reduce_format::fragment::CHUNK_BYTES;
@@ -26,7 +26,7 @@ use crate::generation::SharedHasher;
 use crate::info::VolumeInfo;
 use crate::ingest::{HASHED, PIECE, Prepared, Small, ToSeal, whole_chunks};
 use crate::pool::{Parked, Pool, PoolRef};
-use crate::read::steps;
+use crate::read::{Runs, steps};
 
 /// Largest write that is gathered with others, in 4 KiB blocks: larger ones fill the hash's lanes by themselves.
 const SMALL_BLOCKS: u64 = 2;
@@ -163,7 +163,7 @@ struct Request {
 struct Answer {
     status: Status,
     data: SgList,
-    unmapped: UnmappedRanges,
+    runs: Runs,
 }
 
 impl Queue for VolumeQueue {
@@ -375,15 +375,15 @@ impl VolumeDevice {
         Ok(prepared)
     }
 
-    async fn read_away(&self, core: &Core, lba: u64, count: u64) -> Result<(SgList, UnmappedRanges), Status> {
+    async fn read_away(&self, core: &Core, lba: u64, count: u64) -> Result<(SgList, Runs), Status> {
         let id = self.id;
         let mut data = SgList::new();
-        let mut unmapped = UnmappedRanges::new();
+        let mut runs = Runs::default();
         for (done, blocks) in steps(count) {
             let resolving =
                 self.on_home(move |pool| async move { pool.resolve_blocks(id, lba + done, blocks).await });
             let resolved = resolving.await?;
-            resolved.unmapped(done, &mut unmapped);
+            resolved.add_runs(done, &mut runs);
             match core.read(&resolved, blocks).await {
                 Ok(part) => data.append(part),
                 Err(error) => {
@@ -392,7 +392,7 @@ impl VolumeDevice {
                 }
             }
         }
-        Ok((data, unmapped))
+        Ok((data, runs))
     }
 }
 
@@ -404,7 +404,7 @@ enum Reader<'a> {
 
 impl Answer {
     fn failed(status: Status) -> Answer {
-        Answer { status, data: SgList::new(), unmapped: UnmappedRanges::new() }
+        Answer { status, data: SgList::new(), runs: Runs::default() }
     }
 }
 
@@ -417,7 +417,10 @@ impl From<Result<(), Status>> for Answer {
 fn finish(mut io: Box<Io>, answer: Answer) {
     let mut status = answer.status;
     if io.op == Op::Read && status.is_ok() {
-        io.unmapped = answer.unmapped;
+        io.unmapped = answer.runs.unmapped;
+        if io.host_key != 0 {
+            io.as_sent = answer.runs.as_sent;
+        }
         if io.data.is_empty() {
             io.data = answer.data;
         } else if !copy_into(&mut io.data, &answer.data) {
@@ -467,26 +470,27 @@ async fn read(
         return Ok(Answer::failed(Status::SUCCESS));
     }
     let (first, end) = (lba / per_chunk, (lba + blocks).div_ceil(per_chunk));
-    let (mut data, chunks) = match reader {
+    let (mut data, mut runs) = match reader {
         Reader::Home(pool) => pool.read_blocks(id, first, end - first).await?,
         Reader::Away(device, core) => device.read_away(core, first, end - first).await?,
     };
     if per_chunk == 1 {
-        return Ok(Answer { status: Status::SUCCESS, data, unmapped: chunks });
+        return Ok(Answer { status: Status::SUCCESS, data, runs });
     }
     let block_bytes = CHUNK_BYTES as u64 / per_chunk;
     let skip = (lba - first * per_chunk) * block_bytes;
     data = data.slice(skip as usize..(skip + blocks * block_bytes) as usize);
     // From chunks counted from `first` to blocks counted from `lba`, cut to the I/O.
-    let unmapped = chunks
-        .iter()
-        .filter_map(|range| {
+    let cut = |chunks: BlockRanges| -> BlockRanges {
+        let cut = chunks.iter().filter_map(|range| {
             let start = ((first + u64::from(range.start)) * per_chunk).max(lba);
             let stop = ((first + u64::from(range.start + range.blocks)) * per_chunk).min(lba + blocks);
             (start < stop).then(|| BlockRange { start: (start - lba) as u32, blocks: (stop - start) as u32 })
-        })
-        .collect();
-    Ok(Answer { status: Status::SUCCESS, data, unmapped })
+        });
+        cut.collect()
+    };
+    runs = Runs { unmapped: cut(runs.unmapped), as_sent: cut(runs.as_sent) };
+    Ok(Answer { status: Status::SUCCESS, data, runs })
 }
 
 async fn change(pool: &Rc<Pool>, id: VolumeId, per_chunk: u64, request: Request) -> Result<(), Status> {
@@ -576,8 +580,8 @@ async fn zero_part(
         return Ok(());
     }
     let (chunk, size) = (from / per_chunk, CHUNK_BYTES as u64 / per_chunk);
-    let (data, unmapped) = pool.read_blocks(target.volume, chunk, 1).await?;
-    if !unmapped.is_empty() {
+    let (data, runs) = pool.read_blocks(target.volume, chunk, 1).await?;
+    if !runs.unmapped.is_empty() {
         return Ok(());
     }
     let mut whole = vec![0; CHUNK_BYTES];

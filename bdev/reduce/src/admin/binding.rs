@@ -1,22 +1,28 @@
 //! Which key the host had encrypted a volume with: a record that is kept with the volume, and inherited by what is derived from
 //! it. What is in the record is its writer's.
 //!
-//! Invariant: it changes only while nothing is stored behind the part that is never decrypted, so that everything behind it
-//! was stored under the key that the record names, or (without a record) as the host sent it.
+//! Invariant: it goes, or becomes that of another key, only while nothing is stored behind the part that is never decrypted. So
+//! what is stored there under a host's key ([`MapEntry::host_key`]) is under the one that the record names; the rest, which may
+//! have been there before the record, is as the host had sent it.
 
 use std::rc::Rc;
 
 use cryptfold_bdev::Status;
 use cryptfold_reduce_format::ids::VolumeId;
-use cryptfold_reduce_format::map::{MAP_ENTRIES, Target};
+use cryptfold_reduce_format::map::{MAP_ENTRIES, MapEntry, Target};
 
 use crate::error::PoolError;
+use crate::info::AsSent;
 use crate::pool::Pool;
-use crate::shard::{ApplyError, Needs, Shard, Volume};
+use crate::read::inherited;
+use crate::shard::{ApplyError, Needs, Shard, Volume, leaf_of};
 use crate::tree::Found;
 
 /// Longest record, bytes.
 const MAX_RECORD_BYTES: usize = 1024;
+/// Leaves that are looked at in one step, and those that are not there.
+const LEAVES: usize = 64;
+const ABSENT: usize = 4096;
 
 impl Pool {
     /// Changes the record of a volume's host key, durably, if nothing is stored from byte `from` on. Whether it did.
@@ -62,6 +68,22 @@ impl Pool {
     }
 }
 
+impl Pool {
+    /// Where chunks lie that were stored as the host had sent them, in some blocks of a volume from block `from` on.
+    pub(crate) async fn as_sent(&self, id: VolumeId, from: u64) -> Result<AsSent, PoolError> {
+        let mut pins = self.pins();
+        loop {
+            let mut needs = Needs::new();
+            let found = self.shard.borrow().as_sent(id, from, &mut needs);
+            let found = found.map_err(|status| self.stopped(status))?;
+            if needs.is_empty() {
+                return Ok(found);
+            }
+            self.load_all(needs, &mut pins).await.map_err(|status| self.stopped(status))?;
+        }
+    }
+}
+
 impl Volume {
     /// The record of the host's key.
     pub fn host_key(&self) -> Option<&[u8]> {
@@ -98,5 +120,57 @@ impl Shard {
             }
         }
         Ok(v.chunks + v.special == before)
+    }
+
+    /// See [`Pool::as_sent`]; meaningless while something is needed.
+    fn as_sent(&self, id: VolumeId, from: u64, needs: &mut Needs) -> Result<AsSent, Status> {
+        let v = self.volumes.get(&id.0).ok_or(Status::INVALID_NAMESPACE)?;
+        let mut found = AsSent { runs: Vec::new(), next: None };
+        let (mut at, end) = (from, v.record.blocks);
+        let (mut leaves, mut absent) = (0, 0);
+        while at < end {
+            if leaves == LEAVES || absent == ABSENT {
+                found.next = Some(at);
+                break;
+            }
+            let (index, first) = leaf_of(at);
+            let here = (MAP_ENTRIES - first).min((end - at).try_into().unwrap_or(MAP_ENTRIES));
+            let own = match v.tree.find(index) {
+                _ if v.is_snapshot() => None,
+                Found::Here(leaf) => Some(leaf),
+                Found::Absent => None,
+                Found::Away(_) => {
+                    Shard::need(&v.tree, id.0, index, needs);
+                    leaves += 1;
+                    at += here as u64;
+                    continue;
+                }
+            };
+            let base = inherited(self, v, index, needs)?.flatten();
+            if own.is_none() && base.is_none() {
+                absent += 1;
+                at += here as u64;
+                continue;
+            }
+            leaves += 1;
+            for slot in first..first + here {
+                let mut entry = own.map_or_else(MapEntry::default, |leaf| leaf.get(slot));
+                if let Some((leaf, below)) = &base
+                    && entry.is_none()
+                    && slot < *below
+                {
+                    entry = leaf.get(slot);
+                }
+                if entry.host_key.0 == 0 && entry.chunk().is_some() {
+                    let block = index * MAP_ENTRIES as u64 + slot as u64;
+                    match found.runs.last_mut().filter(|run| run.0 + run.1 == block) {
+                        Some(run) => run.1 += 1,
+                        None => found.runs.push((block, 1)),
+                    }
+                }
+            }
+            at += here as u64;
+        }
+        Ok(found)
     }
 }
