@@ -16,6 +16,7 @@
 //! - The host's write-zeroes asks for zeros *above* this layer. It goes down only to a base that does it itself and
 //!   reports zeroed ranges as unmapped; elsewhere the core turns it into writes, and the plaintext of zero ciphertext
 //!   is stored.
+//! - Where that is asked for ([`Shape::by_block`]), what the base reports as stored the way the host had sent it passes as it is.
 //! - A block holds whole units: with units of 4096 bytes the device has blocks of 4096 bytes.
 //!
 //! The key comes from a [`KeyGate`]: while it is shut, all I/O ends with the gate's status and nothing goes down; a read that
@@ -169,6 +170,7 @@ impl Device for Hostcrypt {
             iv_large_sectors: o.iv_large_sectors,
             sector_size_bytes: o.sector_size_bytes,
             key_id: o.key_id,
+            by_block: false,
         };
         let queue = HostcryptQueue::open(self.base.channel()?, &self.info, self.ratio, shape, &o.key);
         queue.map(|q| q as Rc<dyn Queue>).map_err(|e| BdevError::NoResources(e.to_string()))
@@ -229,6 +231,8 @@ pub struct Shape {
     pub sector_size_bytes: u32,
     /// For [`Io::host_key`].
     pub key_id: u16,
+    /// The base, whose blocks are as large as ours, says block by block what is under the key ([`Io::as_sent`]). Otherwise all is.
+    pub by_block: bool,
 }
 
 /// The layer on one core. A block of `info` is `ratio` blocks of the base.
@@ -246,6 +250,7 @@ pub(crate) struct HostcryptQueue {
     block_bytes: u64,
     ratio: u64,
     key_id: u16,
+    by_block: bool,
     reports_unmapped: bool,
 }
 
@@ -292,6 +297,7 @@ impl HostcryptQueue {
             block_bytes: u64::from(info.block_size_bytes),
             ratio,
             key_id: shape.key_id,
+            by_block: shape.by_block,
             reports_unmapped: info.reports_unmapped,
             base,
         });
@@ -407,7 +413,13 @@ impl HostcryptQueue {
             io.unmapped.clear();
         }
         let block = self.block_bytes as usize;
-        let spans = transform::spans(self.numbering.origin, start, len, block, &io.unmapped);
+        let mut through = &io.unmapped;
+        let both: UnmappedRanges;
+        if self.by_block && !io.as_sent.is_empty() {
+            both = through.iter().chain(&io.as_sent).copied().collect();
+            through = &both;
+        }
+        let spans = transform::spans(self.numbering.origin, start, len, block, through);
         let into = Some(into).filter(|d| !d.is_empty());
         let begun = trace::begin();
         self.with_key(|context| {

@@ -2,7 +2,7 @@
 //!
 //! - [`crypto`] is the array's layer: what lies below it is ciphertext.
 //! - [`hostcrypt`] is a host's layer in reverse: what lies above it is the host's ciphertext, below it plaintext.
-//! - [`luks`] is the same layer, put on and taken off while hosts are connected, as the LUKS2 header says.
+//! - [`luks`] is the same layer, put on and taken off while hosts are connected, as the LUKS2 header says; [`late`]: what was stored before its key was there.
 //!
 //! Both hold one [`engine::XtsContext`] per queue and send data from source to final destination in one pass.
 
@@ -10,6 +10,7 @@ pub mod crypto;
 pub mod engine;
 pub mod gate;
 pub mod hostcrypt;
+pub mod late;
 pub mod luks;
 mod transform;
 mod watched;

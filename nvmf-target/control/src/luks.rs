@@ -463,6 +463,7 @@ impl Volume {
             iv_large_sectors: false,
             sector_size_bytes: s.sector_bytes,
             key_id: KEY_ID,
+            by_block: true,
         };
         let layer = Some(Layer::Bound(Arc::new(Bound { shape, gate })));
         Verdict { layer, state: "bound", reason: None, found: None, again: false }

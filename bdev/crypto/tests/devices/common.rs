@@ -70,7 +70,12 @@ impl Queue for ThinQueue {
                 let mut out = Vec::new();
                 for (i, lba) in range.enumerate() {
                     match s.blocks.get(&lba) {
-                        Some((data, _)) => out.extend(data),
+                        Some((data, key)) => {
+                            out.extend(data);
+                            if io.host_key != 0 && *key == 0 {
+                                io.as_sent.push(BlockRange { start: i as u32, blocks: 1 });
+                            }
+                        }
                         None => {
                             out.extend(vec![0; bs]);
                             io.unmapped.push(BlockRange { start: i as u32, blocks: 1 });

@@ -8,6 +8,7 @@ use std::time::Duration;
 use cryptfold_bdev::{Access, BdevError, Channel, Op, Registry, Status};
 use cryptfold_bdev_crypto::gate::{Access as KeyAccess, KeyGate};
 use cryptfold_bdev_crypto::hostcrypt::Shape;
+use cryptfold_bdev_crypto::late::reduce_late;
 use cryptfold_bdev_crypto::luks::{Bound, Layer, LuksOptions, Shut, Switch, WATCHED_BYTES, Wake, create};
 use cryptfold_reactor as reactor;
 use cryptfold_reactor::memory::Buf;
@@ -46,6 +47,7 @@ fn bound(gate: &Arc<KeyGate>) -> Layer {
         iv_large_sectors: false,
         sector_size_bytes: 512,
         key_id: 1,
+        by_block: true,
     };
     Layer::Bound(Arc::new(Bound { shape, gate: gate.clone() }))
 }
@@ -220,6 +222,39 @@ fn the_gate_of_a_bound_payload_is_the_keys() {
         assert!(bytes(&channel.read(PAYLOAD, 1).await.unwrap()) == [1; 4096]);
         switch.set(Layer::Raw);
         assert!(bytes(&channel.read(PAYLOAD, 1).await.unwrap()) != [1; 4096]);
+    });
+}
+
+/// Written raw, then bound: read as it was, block by block, and reduced late.
+#[test]
+fn blocks_of_before_are_told_from_those_of_after() {
+    sim(|r| async move {
+        let (below, switch, channel) = device(&r, Layer::Raw);
+        let mut rng = Rng(7);
+        let cipher: Vec<Vec<u8>> = (0..4).map(|_| rng.bytes(4096)).collect();
+        for (lba, data) in [(0, &cipher[0]), (1, &cipher[1]), (3, &vec![5; 4096]), (4, &cipher[2])] {
+            channel.write(PAYLOAD + lba, Buf::from_slice(data), false).await.unwrap();
+        }
+        assert!(switch.drain(Duration::ZERO));
+        switch.set(bound(&KeyGate::fixed(key(64))));
+        assert!(switch.settle(1));
+        channel.write(PAYLOAD + 1, Buf::from_slice(&cipher[3]), false).await.unwrap();
+        let all = [&cipher[0][..], &cipher[3], &[0; 4096], &[5; 4096], &cipher[2]].concat();
+        let stored = |n: u64| below.lock().unwrap().blocks[&(PAYLOAD + n)].clone();
+        for _ in 0..2 {
+            assert!(bytes(&channel.read(PAYLOAD, 5).await.unwrap()) == all);
+            // With the header, and the part of it that is wanted.
+            assert!(bytes(&channel.read(PAYLOAD - 1, 3).await.unwrap())[4096..] == all[..8192]);
+            assert!(bytes(&channel.read(PAYLOAD + 3, 2).await.unwrap()) == all[3 * 4096..]);
+            assert_eq!((stored(1).1, stored(3)), (1, (vec![5; 4096], 0)));
+            // What looks like ciphertext; the second time there is nothing left.
+            let left = u64::from(stored(0).1 == 0) * 2;
+            assert_eq!(reduce_late(&channel, PAYLOAD, 5).await, Ok(left));
+        }
+        let plain = |at: u64, data: &[u8]| dm_decrypt(&key(64), 512, 0, at * 4096, data);
+        assert_eq!(stored(0), (plain(0, &cipher[0]), 1));
+        assert_eq!(stored(1), (plain(1, &cipher[3]), 1));
+        assert_eq!(stored(4), (plain(4, &cipher[2]), 1));
     });
 }
 

@@ -1,0 +1,360 @@
+//! A volume whose host's key comes after its data, with power cuts: while the layer is put on, while hosts read and write and what
+//! was stored before is reduced block by block. Every block is what the history allows, whichever way it is stored.
+
+mod support;
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use cryptfold_bdev::{Access, Channel, Status};
+use cryptfold_bdev_crypto::engine::{XtsContext, XtsEngine, XtsKey};
+use cryptfold_bdev_crypto::gate::KeyGate;
+use cryptfold_bdev_crypto::hostcrypt::Shape;
+use cryptfold_bdev_crypto::late::reduce_late;
+use cryptfold_bdev_crypto::luks::{Bound, Layer, LuksOptions, Switch, WATCHED_BYTES, create};
+use cryptfold_bdev_sim::harness::{LocalFuture, Machine, Options, Stack, life, seeds};
+use cryptfold_bdev_sim::{Image, Rng};
+use cryptfold_bdev_split::SplitOptions;
+use cryptfold_reactor::memory::Buf;
+use cryptfold_reactor::{self as reactor, Sim};
+use cryptfold_reduce::{CreateOptions, LocalPool, PoolError, VolumeOptions};
+use support::key;
+
+const MIB: u64 = 1 << 20;
+/// First block of the payload.
+const PAYLOAD: u64 = WATCHED_BYTES / 4096;
+
+fn text(error: PoolError) -> String {
+    error.to_string()
+}
+
+fn host_key() -> Arc<XtsKey> {
+    Arc::new(XtsKey::new(&(0..64).collect::<Vec<u8>>()).unwrap())
+}
+
+fn bound(by_block: bool) -> Layer {
+    let shape = Shape {
+        payload_offset_bytes: WATCHED_BYTES,
+        iv_offset: 0,
+        iv_large_sectors: false,
+        sector_size_bytes: 512,
+        key_id: 1,
+        by_block,
+    };
+    Layer::Bound(Arc::new(Bound { shape, gate: KeyGate::fixed(host_key()) }))
+}
+
+/// The key is there: changes are held back, the record becomes durable, the layer is put on. The volume is "v".
+async fn bind(pool: &LocalPool, switch: &Switch, by_block: bool) -> Result<(), String> {
+    while !switch.drain(Duration::ZERO) {
+        reactor::sleep(Duration::from_micros(5)).await;
+    }
+    let set = pool.set_host_key("v", u64::MAX, Some(vec![1])).await.map_err(text)?;
+    assert!(set, "behind the end there is nothing");
+    switch.set(bound(by_block));
+    assert!(switch.settle(1));
+    Ok(())
+}
+
+/// Goes through all that was stored before; how many blocks became plaintext.
+async fn convert(pool: &LocalPool, channel: &Channel, goes_on: impl Fn() -> bool) -> Result<u64, String> {
+    let (mut next, mut done) = (Some(PAYLOAD), 0);
+    while let Some(from) = next {
+        let found = pool.as_sent("v", from).await.map_err(text)?;
+        next = found.next;
+        for (start, blocks) in found.runs {
+            let end = start + blocks;
+            for at in (start..end).step_by(8) {
+                if !goes_on() {
+                    return Ok(done);
+                }
+                let count = 8.min(end - at);
+                done += reduce_late(channel, at, count).await.map_err(|s| format!("block {at}: {s}"))?;
+            }
+        }
+    }
+    Ok(done)
+}
+
+/// A volume, the host's layer on it, and the part behind the header as the device that is used.
+#[derive(Clone)]
+struct Late {
+    seed: u64,
+    by_block: bool,
+    pool: Rc<RefCell<Option<LocalPool>>>,
+    /// It has been read and checked after the power came back: reads that the layer's coming ends are then a worker's.
+    verified: Rc<Cell<bool>>,
+    stop: Rc<Cell<bool>>,
+    running: Rc<Cell<bool>>,
+    seen: Arc<Seen>,
+}
+
+#[derive(Default)]
+struct Seen {
+    /// Blocks that became plaintext.
+    reduced: AtomicU64,
+    /// Recoveries with blocks of both kinds.
+    mixed: AtomicU64,
+}
+
+impl Late {
+    fn make(seed: u64, by_block: bool, seen: &Arc<Seen>) -> Rc<dyn Stack> {
+        Rc::new(Late {
+            seed,
+            by_block,
+            pool: Rc::default(),
+            verified: Rc::default(),
+            stop: Rc::default(),
+            running: Rc::default(),
+            seen: seen.clone(),
+        })
+    }
+
+    /// The devices above the pool, and what happens in the background.
+    fn layers(&self, machine: &Machine, pool: LocalPool) -> Result<(), String> {
+        let failed = |e: cryptfold_bdev::BdevError| e.to_string();
+        let options = LuksOptions {
+            name: "luks".into(),
+            base_bdev_name: "pool/v".into(),
+            uuid: None,
+            params: serde_json::json!({}),
+        };
+        let (_, switch) = create(&machine.registry, options).map_err(failed)?;
+        let known = pool.volumes()[0].host_key.is_some();
+        switch.found_magic(false, 1);
+        switch.set(if known { bound(self.by_block) } else { Layer::Raw });
+        assert!(switch.settle(1));
+        let split = SplitOptions { base_bdev: "luks".into(), split_count: 2, split_size_mb: None };
+        cryptfold_bdev_split::create(&machine.registry, split).map_err(failed)?;
+        *self.pool.borrow_mut() = Some(pool.clone());
+        let (registry, stop, running) = (machine.registry.clone(), self.stop.clone(), self.running.clone());
+        let verified = self.verified.clone();
+        let (mut rng, by_block, seen) = (Rng::new(self.seed), self.by_block, self.seen.clone());
+        running.set(true);
+        reactor::spawn_local(async move {
+            if !known {
+                let wait = rng.magnitude(50_000_000);
+                let until = reactor::now().0 + wait;
+                while (reactor::now().0 < until || !verified.get()) && !stop.get() {
+                    reactor::sleep(Duration::from_nanos(wait / 64 + 10_000)).await;
+                }
+                if !stop.get() {
+                    bind(&pool, &switch, by_block).await.unwrap();
+                }
+            }
+            if !stop.get() {
+                let opened = registry.open("luks", Access::ReadOnly, |_| ()).and_then(|d| d.channel());
+                let done = convert(&pool, &opened.unwrap(), || !stop.get()).await.unwrap();
+                seen.reduced.fetch_add(done, Ordering::Relaxed);
+            }
+            running.set(false);
+        })
+        .detach();
+        Ok(())
+    }
+}
+
+impl Stack for Late {
+    fn create(&self, machine: Machine) -> LocalFuture<Result<(), String>> {
+        let above = self.clone();
+        Box::pin(async move {
+            let mut options = CreateOptions::new(key());
+            (options.force, options.segment_bytes) = (true, Some(MIB as u32));
+            options.memory_budget = Some(24 * MIB);
+            let pool = LocalPool::create(&machine.registry, &machine.disk, "pool", &options).await;
+            let pool = pool.map_err(text)?;
+            let volume =
+                VolumeOptions { name: "v".into(), size_bytes: 2 * WATCHED_BYTES, ..VolumeOptions::default() };
+            pool.create_volume(&volume).await.map_err(text)?;
+            above.verified.set(true);
+            above.layers(&machine, pool)
+        })
+    }
+
+    fn open(&self, machine: Machine) -> LocalFuture<Result<(), String>> {
+        let above = self.clone();
+        Box::pin(async move {
+            let pool = LocalPool::open(&machine.registry, &machine.disk, &key(), Some(24 * MIB)).await;
+            above.layers(&machine, pool.map_err(text)?.ok_or("no pool on the disk")?)
+        })
+    }
+
+    fn volumes(&self) -> Vec<String> {
+        vec!["luksp1".into()]
+    }
+
+    fn check(&self, _: Machine) -> LocalFuture<Result<(), String>> {
+        let (pool, seen, verified) = (self.pool.borrow().clone(), self.seen.clone(), self.verified.clone());
+        Box::pin(async move {
+            let pool = pool.ok_or("no pool is open")?;
+            let report = pool.check(true).await.map_err(|status| status.to_string())?;
+            if !report.is_clean() {
+                return Err(format!("{} problems: {:?}", report.problem_count, report.problems));
+            }
+            let left = pool.as_sent("v", PAYLOAD).await.map_err(text)?;
+            let bound = pool.volumes()[0].host_key.is_some();
+            seen.mixed.fetch_add(u64::from(bound && !left.runs.is_empty()), Ordering::Relaxed);
+            verified.set(true);
+            Ok(())
+        })
+    }
+
+    fn close(&self, machine: Machine) -> LocalFuture<Result<(), String>> {
+        self.stop.set(true);
+        let (pool, running) = (self.pool.borrow_mut().take(), self.running.clone());
+        Box::pin(async move {
+            while running.get() {
+                reactor::sleep(Duration::from_micros(10)).await;
+            }
+            let removal = machine.registry.unregister("luks").map_err(|e| e.to_string())?;
+            while !removal.is_done() {
+                reactor::sleep(Duration::from_micros(10)).await;
+            }
+            pool.ok_or("no pool is open")?.close().await.map_err(text)
+        })
+    }
+}
+
+/// All of the payload is used, and what was stored before is gone through slowly enough to be interrupted.
+fn options(seed: u64) -> Options {
+    let mut options = Options::new(64 * MIB);
+    options.step_limit = 3_000_000;
+    // Reads that were under way when the layer came.
+    options.allowed = |status| status == Status::NAMESPACE_NOT_READY;
+    options.ops = if seed.is_multiple_of(2) { 200 } else { 60 };
+    options.mix.hot_blocks = if seed.is_multiple_of(3) { 64 } else { 1024 };
+    options
+}
+
+const AGAIN: &str = "cargo test --release -p cryptfold-reduce --test late_keys power_cuts";
+
+#[test]
+fn power_cuts_while_it_is_reduced_late() {
+    let seen = Arc::<Seen>::default();
+    let of_one = |seed| life(&|| Late::make(seed, true, &seen), &options(seed), seed);
+    seeds(AGAIN, if cfg!(debug_assertions) { 24 } else { 200 }, of_one);
+    let (reduced, mixed) = (seen.reduced.load(Ordering::Relaxed), seen.mixed.load(Ordering::Relaxed));
+    println!("{reduced} blocks reduced late; {mixed} recoveries with both kinds");
+    assert!(std::env::var("CRYPTFOLD_SEED").is_ok() || (reduced > 100 && mixed > 10), "{reduced} {mixed}");
+}
+
+/// The control: a layer that takes all for ciphertext below it.
+#[test]
+fn a_layer_that_does_not_look_at_blocks_is_caught() {
+    let seen = Arc::<Seen>::default();
+    let of_one = |seed| life(&|| Late::make(seed, false, &seen), &options(seed), seed);
+    let failed: Vec<String> = (0..8).filter_map(|seed| of_one(seed).err()).collect();
+    assert!(failed.len() >= 4, "{failed:?}");
+}
+
+/// Blocks of a host's text, encrypted as dm-crypt does it.
+fn ciphertext(from: u64, blocks: u64) -> Vec<u8> {
+    let cipher = XtsContext::new(&host_key()).unwrap();
+    let mut data = Vec::new();
+    for at in from..from + blocks {
+        let line = format!("line of block {at}, {}\n", at % 7);
+        data.extend(line.bytes().cycle().take(4096));
+    }
+    for (n, sector) in data.chunks_mut(512).enumerate() {
+        cipher.encrypt_in_place(u128::from((from - PAYLOAD) * 8 + n as u64), sector);
+    }
+    data
+}
+
+async fn read(registry: &cryptfold_bdev::Registry, name: &str, at: u64, blocks: u64) -> Vec<u8> {
+    let channel = registry.open(name, Access::ReadOnly, |_| ()).unwrap().channel().unwrap();
+    channel.read(at, blocks).await.unwrap().to_contiguous().to_vec()
+}
+
+/// The device on a volume or snapshot, with the layer on.
+fn layered(registry: &Arc<cryptfold_bdev::Registry>, name: &str, layer: Layer) -> Arc<Switch> {
+    let options = LuksOptions {
+        name: format!("luks-{name}"),
+        base_bdev_name: format!("p/{name}"),
+        uuid: None,
+        params: serde_json::json!({}),
+    };
+    let (_, switch) = create(registry, options).unwrap();
+    switch.found_magic(false, 1);
+    switch.set(layer);
+    assert!(switch.settle(1));
+    switch
+}
+
+/// Snapshots of before keep what they show, raw; a clone of one is gone through by itself; what is no ciphertext stays as it is; and
+/// what was reduced late is as small as what was bound at once.
+#[test]
+fn snapshots_clones_and_what_is_no_ciphertext() {
+    Sim::new(1).run(|| async {
+        let (registry, _disk) = support::disk(96 * MIB, Image::zeroed());
+        let mut options = CreateOptions::new(key());
+        (options.segment_bytes, options.memory_budget) = (Some(MIB as u32), Some(16 * MIB));
+        let pool = LocalPool::create(&registry, "disk", "p", &options).await.unwrap();
+        for name in ["v", "at-once"] {
+            let size_bytes = 2 * WATCHED_BYTES;
+            let volume = VolumeOptions { name: name.into(), size_bytes, ..VolumeOptions::default() };
+            pool.create_volume(&volume).await.unwrap();
+        }
+        let switch = layered(&registry, "v", Layer::Raw);
+        let v = registry.open("luks-v", Access::ReadWrite, |_| ()).unwrap().channel().unwrap();
+        let encrypted = ciphertext(PAYLOAD, 512);
+        for (nth, piece) in encrypted.chunks(32 * 4096).enumerate() {
+            v.write(PAYLOAD + nth as u64 * 32, Buf::from_slice(piece), false).await.unwrap();
+        }
+        // What lay there before: text, zeros, a pattern.
+        let stale: Vec<u8> = include_bytes!("late_keys.rs").iter().cycle().take(8 * 4096).copied().collect();
+        v.write(PAYLOAD + 600, Buf::from_slice(&stale), false).await.unwrap();
+        v.write(PAYLOAD + 620, Buf::from_slice(&[0; 8192]), false).await.unwrap();
+        v.write(PAYLOAD + 630, Buf::from_slice(&[0x5A; 8192]), false).await.unwrap();
+        let before = read(&registry, "luks-v", PAYLOAD, 700).await;
+        let all = pool.as_sent("v", PAYLOAD).await.unwrap();
+        assert_eq!((all.runs, all.next), (vec![(PAYLOAD, 512), (PAYLOAD + 600, 8)], None));
+        pool.snapshot_volume("v", "s").await.unwrap();
+        pool.clone_volume("s", "c").await.unwrap();
+
+        bind(&pool, &switch, true).await.unwrap();
+        assert!(read(&registry, "luks-v", PAYLOAD, 700).await == before, "nothing is reduced yet");
+        // Hosts go on: a block is written, one given up.
+        let newer = ciphertext(PAYLOAD + 3, 1).iter().map(|b| b ^ 1).collect::<Vec<u8>>();
+        v.write(PAYLOAD + 3, Buf::from_slice(&newer), false).await.unwrap();
+        v.unmap(PAYLOAD + 5, 1).await.unwrap();
+        let mut now = before.clone();
+        now[3 * 4096..4 * 4096].copy_from_slice(&newer);
+        now[5 * 4096..6 * 4096].fill(0);
+        assert_eq!(convert(&pool, &v, || true).await.unwrap(), 510);
+        assert!(read(&registry, "luks-v", PAYLOAD, 700).await == now);
+        let below = read(&registry, "p/v", PAYLOAD + 100, 1).await;
+        assert!(below.starts_with(format!("line of block {},", PAYLOAD + 100).as_bytes()), "it is plaintext");
+        assert!(read(&registry, "p/v", PAYLOAD + 600, 8).await == stale);
+        assert_eq!(pool.as_sent("v", PAYLOAD).await.unwrap().runs, [(PAYLOAD + 600, 8)]);
+
+        // The snapshot, raw or with the layer on, and its clone, which has no record yet.
+        let on_s = layered(&registry, "s", Layer::Raw);
+        assert!(read(&registry, "luks-s", PAYLOAD, 700).await == before);
+        on_s.set(bound(true));
+        assert!(read(&registry, "luks-s", PAYLOAD, 700).await == before);
+        let s = registry.open("luks-s", Access::ReadOnly, |_| ()).unwrap().channel().unwrap();
+        assert_eq!(reduce_late(&s, PAYLOAD, 8).await, Err(Status::NAMESPACE_WRITE_PROTECTED));
+        layered(&registry, "c", bound(true));
+        let c = registry.open("luks-c", Access::ReadOnly, |_| ()).unwrap().channel().unwrap();
+        assert_eq!(pool.as_sent("c", PAYLOAD).await.unwrap().runs.len(), 2, "what it shows of the snapshot");
+        assert_eq!(reduce_late(&c, PAYLOAD, 512).await, Ok(512));
+        assert!(read(&registry, "luks-c", PAYLOAD, 700).await == before);
+        assert_eq!(pool.as_sent("c", PAYLOAD).await.unwrap().runs, [(PAYLOAD + 600, 8)]);
+
+        // As small as what was bound when it was written.
+        layered(&registry, "at-once", bound(true));
+        let other = registry.open("luks-at-once", Access::ReadWrite, |_| ()).unwrap().channel().unwrap();
+        let unique = pool.domains()[0].space.unique_bytes;
+        for (nth, piece) in encrypted.chunks(32 * 4096).enumerate() {
+            other.write(PAYLOAD + nth as u64 * 32, Buf::from_slice(piece), false).await.unwrap();
+        }
+        assert_eq!(pool.domains()[0].space.unique_bytes, unique, "all of it is there");
+        let report = pool.check(true).await.unwrap();
+        assert!(report.is_clean(), "{:#?}", report.problems);
+        drop((v, c, s, other));
+    });
+}
