@@ -10,7 +10,7 @@ const SPARK = 60;
 const FEW_EVENTS = 12;
 const plural = (n, one, many = `${one}s`) => `${n} ${n === 1 ? one : many}`;
 
-const GOOD = ["active", "open", "online", "unlocked", "bound", "encrypted", "reachable", "ok", "up", "connected", "running"];
+const GOOD = ["active", "open", "online", "unlocked", "bound", "converting", "encrypted", "reachable", "ok", "up", "connected", "running"];
 const WARN = ["waiting", "changing", "starting", "pre-active", "suspended"];
 const BAD = ["failed", "locked", "fenced", "unreachable", "compromised", "revoked", "deactivated", "destroyed", "refused", "error", "stopped", "down", "closed"];
 

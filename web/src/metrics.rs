@@ -448,7 +448,7 @@ fn keys(m: &mut Metrics, s: &Sample) {
         m.gauge("cryptfold_key_server_answer_age_seconds", "Since a key server's last answer", &labels, age);
     }
     for l in list(&s.luks) {
-        for state in ["raw", "bound", "waiting", "fenced"] {
+        for state in ["raw", "converting", "bound", "waiting", "fenced"] {
             let labels = [("bdev", text_of(&l["name"])), ("state", state)];
             let help = "What a volume for hosts' LUKS is: 1 for what is the case";
             m.gauge("cryptfold_luks_state", help, &labels, truth(l["state"] == state));

@@ -197,7 +197,7 @@ fn what_is_not_bound_is_raw_and_says_why() {
     volume("changing", &header(&host), json!({}));
     raw("changing", "re-encryption is in progress");
     // Something was there first; it stays readable, and the volume is bound once that is given up.
-    target.volume("late", json!({}));
+    target.volume("late", json!({"late_mb_s": 0}));
     target.write("late", payload + MIB, &data);
     target.write("late", 0, &good);
     raw("late", "data was written behind the header");

@@ -1,18 +1,19 @@
 //! Volumes on which hosts put LUKS2: who reads their headers, has the key, and puts the host's layer on and takes it off.
 //!
 //! ```text
-//!   header on the volume ---> look ---> verdict:   raw      as it is, and why
-//!   record in the pool  --/    |                   bound    decrypted below, with the key of this header
-//!                              |                   waiting  bound, but its key is not there yet: hosts try again
-//!                      key server, proof           fenced   bound, and its key ended, or the header is another one
+//!   header on the volume ---> look ---> verdict:   raw         as it is, and why
+//!   record in the pool  --/    |                   converting  bound, and what was stored before is gone through ([`late`])
+//!                              |                   bound       decrypted below, with the key of this header
+//!                              |                   waiting     bound, but its key is not there yet: hosts try again
+//!                      key server, proof           fenced      bound, and its key ended, or the header is another one
 //! ```
 //!
 //! One ordinary thread for each volume: a header is a guest's input and its proof may take a second.
 //!
 //! Invariants:
-//! - A volume becomes bound only while nothing is stored behind its header, and then a record in the pool says to which payload
-//!   ([`cryptfold_luks2::Payload::identity`]). So all of the payload is raw without a record, and with it all is under that
-//!   key: no part of it is ever taken for the other.
+//! - When a volume becomes bound, a record in the pool says to which payload ([`cryptfold_luks2::Payload::identity`]). Without a
+//!   record all of the payload is raw; with it a block is under that key, or raw because it was stored before: the pool's map says
+//!   which, block by block, so none is ever taken for the other.
 //! - The record is durable before the first write that is decrypted. It goes when nothing is stored behind the header again.
 //! - A key that is not proven against the header's digest is never used.
 //! - A host that need not say who it is gets nothing bound, unless the volume allows it; nor does one that the volume does not name,
@@ -20,6 +21,7 @@
 //! - Another header fences before anybody else is asked anything.
 
 mod access;
+mod late;
 mod record;
 mod token;
 
@@ -40,6 +42,7 @@ use crate::control::{Control, lock};
 use crate::jsonrpc::RpcError;
 use crate::kms::Unproven;
 use access::Refusal;
+use late::Pass;
 use record::Stored;
 use token::Trial;
 
@@ -71,6 +74,8 @@ pub struct Options {
     pub allowed_hosts: Vec<String>,
     /// Most iterations of a header's digest.
     pub max_iterations: u32,
+    /// MB/s of what was stored before its key that are reduced late; 0: nothing is, and the volume stays raw then.
+    pub late_mb_s: u32,
     /// Identity.
     pub uuid: Option<Uuid>,
 }
@@ -107,10 +112,6 @@ impl Verdict {
         };
         let layer = Some(Layer::Shut(Shut { from_bytes, status, discards: false }));
         Verdict { layer, state, reason: Some(reason), found: None, again: true }
-    }
-
-    fn still_bound() -> Verdict {
-        Verdict { layer: None, state: "bound", reason: None, found: None, again: false }
     }
 
     fn again(self) -> Verdict {
@@ -151,6 +152,10 @@ pub struct Volume {
     gate: Mutex<Option<Arc<KeyGate>>>,
     /// Other objects that the header names for the key.
     trial: Mutex<Option<Arc<Trial>>>,
+    /// It changes no more.
+    snapshot: bool,
+    /// Goes through what was stored before.
+    pass: Mutex<Option<Arc<Pass>>>,
 }
 
 impl Volumes {
@@ -168,7 +173,7 @@ impl Volumes {
             BdevError::Invalid(format!("{} is no volume of a pool: one is needed", options.base_bdev_name))
         })?;
         let mut params = json!({"kms_server": options.kms_server, "allow_unauthenticated": options.allow_unauthenticated,
-            "max_iterations": options.max_iterations});
+            "max_iterations": options.max_iterations, "late_mb_s": options.late_mb_s});
         if !options.allowed_hosts.is_empty() {
             params["allowed_hosts"] = json!(options.allowed_hosts);
         }
@@ -187,6 +192,8 @@ impl Volumes {
             strangers: AtomicBool::new(false),
             gate: Mutex::default(),
             trial: Mutex::default(),
+            snapshot: info.snapshot,
+            pass: Mutex::default(),
             switch: switch.clone(),
             options,
         });
@@ -230,12 +237,20 @@ impl Volume {
             let name = self.key_name();
             let key = c.kms.keys().into_iter().find(|k| k.options.name == name);
             let state = match bound.gate.access() {
+                KeyAccess::Open(_) if status["state"] == "converting" => "converting",
                 KeyAccess::Open(_) => "bound",
                 KeyAccess::Waiting => "waiting",
                 KeyAccess::Fenced => "fenced",
             };
             status["state"] = json!(state);
             status["key_state"] = json!(key.as_ref().map(|k| &k.state));
+            if let Some(pass) = lock(&self.pass).as_ref() {
+                let (left_bytes, trouble) = pass.progress();
+                status["left_bytes"] = json!(left_bytes);
+                if status["reason"].is_null() && status["state"] == "converting" {
+                    status["reason"] = json!(trouble);
+                }
+            }
             if status["reason"].is_null() {
                 status["reason"] = json!(key.and_then(|k| k.reason));
             }
@@ -256,6 +271,7 @@ impl Volume {
             self.switch.settle(look);
         }
         self.switch.end();
+        self.end_pass();
         if let Some(c) = control.upgrade() {
             self.forget_key(&c);
             lock(&c.luks.all).retain(|v| !Arc::ptr_eq(v, self));
@@ -269,7 +285,7 @@ impl Volume {
     }
 
     /// Sets the layer, and tells people. Whether to look again in a while.
-    fn act(&self, c: &Control, verdict: Verdict, look: u64) -> bool {
+    fn act(self: &Arc<Self>, c: &Control, verdict: Verdict, look: u64) -> bool {
         let _door = lock(&c.luks.door);
         let verdict = match (&verdict.layer, self.switch.layer()) {
             (Some(Layer::Bound(bound)), _) => self.admitted(c, bound.clone(), verdict, look),
@@ -281,9 +297,14 @@ impl Volume {
                 verdict
             }
         };
-        if !matches!(self.switch.layer(), Layer::Bound(_)) {
-            self.forget_key(c);
-            *lock(&self.trial) = None;
+        match self.switch.layer() {
+            Layer::Bound(bound) if verdict.state == "converting" => self.begin_pass(c, &bound.shape),
+            Layer::Bound(_) => self.end_pass(),
+            _ => {
+                self.end_pass();
+                self.forget_key(c);
+                *lock(&self.trial) = None;
+            }
         }
         let mut status = verdict.found.unwrap_or_else(|| json!({}));
         status["state"] = json!(verdict.state);
@@ -423,22 +444,25 @@ impl Volume {
         let offset = found.payload.segment.offset_bytes;
         let failed =
             |e: RpcError| Box::new(Verdict::shut(offset, "waiting", format!("the pool: {}", e.message)));
-        let written = || {
-            Verdict::raw(
-                "data was written behind the header before it could be bound; to bind it, discard it (blkdiscard) and \
-                 format it again"
-                    .into(),
-            )
-        };
         let manager = c.pools().map_err(failed)?.manager();
-        let empty = manager.is_empty_behind(&self.pool, &self.volume, offset);
-        if !empty.map_err(|e| failed(e.into()))? {
-            return Err(written().into());
+        let is_empty = || manager.is_empty_behind(&self.pool, &self.volume, offset);
+        let empty = is_empty().map_err(|e| failed(e.into()))?;
+        let before = "data was written behind the header before it could be bound";
+        if !empty && self.snapshot {
+            return Err(Verdict::raw(format!("{before}, and this is a snapshot of it")).into());
+        }
+        if !empty && self.options.late_mb_s == 0 {
+            let why = format!(
+                "{before}, and late_mb_s is 0; to bind it, discard it (blkdiscard) and format it again"
+            );
+            return Err(Verdict::raw(why).into());
         }
         let (gate, objects) = self.key(c, found, None).map_err(|e| {
             Box::new(match e {
-                // A token says that the host wants it: nothing is written before it is clear.
-                Unproven::NotYet(why) if found.objects.is_some() => Verdict::shut(offset, "waiting", why),
+                // A token says that the host wants it: nothing is written before it is clear. What is in use already goes on.
+                Unproven::NotYet(why) if found.objects.is_some() && empty => {
+                    Verdict::shut(offset, "waiting", why)
+                }
                 Unproven::NotYet(why) | Unproven::Ended(why) => Verdict::raw(why).again(),
                 Unproven::Refused(why) => Verdict::raw(why),
             })
@@ -447,15 +471,37 @@ impl Volume {
             let why = "writes that are under way do not end".into();
             return Err(Verdict::shut(offset, "waiting", why).into());
         }
-        let record = Stored::of(&found.payload, objects).encode();
-        let set = manager.set_host_key(&self.pool, &self.volume, offset, Some(record));
-        if !set.map_err(|e| failed(e.into()))? {
-            return Err(written().into());
-        }
-        Ok(self.now_bound(found, gate))
+        // Nothing is written any more until the layer is on.
+        let converting = !is_empty().map_err(|e| failed(e.into()))?;
+        let stored = Stored { converting, ..Stored::of(&found.payload, objects) };
+        self.store(c, &stored).map_err(|why| Box::new(Verdict::shut(offset, "waiting", why)))?;
+        Ok(self.now_bound(found, gate, &stored))
     }
 
-    fn now_bound(&self, found: &Found, gate: Arc<KeyGate>) -> Verdict {
+    /// Makes the record durable. What is stored behind the header stays what it is.
+    fn store(&self, c: &Control, stored: &Stored) -> Result<(), String> {
+        let failed = |why: String| format!("the pool: {why}");
+        let bytes = c.registry.get(&self.base).map_err(|e| failed(e.to_string()))?.size_bytes();
+        let manager = c.pools().map_err(|e| failed(e.message))?.manager();
+        // Behind the end there is nothing.
+        match manager.set_host_key(&self.pool, &self.volume, bytes, Some(stored.encode())) {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(failed("the record of the key was not changed".into())),
+            Err(e) => Err(failed(e.to_string())),
+        }
+    }
+
+    /// What it is when its layer is on.
+    fn bound_state(&self, stored: &Stored) -> &'static str {
+        let converting = stored.converting && !self.snapshot && self.options.late_mb_s > 0;
+        if converting { "converting" } else { "bound" }
+    }
+
+    fn still_bound(&self, stored: &Stored) -> Verdict {
+        Verdict { layer: None, state: self.bound_state(stored), reason: None, found: None, again: false }
+    }
+
+    fn now_bound(&self, found: &Found, gate: Arc<KeyGate>, stored: &Stored) -> Verdict {
         let s = &found.payload.segment;
         let shape = Shape {
             payload_offset_bytes: s.offset_bytes,
@@ -466,7 +512,7 @@ impl Volume {
             by_block: true,
         };
         let layer = Some(Layer::Bound(Arc::new(Bound { shape, gate })));
-        Verdict { layer, state: "bound", reason: None, found: None, again: false }
+        Verdict { layer, ..self.still_bound(stored) }
     }
 
     /// With a record, and somebody gets at it who may not.
@@ -493,17 +539,17 @@ impl Volume {
                 Some(objects) => self.renamed(c, found, stored, objects),
                 None => {
                     *lock(&self.trial) = None;
-                    Verdict::still_bound()
+                    self.converted(c, stored)
                 }
             };
         }
         // It was shut only to look who is there: the key is still watched.
         let same = found.objects.as_ref().is_none_or(|objects| *objects == stored.objects);
         if same && let Some(gate) = lock(&self.gate).clone() {
-            return self.now_bound(found, gate);
+            return self.now_bound(found, gate, stored);
         }
         match self.key(c, found, Some(stored)) {
-            Ok((gate, _)) => self.now_bound(found, gate),
+            Ok((gate, _)) => self.now_bound(found, gate, stored),
             Err(Unproven::NotYet(why)) => Verdict::shut(offset, "waiting", why),
             Err(Unproven::Ended(why)) => Verdict::shut(offset, "fenced", why),
             Err(Unproven::Refused(why)) => Verdict { again: false, ..Verdict::shut(offset, "fenced", why) },

@@ -2,8 +2,10 @@
 
 use cryptfold_luks2::Payload;
 
-/// First byte: which objects of the key server are the key is in it from 2 on.
-const VERSION: u8 = 2;
+/// First byte. From 2 on it says which objects of the key server are the key; from 3 on the payload may have blocks as they were sent,
+/// which older programs take for blocks under the key.
+const VERSION: u8 = 3;
+const VERSION_UNIFORM: u8 = 2;
 const VERSION_WITHOUT_OBJECTS: u8 = 1;
 
 /// See the module.
@@ -13,11 +15,18 @@ pub(super) struct Stored {
     pub identity: [u8; 32],
     /// Identifiers of the key at its server: the whole or two halves, of at most 255 bytes. Empty: not known.
     pub objects: Vec<String>,
+    /// What was stored before the key was there has not all been looked at.
+    pub converting: bool,
 }
 
 impl Stored {
     pub fn of(payload: &Payload, objects: Vec<String>) -> Stored {
-        Stored { offset_bytes: payload.segment.offset_bytes, identity: payload.identity(), objects }
+        Stored {
+            offset_bytes: payload.segment.offset_bytes,
+            identity: payload.identity(),
+            objects,
+            converting: false,
+        }
     }
 
     /// Whether this is what was stored.
@@ -25,11 +34,13 @@ impl Stored {
         self.offset_bytes == payload.segment.offset_bytes && self.identity == payload.identity()
     }
 
-    /// Version, offset (little-endian), identity; then number of objects, and of each its length and its bytes.
+    /// Version, offset (little-endian), identity, whether it is converting (0 or 1); then number of objects, and of each its length
+    /// and its bytes.
     pub fn encode(&self) -> Vec<u8> {
         let mut record = vec![VERSION];
         record.extend_from_slice(&self.offset_bytes.to_le_bytes());
         record.extend_from_slice(&self.identity);
+        record.push(self.converting.into());
         record.push(self.objects.len() as u8);
         for object in &self.objects {
             record.push(object.len() as u8);
@@ -42,12 +53,16 @@ impl Stored {
         let (version, rest) = record.split_first()?;
         let (offset, rest) = rest.split_first_chunk::<8>()?;
         let (identity, rest) = rest.split_first_chunk::<32>()?;
-        let objects = match *version {
-            VERSION => objects(rest)?,
-            VERSION_WITHOUT_OBJECTS if rest.is_empty() => Vec::new(),
+        let (converting, objects) = match *version {
+            VERSION => match rest.split_first()? {
+                (flag @ (0 | 1), rest) => (*flag == 1, objects(rest)?),
+                _ => return None,
+            },
+            VERSION_UNIFORM => (false, objects(rest)?),
+            VERSION_WITHOUT_OBJECTS if rest.is_empty() => (false, Vec::new()),
             _ => return None,
         };
-        Some(Stored { offset_bytes: u64::from_le_bytes(*offset), identity: *identity, objects })
+        Some(Stored { offset_bytes: u64::from_le_bytes(*offset), identity: *identity, objects, converting })
     }
 }
 
@@ -70,24 +85,34 @@ mod tests {
     #[test]
     fn records_come_back() {
         for objects in [vec![], vec!["1".to_owned()], vec!["x".repeat(160), "y".repeat(160)]] {
-            let stored = Stored { offset_bytes: 16 << 20, identity: [7; 32], objects };
-            let record = stored.encode();
-            assert_eq!(Stored::decode(&record), Some(stored));
-            for len in 0..record.len() {
-                assert_eq!(Stored::decode(&record[..len]), None, "cut at {len}");
+            for converting in [false, true] {
+                let objects = objects.clone();
+                let stored = Stored { offset_bytes: 16 << 20, identity: [7; 32], objects, converting };
+                let mut record = stored.encode();
+                assert_eq!(Stored::decode(&record), Some(stored));
+                for len in 0..record.len() {
+                    assert_eq!(Stored::decode(&record[..len]), None, "cut at {len}");
+                }
+                assert_eq!(Stored::decode(&[&record[..], &[0]].concat()), None);
+                record[41] = 2;
+                assert_eq!(Stored::decode(&record), None);
             }
-            assert_eq!(Stored::decode(&[&record[..], &[0]].concat()), None);
         }
     }
 
-    /// As they were before objects were in them.
+    /// As they were before objects were in them, and before volumes were converted.
     #[test]
     fn old_records_are_read() {
         let mut record = vec![1, 0, 0, 0, 1, 0, 0, 0, 0];
         record.extend([9; 32]);
-        let stored = Stored { offset_bytes: 16 << 20, identity: [9; 32], objects: vec![] };
+        let mut stored =
+            Stored { offset_bytes: 16 << 20, identity: [9; 32], objects: vec![], converting: false };
+        assert_eq!(Stored::decode(&record), Some(stored.clone()));
+        record[0] = 2;
+        record.extend([1, 2, b'4', b'7']);
+        stored.objects = vec!["47".into()];
         assert_eq!(Stored::decode(&record), Some(stored));
-        record[0] = 3;
+        record[0] = 4;
         assert_eq!(Stored::decode(&record), None);
     }
 }

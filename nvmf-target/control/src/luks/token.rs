@@ -113,16 +113,7 @@ impl Volume {
         if stored.objects == objects {
             return Ok(());
         }
-        let failed = |why: String| Unproven::NotYet(format!("the pool: {why}"));
-        let bytes = c.registry.get(&self.base).map_err(|e| failed(e.to_string()))?.size_bytes();
-        let record = Stored { objects: objects.to_vec(), ..stored.clone() }.encode();
-        let manager = c.pools().map_err(|e| failed(e.message))?.manager();
-        // Behind the end there is nothing: what is stored stays under the same key.
-        match manager.set_host_key(&self.pool, &self.volume, bytes, Some(record)) {
-            Ok(true) => Ok(()),
-            Ok(false) => Err(failed("the record of the key was not changed".into())),
-            Err(e) => Err(failed(e.to_string())),
-        }
+        self.store(c, &Stored { objects: objects.to_vec(), ..stored.clone() }).map_err(Unproven::NotYet)
     }
 
     /// Bound, and the header names other objects than those that are watched.
@@ -139,15 +130,15 @@ impl Volume {
         let under_way = trial.as_ref().filter(|t| t.objects == objects).cloned();
         let Some(current) = under_way else {
             *trial = self.try_objects(c, found, stored, objects);
-            return Verdict { reason, again: trial.is_none(), ..Verdict::still_bound() };
+            return Verdict { reason, again: trial.is_none(), ..self.still_bound(stored) };
         };
         let Some(result) = lock(&current.result).take() else {
-            return Verdict { reason, ..Verdict::still_bound() };
+            return Verdict { reason, ..self.still_bound(stored) };
         };
         // The key was fenced while the other objects were proven: they do not take its place.
         if lock(&self.gate).as_ref().is_some_and(|gate| matches!(gate.access(), Access::Fenced)) {
             *trial = None;
-            return Verdict { reason, again: true, ..Verdict::still_bound() };
+            return Verdict { reason, again: true, ..self.still_bound(stored) };
         }
         let taken = result.and_then(|proven| {
             self.note(c, stored, objects)?;
@@ -156,17 +147,17 @@ impl Volume {
         match taken {
             Ok(gate) => {
                 *trial = None;
-                self.now_bound(found, gate)
+                self.now_bound(found, gate, stored)
             }
             // It may get better: tried again when it is looked at again.
             Err(Unproven::NotYet(why) | Unproven::Ended(why)) => {
                 *trial = None;
-                Verdict { reason: Some(why), again: true, ..Verdict::still_bound() }
+                Verdict { reason: Some(why), again: true, ..self.still_bound(stored) }
             }
             Err(refused @ Unproven::Refused(_)) => {
                 let reason = Some(format!("the header names another key object: {refused}"));
                 *lock(&current.result) = Some(Err(refused));
-                Verdict { reason, ..Verdict::still_bound() }
+                Verdict { reason, ..self.still_bound(stored) }
             }
         }
     }

@@ -29,6 +29,8 @@ params! {
         allowed_hosts: Option<Vec<String>>,
         /// Most iterations of a header's digest that are done to prove a key: two million take about a second.
         max_iterations: u32 = 5_000_000,
+        /// What was stored raw before its key was there is reduced in the background, so many MB/s of it at most. 0: it is not, and a volume with data behind its header stays raw.
+        late_mb_s: u32 = 100,
         /// UUID; made of the base's and the name when not given.
         uuid: Option<Uuid>,
     }
@@ -50,8 +52,9 @@ pub fn methods() -> Vec<Method> {
         delete("bdev_luks_delete", "bdev_luks_create"),
         Method::new(
             "bdev_luks_get_status",
-            "What these volumes are: `state` (raw, bound, waiting for the key, fenced), `reason`, the LUKS volume, what the key \
-             server says about its key. Ours.",
+            "What these volumes are: `state` (raw, converting, bound, waiting for the key, fenced), `reason`, the LUKS volume, what the key \
+             server says about its key; while converting, `left_bytes`: about how much of what was stored before the key was there \
+             has not been gone through. Ours.",
             |c: &Control, p: LuksStatus| Ok(json!(c.luks.status(c, p.name.as_deref())?)),
         ),
     ]
@@ -78,6 +81,7 @@ fn create(c: &Control, p: LuksCreate) -> RpcResult {
         allow_unauthenticated: p.allow_unauthenticated,
         allowed_hosts,
         max_iterations: p.max_iterations,
+        late_mb_s: p.late_mb_s,
         uuid: p.uuid,
     };
     Ok(json!(c.luks.add(c, options)?))

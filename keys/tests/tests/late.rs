@@ -1,0 +1,219 @@
+//! Volumes whose keys come after their data: what was stored raw is reduced late, and hosts see the same bytes all the time.
+
+mod common;
+
+use std::path::PathBuf;
+
+use common::*;
+use cryptfold_bdev::Status;
+use cryptfold_keys_tests::KeyServer;
+use cryptfold_keys_tests::cryptsetup::Host;
+use cryptfold_kmip::{ObjectType, RevocationReason, Secret, State};
+use serde_json::{Value, json};
+
+const PAYLOAD: usize = 16 * MIB;
+const DATA: usize = 8 * MIB;
+
+/// A file `disk` that the host has encrypted: numbers as text, of which no 4 KiB are equal, and which halve when compressed. No token.
+fn encrypted(host: &Host) -> Vec<u8> {
+    let mut plain = Vec::with_capacity(DATA + 32);
+    let mut n = 1u64;
+    while plain.len() < DATA {
+        n = n.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        plain.extend(format!("{:016x}{:016x}\n", n >> 24, n >> 8 & 0xF0F0).bytes());
+    }
+    plain.truncate(DATA);
+    std::fs::write(host.path("disk"), &plain).unwrap();
+    std::fs::OpenOptions::new().write(true).open(host.path("disk")).unwrap().set_len(DISK as u64).unwrap();
+    host.cryptsetup(&format!(
+        "reencrypt --encrypt {} --cipher aes-xts-plain64 --sector-size 4096 --reduce-device-size 32M disk",
+        host.common()
+    ));
+    plain
+}
+
+/// The header's UUID: the name that its key has at the server when there is no token.
+fn uuid(disk: &[u8]) -> String {
+    std::str::from_utf8(&disk[168..204]).unwrap().to_owned()
+}
+
+fn pool(target: &Target) -> Value {
+    target.ok("bdev_lvol_get_lvstores", json!({"lvs_name": "p"}))[0].clone()
+}
+
+/// Bytes that the pool's chunks take.
+fn stored(target: &Target) -> u64 {
+    let pool = pool(target);
+    pool["stored_bytes"].as_u64().unwrap_or_else(|| panic!("{pool:#}"))
+}
+
+/// Takes the device away, and makes it again with another rate.
+fn at_rate(target: &Target, name: &str, mb_s: u32) {
+    target.ok("bdev_luks_delete", json!({"name": format!("luks-{name}")}));
+    target.volume(name, json!({"late_mb_s": mb_s}));
+}
+
+fn new_dir(kms: &KeyServer, name: &str) -> PathBuf {
+    let dir = kms.dir.path().join(name);
+    std::fs::create_dir(&dir).unwrap();
+    dir
+}
+
+#[test]
+fn what_was_stored_before_its_key_is_reduced() {
+    let mut kms = KeyServer::start();
+    let owner = kms.client("owner");
+    let certificate = kms.authority.client("target");
+    let host = Host::new(64);
+    let plain = encrypted(&host);
+    let disk = std::fs::read(host.path("disk")).unwrap();
+    let (late_dir, once_dir) = (new_dir(&kms, "late"), new_dir(&kms, "once"));
+
+    // Nobody has the key yet: it is stored as it comes, and a snapshot is taken of that.
+    let mut target = Target::new(&late_dir, &kms, &certificate);
+    target.volume("v", json!({"late_mb_s": 1}));
+    target.write("v", 0, &disk[..PAYLOAD]);
+    target.raw_because("v", "and 0 keys at the server are named");
+    target.write("v", PAYLOAD, &disk[PAYLOAD..]);
+    let same = |target: &Target| assert!(target.read("v", 0, DISK).unwrap() == disk);
+    same(&target);
+    assert!(target.below("v", PAYLOAD, DATA) == disk[PAYLOAD..][..DATA]);
+    target.ok("bdev_lvol_snapshot", json!({"lvol_name": "p/v", "snapshot_name": "s"}));
+    let raw = stored(&target);
+
+    // Then there is one, and it is active.
+    let key = Secret::new(host.key.clone());
+    let id = owner.register(&new_key(Some(&uuid(&disk))), ObjectType::SymmetricKey, &key).unwrap();
+    target.raw_because("v", "the key is pre-active");
+    owner.activate(&id).unwrap();
+    let status =
+        wait_for(|| Some(target.status("v")).filter(|s| s["state"] != "raw" && s["state"] != "waiting"));
+    println!("{status}");
+    same(&target);
+    // Its end fences the volume as any other, and nothing goes on meanwhile, after another start and without a server.
+    owner.revoke(&id, RevocationReason::PrivilegeWithdrawn, "").unwrap();
+    target.becomes("v", "fenced");
+    assert_eq!(target.read("v", PAYLOAD, 4096), Err(denied()));
+    drop(target);
+    kms.stop();
+    target = Target::new(&late_dir, &kms, &certificate);
+    target.volume("v", json!({"late_mb_s": 1}));
+    target.becomes("v", "waiting");
+    assert_eq!(target.read("v", PAYLOAD, 4096), Err(Status::NAMESPACE_NOT_READY));
+    kms.resume();
+    target.becomes("v", "fenced");
+    kms.force_state(&id, State::Active);
+    wait_for(|| {
+        ["converting", "bound"].contains(&target.status("v")["state"].as_str().unwrap()).then_some(())
+    });
+    same(&target);
+
+    // As it is, block by block, with nothing going on; hosts write meanwhile.
+    at_rate(&target, "v", 0);
+    target.becomes("v", "bound");
+    same(&target);
+    target.discard("v", PAYLOAD + DATA - MIB, MIB);
+    target.write("v", PAYLOAD + DATA - MIB, &disk[PAYLOAD + DATA - MIB..][..MIB]);
+    same(&target);
+    // To the end.
+    at_rate(&target, "v", 1000);
+    let status = target.becomes("v", "bound");
+    assert_eq!((&status["reason"], &status["left_bytes"]), (&Value::Null, &Value::Null), "{status}");
+    same(&target);
+    assert!(target.below("v", PAYLOAD, DATA) == plain, "all of it is plaintext");
+
+    // The snapshot shows what it did, under the volume's record; a clone of it is reduced for itself, and ends as the volume.
+    assert!(target.below("s", PAYLOAD, DATA) == disk[PAYLOAD..][..DATA]);
+    target.ok("bdev_luks_create", json!({"base_bdev_name": "p/s", "name": "luks-s", "kms_server": "kms", "allow_unauthenticated": true}));
+    target.raw_because("s", "this is a snapshot of it");
+    assert!(target.read("s", 0, DISK).unwrap() == disk);
+    target.ok("bdev_lvol_clone", json!({"snapshot_name": "p/s", "clone_name": "c"}));
+    target.ok("bdev_luks_delete", json!({"name": "luks-s"}));
+    target.ok("bdev_luks_delete", json!({"name": "luks-v"}));
+    target.ok("bdev_luks_create", json!({"base_bdev_name": "p/c", "name": "luks-c", "kms_server": "kms", "allow_unauthenticated": true}));
+    target.becomes("c", "bound");
+    assert!(target.read("c", 0, DISK).unwrap() == disk);
+    assert!(target.below("c", PAYLOAD, DATA) == plain);
+    target.ok("bdev_luks_delete", json!({"name": "luks-c"}));
+    target.ok("bdev_lvol_delete", json!({"name": "p/c"}));
+    target.ok("bdev_lvol_delete", json!({"name": "p/s"}));
+
+    // A volume that was bound before its data came, in a pool of its own.
+    let once = {
+        let target = Target::new(&once_dir, &kms, &certificate);
+        target.volume("v", json!({}));
+        target.write("v", 0, &disk[..PAYLOAD]);
+        target.becomes("v", "bound");
+        target.write("v", PAYLOAD, &disk[PAYLOAD..]);
+        assert!(target.below("v", PAYLOAD, DATA) == plain);
+        stored(&target)
+    };
+    // What the deleted ones had is given back in the background.
+    let near = |late: u64| (99 * once..=101 * once).contains(&(100 * late));
+    let late = wait_for(|| Some(stored(&target)).filter(|late| near(*late)));
+    println!("raw {raw}, reduced late {late}, bound at once {once} bytes");
+    assert!(raw - late > 2 * MIB as u64, "{raw} {late}");
+    let report = target.ok("cryptfold_pool_check", json!({"lvs_name": "p", "data": true}));
+    assert!(report["clean"].as_bool().unwrap(), "{report:#}");
+    same_after_restart(target, &late_dir, &kms, &certificate, &disk);
+}
+
+/// It is bound at once, not converting: the record says so.
+fn same_after_restart(
+    target: Target,
+    dir: &std::path::Path,
+    kms: &KeyServer,
+    certificate: &(PathBuf, PathBuf),
+    disk: &[u8],
+) {
+    drop(target);
+    let target = Target::new(dir, kms, certificate);
+    target.volume("v", json!({"late_mb_s": 1}));
+    target.becomes("v", "bound");
+    assert!(target.read("v", 0, DISK).unwrap() == disk);
+}
+
+/// A file system was there, then LUKS was put over it without a discard: what lies there is no ciphertext, and stays as small as it is.
+/// A header of another key in the middle fences, and all of it comes back with the first.
+#[test]
+fn what_is_no_ciphertext_stays_and_other_headers_fence() {
+    let kms = KeyServer::start();
+    let owner = kms.client("owner");
+    let certificate = kms.authority.client("target");
+    let target = Target::new(kms.dir.path(), &kms, &certificate);
+    let (host, other) = (Host::new(64), Host::new(64));
+    let text: Vec<u8> = include_bytes!("late.rs").iter().cycle().take(MIB).copied().collect();
+    let noise: Vec<u8> = {
+        let mut all = vec![0; MIB];
+        let mut random = std::fs::File::open("/dev/urandom").unwrap();
+        std::io::Read::read_exact(&mut random, &mut all).unwrap();
+        all
+    };
+    target.volume("v", json!({"late_mb_s": 1}));
+    target.write("v", PAYLOAD, &text);
+    target.write("v", PAYLOAD + MIB, &noise);
+    let header = formatted(&host, Some(&registered(&owner, &host, None)));
+    let foreign = formatted(&other, Some(&registered(&owner, &other, None)));
+    target.write("v", 0, &header);
+    target.write("v", PAYLOAD + 2 * MIB, &noise[..8192]);
+    let all = [&text[..], &noise, &noise[..8192]].concat();
+    let same = || assert!(target.read("v", PAYLOAD, all.len()).unwrap() == all);
+    same();
+    target.write("v", 0, &foreign);
+    target.is_because("v", "fenced", "another key");
+    assert_eq!(target.read("v", PAYLOAD, 4096), Err(denied()));
+    target.write("v", 0, &header);
+    same();
+    target.becomes("v", "bound");
+    same();
+    assert!(target.below("v", PAYLOAD, MIB) == text, "it would only have become larger");
+    assert!(target.below("v", PAYLOAD + MIB, MIB) != noise);
+    assert!(target.below("v", PAYLOAD + 2 * MIB, 8192) != noise[..8192], "written by its host");
+
+    // Who does not want it, leaves such volumes raw.
+    target.volume("w", json!({"late_mb_s": 0}));
+    target.write("w", PAYLOAD, &noise);
+    target.write("w", 0, &header);
+    target.raw_because("w", "data was written behind the header");
+    assert!(target.read("w", PAYLOAD, MIB).unwrap() == noise);
+}
