@@ -24,7 +24,7 @@ use zeroize::Zeroizing;
 
 use crate::rpc::{call, connect, given, print};
 use crate::shell::confirm;
-use crate::status::{Table, list};
+use crate::status::{Table, bytes, list};
 use crate::work::patiently;
 use crate::{Failure, SocketArgs};
 
@@ -145,8 +145,11 @@ fn table(found: &Value) -> Table {
     let mut table = Table::new(&["DEVICE", "STATE", "KEY", "LUKS VOLUME", "REASON"], &[false; 5]);
     let text = |v: &Value| v.as_str().unwrap_or("-").to_owned();
     for v in list(found) {
-        let cells = [&v["name"], &v["state"], &v["key_state"], &v["uuid"], &v["reason"]];
-        table.row(cells.map(text).into());
+        let mut cells = [&v["name"], &v["state"], &v["key_state"], &v["uuid"], &v["reason"]].map(text);
+        if v["state"] == "converting" && v["reason"].is_null() && v["left_bytes"].is_u64() {
+            cells[4] = format!("{} left", bytes(&v["left_bytes"]));
+        }
+        table.row(cells.into());
     }
     table
 }
@@ -445,6 +448,15 @@ fn open(device: &Path, name: &str, kmip: &KmipArgs) -> Result<(), Failure> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_left_is_shown() {
+        let converting = json!({"name": "a", "state": "converting", "left_bytes": 3 << 20});
+        let stuck = json!({"name": "b", "state": "converting", "left_bytes": 3 << 20, "reason": "why"});
+        let shown = table(&json!([converting, stuck])).render();
+        let ends: Vec<&str> = shown.lines().map(|line| line.rsplit("  ").next().unwrap()).collect();
+        assert_eq!(ends, ["REASON", "3.00 MiB left", "why"]);
+    }
 
     #[test]
     fn devices_of_connected_subsystems() {

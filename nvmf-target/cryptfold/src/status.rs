@@ -81,7 +81,7 @@ pub fn text(v: &Value) -> String {
     }
 }
 
-fn bytes(v: &Value) -> String {
+pub fn bytes(v: &Value) -> String {
     v.as_u64().map_or_else(|| "-".into(), size::show)
 }
 
