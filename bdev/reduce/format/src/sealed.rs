@@ -4,8 +4,8 @@
 //! header (16 or 32 bytes, plain) | stored nonce (0 or 12) | body (encrypted) | tag (16)
 //! ```
 //!
-//! The nonce is the unit's byte offset in the segment (or stored); key and associated data carry the segment's address,
-//! incarnation, class, domain and key generation. So a unit opens only at the place, in the incarnation and under the
+//! The nonce is the unit's byte offset in the segment; where the nonce is stored, the offset is associated data. Key and associated data
+//! carry the segment's address, incarnation, class, domain and key generation. So a unit opens only at the place, in the incarnation and under the
 //! header that it was sealed with, and (key, nonce) never repeats, provided that each place of an incarnation is sealed once.
 //! A stored nonce is random and made by the cipher library while it seals (NIST SP 800-38D section 8.2.2): the only way that a FIPS 140-3
 //! module counts as approved. One key makes as many units as fit into a segment, far fewer than the 2^32 that random nonces allow.
@@ -24,6 +24,8 @@ use crate::segment::{Cipher, Class, SegmentHeader};
 pub const TAG_BYTES: usize = 16;
 const LONGEST_HEADER: usize = 32;
 const CONTEXT_BYTES: usize = 32;
+const OFFSET_BYTES: usize = 4;
+const LONGEST_ASSOCIATED: usize = LONGEST_HEADER + CONTEXT_BYTES + OFFSET_BYTES;
 
 /// Why a sealed unit did not open.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Error)]
@@ -241,11 +243,17 @@ impl SegmentKey {
         nonce
     }
 
-    fn associated(&self, header: &[u8]) -> ([u8; LONGEST_HEADER + CONTEXT_BYTES], usize) {
-        let mut aad = [0; LONGEST_HEADER + CONTEXT_BYTES];
+    /// Header and context, and the offset where the nonce does not say it.
+    fn associated(&self, offset: u32, header: &[u8]) -> ([u8; LONGEST_ASSOCIATED], usize) {
+        let mut aad = [0; LONGEST_ASSOCIATED];
+        let len = header.len() + CONTEXT_BYTES;
         aad[..header.len()].copy_from_slice(header);
-        aad[header.len()..header.len() + CONTEXT_BYTES].copy_from_slice(&self.context);
-        (aad, header.len() + CONTEXT_BYTES)
+        aad[header.len()..len].copy_from_slice(&self.context);
+        if self.cipher != Cipher::GcmStoredNonce {
+            return (aad, len);
+        }
+        aad[len..len + OFFSET_BYTES].copy_from_slice(&offset.to_le_bytes());
+        (aad, len + OFFSET_BYTES)
     }
 
     /// Bytes of a unit with a header of `header` bytes and a body of `body` bytes.
@@ -274,7 +282,7 @@ impl SegmentKey {
         let nonce = match (&self.making, nonce) {
             (None, None) => self.place_nonce(offset),
             (None, Some(_)) => return Err(SealError::Nonce),
-            (Some(making), None) => return self.seal_made(making, header_bytes, body, out),
+            (Some(making), None) => return self.seal_made(making, offset, header_bytes, body, out),
             (Some(_), Some(nonce)) => {
                 out[header_bytes..header_bytes + stored].copy_from_slice(&nonce);
                 nonce
@@ -292,7 +300,7 @@ impl SegmentKey {
             tag_out.copy_from_slice(tag.as_ref());
         } else {
             let (header, body_out) = front.split_at_mut(header_bytes + stored);
-            let (aad, len) = self.associated(&header[..header_bytes]);
+            let (aad, len) = self.associated(offset, &header[..header_bytes]);
             let aad = Aad::from(&aad[..len]);
             match body {
                 Some(body) => {
@@ -313,6 +321,7 @@ impl SegmentKey {
     fn seal_made(
         &self,
         key: &RandomizedNonceKey,
+        offset: u32,
         header_bytes: usize,
         body: Option<&[u8]>,
         out: &mut [u8],
@@ -323,7 +332,7 @@ impl SegmentKey {
         if let Some(body) = body {
             body_out.copy_from_slice(body);
         }
-        let (aad, len) = self.associated(header);
+        let (aad, len) = self.associated(offset, header);
         let (nonce, tag) = seal_making(key, &aad[..len], body_out)?;
         nonce_out.copy_from_slice(&nonce);
         tag_out.copy_from_slice(&tag);
@@ -372,7 +381,7 @@ impl SegmentKey {
             out.copy_from_slice(parts.body);
             return Ok(());
         }
-        let (aad, len) = self.associated(parts.header);
+        let (aad, len) = self.associated(offset, parts.header);
         let opened = self.gcm.open_separate_gather(nonce, Aad::from(&aad[..len]), parts.body, parts.tag, out);
         if opened.is_err() {
             out.fill(0);
@@ -398,7 +407,7 @@ impl SegmentKey {
                 .map_err(failed)?;
             return Ok(&unit[at..at + body_bytes]);
         }
-        let (aad, len) = self.associated(parts.header);
+        let (aad, len) = self.associated(offset, parts.header);
         let mut tag = [0; TAG_BYTES];
         tag.copy_from_slice(parts.tag);
         let body = &mut unit[at..at + body_bytes];
