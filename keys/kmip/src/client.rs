@@ -2,6 +2,7 @@
 
 use std::fmt;
 use std::str::FromStr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
@@ -141,25 +142,42 @@ impl Identity {
         }
         let chain = certificates("client certificate", chain)?;
         let key = PrivateKeyDer::from_pem_slice(key).map_err(|_| IdentityError::Key)?;
-        let tls = rustls::ClientConfig::builder_with_provider(Arc::new(approved()))
+        let approved = APPROVED.load(Ordering::Relaxed);
+        let mut tls = rustls::ClientConfig::builder_with_provider(Arc::new(provider(approved)))
             .with_safe_default_protocol_versions()
             .map_err(|e| IdentityError::Mismatch(e.to_string()))?
             .with_root_certificates(roots)
             .with_client_auth_cert(chain, key)
             .map_err(|e| IdentityError::Mismatch(e.to_string()))?;
+        require_ems(&mut tls, approved);
         Ok(Identity(Arc::new(tls)))
     }
 }
 
-/// What FIPS 140-3 approves of what rustls has (no X25519, no ChaCha20), in every mode: key servers have it.
-fn approved() -> CryptoProvider {
+static APPROVED: AtomicBool = AtomicBool::new(false);
+
+/// From now on identities use only what FIPS 140-3 approves, in the whole process. Before the first one.
+pub fn require_approved() {
+    APPROVED.store(true, Ordering::Relaxed);
+}
+
+/// All that rustls has, or what FIPS 140-3 approves of that (no X25519, no ChaCha20).
+fn provider(approved: bool) -> CryptoProvider {
     let mut provider = rustls::crypto::aws_lc_rs::default_provider();
+    if !approved {
+        return provider;
+    }
     provider.kx_groups.retain(|group| matches!(group.name(), NamedGroup::secp256r1 | NamedGroup::secp384r1));
     provider.cipher_suites.retain(|suite| {
         let name = format!("{:?}", suite.suite());
         name.contains("_AES_") && name.contains("_GCM_")
     });
     provider
+}
+
+/// Of TLS 1.2's key derivations, only the one with the extended master secret (RFC 7627) is approved (FIPS 140-3 IG D.Q).
+fn require_ems(tls: &mut rustls::ClientConfig, approved: bool) {
+    tls.require_ems |= approved;
 }
 
 /// Why a call failed.
@@ -449,6 +467,30 @@ mod tests {
         assert_eq!(parsed("fe80::1"), good("fe80::1", 5696, "[fe80::1]:5696"));
         for bad in ["", ":1", "a:", "a:0", "a:70000", "[::1", "[::1]x", "a b", "[]:5"] {
             assert!(parsed(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn only_what_is_approved_in_the_fips_modes() {
+        let made = |approved| {
+            let mut tls = rustls::ClientConfig::builder_with_provider(Arc::new(provider(approved)))
+                .with_safe_default_protocol_versions()
+                .unwrap()
+                .with_root_certificates(RootCertStore::empty())
+                .with_no_client_auth();
+            require_ems(&mut tls, approved);
+            let provider = tls.crypto_provider();
+            let suites: Vec<_> = provider.cipher_suites.iter().map(|s| format!("{:?}", s.suite())).collect();
+            let groups: Vec<_> = provider.kx_groups.iter().map(|group| group.name()).collect();
+            (tls.require_ems, suites, groups)
+        };
+        let (ems, suites, groups) = made(true);
+        assert!(ems && suites.len() >= 4 && suites.iter().all(|s| s.contains("_AES_") && s.contains("_GCM_")));
+        assert_eq!(groups, [NamedGroup::secp256r1, NamedGroup::secp384r1]);
+        if cfg!(not(feature = "fips")) {
+            let (ems, suites, groups) = made(false);
+            assert!(!ems && suites.iter().any(|s| s.contains("CHACHA20")), "{suites:?}");
+            assert!(groups.contains(&NamedGroup::X25519), "{groups:?}");
         }
     }
 

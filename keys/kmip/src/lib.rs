@@ -23,7 +23,7 @@ pub mod message;
 mod session;
 pub mod ttlv;
 
-pub use client::{Client, ClientConfig, Identity, IdentityError, KmipError, ServerAddress};
+pub use client::{Client, ClientConfig, Identity, IdentityError, KmipError, ServerAddress, require_approved};
 pub use message::{
     Attributes, Filter, KeyObject, NewObject, ObjectType, Operation, Reason, Refusal, RevocationReason,
     State, Version,

@@ -8,6 +8,7 @@
 //! | XTS (hosts, whole disks) | AES-128, AES-256 | AES-128, AES-256 | AES-256: what the module has |
 //! | DH-HMAC-CHAP | all groups | all groups | `null`: the module has no such key agreement of its own |
 //! | TLS of NVMe/TCP | X25519 and ChaCha20, too | P-256, P-384, P-521; AES-GCM | as `approved` |
+//! | TLS to key servers | X25519 and ChaCha20, too | P-256, P-384; AES-GCM; of TLS 1.2 with the extended master secret only | as `approved` |
 //! | keys, salts | the kernel's randomness | the module's generator | as `approved` |
 //! | executed by | AWS-LC | AWS-LC | AWS-LC's FIPS module, tested at the start |
 
@@ -114,6 +115,7 @@ impl FipsMode {
         }
         if self.is_on() {
             cryptfold_nvmf_tls::require_approved();
+            cryptfold_kmip::require_approved();
             cryptfold_reactor::set_random_source(|target| {
                 rand::fill(target).expect("a random generator that fails makes no keys");
             });
