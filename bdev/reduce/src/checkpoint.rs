@@ -380,7 +380,7 @@ impl Pool {
     ) -> Result<(), Status> {
         let mut next = self.superblock.borrow().clone();
         next.generation += 1;
-        next.owner_epoch = self.epoch.owner_epoch;
+        next.owner_epoch = self.epoch.get().owner_epoch;
         if let Some(root) = root {
             next.root = Some(root);
         }

@@ -296,7 +296,23 @@ impl Pool {
         self.commits.done.notify_waiters();
     }
 
+    /// Changes the journal's keys where they have sealed as much as random nonces allow: another salt, so other keys. It is in each batch's
+    /// header, so recovery finds them.
+    fn renew_journal(&self) {
+        if !self.journal.borrow().is_worn() {
+            return;
+        }
+        let mut epoch = self.epoch.get();
+        reactor::fill_random(&mut epoch.salt);
+        self.epoch.set(epoch);
+        self.journal.borrow_mut().renew(self.keys.journal(), epoch);
+        for domain in self.shard.borrow_mut().domains.values_mut() {
+            domain.derive_journal(self.uuid, epoch);
+        }
+    }
+
     fn seal_pending(&self) -> Result<Vec<Sealed>, Status> {
+        self.renew_journal();
         let shard = self.shard.borrow();
         let key = |scope| match scope {
             Scope::Domain { domain, generation } => shard.domains.get(&domain.0)?.journals.get(&generation),

@@ -297,7 +297,7 @@ impl Pool {
         self.record(Scope::Pool, &Record::DomainUpdate { record: &bytes })
             .map_err(|status| self.stopped(status))?;
         if let Some(d) = self.shard.borrow_mut().domains.get_mut(&record.id.0) {
-            d.derive_journal(self.uuid, self.epoch);
+            d.derive_journal(self.uuid, self.epoch.get());
         }
         Ok(())
     }

@@ -8,7 +8,10 @@
 use cryptfold_reduce_format::block::BLOCK_BYTES;
 use cryptfold_reduce_format::entry::Record;
 use cryptfold_reduce_format::ids::Sequence;
-use cryptfold_reduce_format::journal::{Batch, BatchSealer, Cursor, JournalKey, Scope, SealBatchError};
+use cryptfold_reduce_format::journal::{
+    Batch, BatchSealer, Cursor, JournalEpoch, JournalKey, Scope, SealBatchError,
+};
+use cryptfold_reduce_format::keys::JournalRoot;
 use cryptfold_reduce_format::superblock::ShardEntry;
 use cryptfold_reduce_format::wire::WireError;
 
@@ -36,7 +39,12 @@ pub(crate) struct Journal {
     records: u64,
     pending_bytes: usize,
     stored_nonces: bool,
+    /// After so many seals the keys are changed, with stored nonces.
+    most_seals: u64,
 }
+
+/// Half of what random nonces allow one key (NIST SP 800-38D section 8.3: 2^32); all keys of an epoch are counted together.
+const MOST_SEALS: u64 = 1 << 31;
 
 impl Journal {
     /// A journal that goes on where `sealer` stands, in the ring of `entry`, whose content from `tail` on is needed; with
@@ -54,7 +62,23 @@ impl Journal {
             records: 0,
             pending_bytes: 0,
             stored_nonces,
+            most_seals: MOST_SEALS,
         }
+    }
+
+    /// Whether what is pending has to be sealed in a new epoch: [`Journal::renew`] before [`Journal::cut`].
+    pub fn is_worn(&self) -> bool {
+        self.stored_nonces && self.sealer.seals() >= self.most_seals
+    }
+
+    /// Goes on in another epoch; the domains' keys have to be of it, too.
+    pub fn renew(&mut self, root: &JournalRoot, epoch: JournalEpoch) {
+        self.sealer.renew(root, epoch);
+    }
+
+    /// For tests: [`Journal::is_worn`] after so many seals.
+    pub fn limit_seals(&mut self, most: u64) {
+        self.most_seals = most;
     }
 
     /// The batch that the last record is in: when it is durable, so is everything that has happened.

@@ -434,6 +434,12 @@ impl LocalPool {
         self.pool.lent()
     }
 
+    /// For tests: the journal's keys are changed after so many seals (pools of the FIPS modes).
+    #[doc(hidden)]
+    pub fn limit_journal_keys(&self, seals: u64) {
+        self.pool.journal.borrow_mut().limit_seals(seals);
+    }
+
     /// For tests: from now on only the lists of so many containers are remembered to find neighbours in.
     #[doc(hidden)]
     pub fn limit_neighbours(&self, containers: usize) {

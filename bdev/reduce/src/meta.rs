@@ -308,7 +308,7 @@ impl Pool {
             hash: shard.hash,
             codec: Codec::Zstd,
             shard: ShardIx(0),
-            owner_epoch: self.epoch.owner_epoch,
+            owner_epoch: self.epoch.get().owner_epoch,
         }
     }
 }

@@ -366,7 +366,8 @@ fn assemble(
     let owner_epoch = OwnerEpoch(superblock.owner_epoch.max(last_owner).0 + 1);
     let mut salt = [0; 16];
     reactor::fill_random(&mut salt);
-    let epoch = JournalEpoch { owner_epoch, salt, shard: ShardIx(0) };
+    let stored_nonces = superblock.is_approved();
+    let epoch = JournalEpoch { owner_epoch, salt, shard: ShardIx(0), stored_nonces };
     let stored = superblock.devices[0].blocks * BLOCK_BYTES as u64;
     let budget = opening.memory_bytes.unwrap_or(512_000_000 + stored / 4000);
     if budget < MIN_MEMORY_BYTES {
@@ -386,7 +387,7 @@ fn assemble(
         chain: entry.tail_chain,
     };
     let sealer = BatchSealer::new(found.keys.journal(), epoch, cursor);
-    let journal = Journal::new(sealer, entry, entry.tail_position, superblock.is_approved());
+    let journal = Journal::new(sealer, entry, entry.tail_position, stored_nonces);
     let shard = Shard {
         pool: PoolRecord {
             epoch: Epoch(1),
@@ -419,7 +420,7 @@ fn assemble(
         pool_key: found.key,
         key_block: RefCell::new(found.key_block),
         stale_keys: Cell::new(found.stale_keys),
-        epoch,
+        epoch: Cell::new(epoch),
         owner: me,
         anchors: found.at,
         segment_bytes: superblock.segment_bytes,
@@ -496,7 +497,7 @@ impl Pool {
                 geometry.segments
             )));
         }
-        let mut segments = Segments::from_entries(geometry, entries, self.epoch.owner_epoch);
+        let mut segments = Segments::from_entries(geometry, entries, self.epoch.get().owner_epoch);
         for &(number, bytes) in &catalogue.nodes {
             segments.add_catalogue(number, bytes);
         }
@@ -599,7 +600,7 @@ impl Pool {
         self.take_ownership().await?;
         self.mend_keys().await?;
         for domain in self.shard.borrow_mut().domains.values_mut() {
-            domain.derive_journal(self.uuid, self.epoch);
+            domain.derive_journal(self.uuid, self.epoch.get());
         }
         self.publish();
         self.background(self.clone().run_committer());
@@ -666,7 +667,7 @@ impl Pool {
         self.record(Scope::Pool, &Record::DomainCreate { record: &bytes })
             .map_err(|status| PoolError::Stopped { pool: self.name(), status })?;
         if let Some(domain) = self.shard.borrow_mut().domains.get_mut(&id.0) {
-            domain.derive_journal(self.uuid, self.epoch);
+            domain.derive_journal(self.uuid, self.epoch.get());
         }
         Ok(id)
     }

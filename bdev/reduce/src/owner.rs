@@ -97,7 +97,7 @@ impl Pool {
     fn owner_block(&self, beat: u64, state: OwnerState) -> OwnerBlock {
         OwnerBlock {
             pool: self.uuid,
-            epoch: self.epoch.owner_epoch,
+            epoch: self.epoch.get().owner_epoch,
             owner: self.owner,
             state,
             beat,
@@ -147,7 +147,7 @@ impl Pool {
             let device = self.descriptor.bdev().name().to_owned();
             if let Ok(Some(owner)) = read_owner(&self.base, &device, &self.anchors, &self.keys).await
                 && owner.owner != self.owner
-                && owner.epoch >= self.epoch.owner_epoch
+                && owner.epoch >= self.epoch.get().owner_epoch
             {
                 tracing::error!(pool = %self.name(), host = %owner.host, "another owner has taken the pool over");
                 self.fail(Status::INVALID_NAMESPACE);

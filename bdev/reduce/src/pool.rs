@@ -140,7 +140,8 @@ pub(crate) struct Pool {
     pub key_block: RefCell<KeyBlock>,
     /// Copies of it differ or are damaged.
     pub stale_keys: Cell<bool>,
-    pub epoch: JournalEpoch,
+    /// The salt changes ([`Pool::renew_journal`]), the owner epoch does not.
+    pub epoch: Cell<JournalEpoch>,
     pub owner: [u8; 16],
     pub anchors: [u64; ANCHORS],
     pub segment_bytes: u32,

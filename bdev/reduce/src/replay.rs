@@ -178,7 +178,7 @@ impl Pool {
         if batches > 0 {
             tracing::info!(pool = %self.name(), batches, blocks = cursor.position - entry.tail_position, "journal replayed");
         }
-        let sealer = BatchSealer::new(self.keys.journal(), self.epoch, cursor);
+        let sealer = BatchSealer::new(self.keys.journal(), self.epoch.get(), cursor);
         let approved = self.superblock.borrow().is_approved();
         *self.journal.borrow_mut() = Journal::new(sealer, &entry, entry.tail_position, approved);
         Ok(())

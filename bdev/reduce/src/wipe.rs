@@ -96,7 +96,7 @@ impl Pool {
                 left.busy = true;
                 continue;
             }
-            if entry.domain == POOL_DOMAIN && entry.incarnation.0 >> 32 != self.epoch.owner_epoch.0 {
+            if entry.domain == POOL_DOMAIN && entry.incarnation.0 >> 32 != self.epoch.get().owner_epoch.0 {
                 left.catalogue = true;
                 continue;
             }

@@ -3,6 +3,7 @@
 
 mod support;
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -11,6 +12,7 @@ use cryptfold_bdev_sim::{Image, Rng, Survivors, Tear};
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{self as reactor, Sim};
 use cryptfold_reduce::{Compression, CreateOptions, KeySource, LocalPool, PoolError, VolumeOptions};
+use cryptfold_reduce_format::journal::{BatchHeader, JournalEpoch};
 use support::{disk, key};
 
 const MIB: u64 = 1 << 20;
@@ -582,6 +584,46 @@ fn a_durable_pool_completes_what_survives() {
         }
         assert_eq!(read(&channel, 0, 1).await, vec![0; CHUNK]);
         clean(&pool).await;
+    });
+}
+
+#[test]
+fn the_journal_changes_its_keys_before_random_nonces_wear_them_out() {
+    run(|| async {
+        for (approved, renewed) in [(true, true), (false, false)] {
+            let (registry, disk) = disk(64 * MIB, Image::zeroed());
+            let options = CreateOptions { approved, ..options() };
+            let pool = LocalPool::create(&registry, "disk", "p", &options).await.unwrap();
+            pool.create_volume(&volume("v", 8 * MIB)).await.unwrap();
+            pool.limit_journal_keys(6);
+            let channel = open(&registry, "p/v");
+            for n in 0..24 {
+                write(&channel, n, &noise(n, 1)).await;
+                channel.flush().await.unwrap();
+            }
+            let image = disk.content();
+            let headers = image.written_pages().filter_map(|at| {
+                let mut block = [0; CHUNK];
+                image.read(at, &mut block);
+                BatchHeader::parse(&block).ok()
+            });
+            let mut epochs: HashMap<_, u32> = HashMap::new();
+            headers.for_each(|header| *epochs.entry(JournalEpoch::of(&header)).or_default() += 1);
+            assert!(epochs.values().sum::<u32>() >= 24, "{epochs:?}");
+            // A batch is sealed, and a group in it.
+            assert_eq!(epochs.len() > 6, renewed, "{epochs:?}");
+            assert!(!renewed || epochs.values().filter(|batches| **batches > 6).count() <= 1, "{epochs:?}");
+            disk.cut_power();
+            let image = disk.crash(Survivors::None, Tear::Whole, &mut Rng::new(5));
+            drop((channel, pool));
+            let (registry, _disk) = self::disk(64 * MIB, image);
+            let pool = reopen(&registry).await;
+            let channel = open(&registry, "p/v");
+            for n in 0..24 {
+                assert!(read(&channel, n, 1).await == noise(n, 1), "write {n}");
+            }
+            clean(&pool).await;
+        }
     });
 }
 

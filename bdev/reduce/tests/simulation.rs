@@ -119,6 +119,9 @@ const VOLUMES: [(&str, u64, u32, Option<&str>); 4] = [
     ("other", MIB, 4096, Some("tenant")),
 ];
 
+/// Every few commits, for pools of the FIPS modes.
+const SEALS_OF_A_JOURNAL_KEY: u64 = 20;
+
 fn text(error: PoolError) -> String {
     error.to_string()
 }
@@ -140,6 +143,7 @@ impl Stack for PoolStack {
             options.memory_budget = Some(MEMORY);
             let pool =
                 LocalPool::create(&machine.registry, &machine.disk, "pool", &options).await.map_err(text)?;
+            pool.limit_journal_keys(SEALS_OF_A_JOURNAL_KEY);
             *slot.borrow_mut() = Some(pool.clone());
             pool.create_domain("tenant").await.map_err(text)?;
             for (name, size_bytes, block, domain) in VOLUMES {
@@ -164,6 +168,7 @@ impl Stack for PoolStack {
         Box::pin(async move {
             let pool = LocalPool::open(&machine.registry, &machine.disk, &key(), Some(MEMORY)).await;
             let pool = pool.map_err(text)?.ok_or("no pool on the disk")?;
+            pool.limit_journal_keys(SEALS_OF_A_JOURNAL_KEY);
             *slot.borrow_mut() = Some(pool.clone());
             if sampled {
                 sample(&pool)?;

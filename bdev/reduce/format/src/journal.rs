@@ -29,7 +29,8 @@
 //! (key by domain, owner epoch, shard and salt; nonce = sequence, index of the group).
 //!
 //! With stored nonces (pools of the FIPS modes) each nonce is random, made by the cipher library and stored: the batch's as the first 12
-//! bytes of the payload, in clear, a sealed group's between its header and its records.
+//! bytes of the payload, in clear, a sealed group's between its header and its records. A key seals at most 2^32 times so
+//! (NIST SP 800-38D section 8.3): long before, the owner goes on with a new salt ([`BatchSealer::renew`]).
 //!
 //! Record: kind u8, reserved u8, body bytes u16, body. Bodies are the fixed structures of this file, unaligned.
 
@@ -257,19 +258,27 @@ pub struct JournalEpoch {
     pub salt: [u8; 16],
     /// Shard.
     pub shard: ShardIx,
+    /// Whether nonces are made by the cipher library and stored.
+    pub stored_nonces: bool,
 }
 
 impl JournalEpoch {
     /// The epoch that a batch was sealed in.
     pub fn of(header: &BatchHeader) -> Self {
-        Self { owner_epoch: header.owner_epoch, salt: header.salt, shard: header.shard }
+        Self {
+            owner_epoch: header.owner_epoch,
+            salt: header.salt,
+            shard: header.shard,
+            stored_nonces: header.stored_nonces,
+        }
     }
 }
 
 /// A key of one shard's journal in one epoch: of the batches (from the pool's root), or of a domain's groups.
 pub struct JournalKey {
     gcm: LessSafeKey,
-    making: RandomizedNonceKey,
+    /// The same key, where the library makes the nonces.
+    making: Option<RandomizedNonceKey>,
     epoch: JournalEpoch,
 }
 
@@ -284,19 +293,18 @@ impl JournalKey {
     pub fn derive(root: &JournalRoot, epoch: JournalEpoch) -> Self {
         let context = [&epoch.owner_epoch.0.to_le_bytes()[..], &epoch.shard.0.to_le_bytes()];
         let secret = derive(&root.0, &epoch.salt, "journal epoch", &context);
-        Self { gcm: gcm(&secret), making: making(&secret), epoch }
+        Self { gcm: gcm(&secret), making: epoch.stored_nonces.then(|| making(&secret)), epoch }
     }
 
     /// Seals in place with the nonce of that batch and group, or with one that is made: that one, and the tag.
     fn seal(
         &self,
-        stored: bool,
         place: (Sequence, u32),
         aad: &[u8],
         body: &mut [u8],
     ) -> Result<(Option<[u8; NONCE_BYTES]>, [u8; TAG_BYTES]), SealBatchError> {
-        if stored {
-            let (nonce, tag) = seal_making(&self.making, aad, body).map_err(|_| SealBatchError::Cipher)?;
+        if let Some(making) = &self.making {
+            let (nonce, tag) = seal_making(making, aad, body).map_err(|_| SealBatchError::Cipher)?;
             return Ok((Some(nonce), tag));
         }
         let mut tag = [0; TAG_BYTES];
@@ -461,12 +469,24 @@ impl Batch {
 pub struct BatchSealer {
     key: JournalKey,
     cursor: Cursor,
+    seals: u64,
 }
 
 impl BatchSealer {
     /// A sealer that goes on at `cursor`, in an epoch that has sealed nothing yet (a fresh owner epoch and salt).
     pub fn new(root: &JournalRoot, epoch: JournalEpoch, cursor: Cursor) -> Self {
-        Self { key: JournalKey::derive(root, epoch), cursor }
+        Self { key: JournalKey::derive(root, epoch), cursor, seals: 0 }
+    }
+
+    /// Goes on in another epoch, which has sealed nothing yet (a fresh salt); the domains' keys have to be of it, too.
+    pub fn renew(&mut self, root: &JournalRoot, epoch: JournalEpoch) {
+        self.key = JournalKey::derive(root, epoch);
+        self.seals = 0;
+    }
+
+    /// How often something was sealed in this epoch with all keys together. Random nonces allow 2^32 a key (NIST SP 800-38D section 8.3).
+    pub fn seals(&self) -> u64 {
+        self.seals
     }
 
     /// Where the next batch goes.
@@ -489,10 +509,13 @@ impl BatchSealer {
         if durable >= cursor.sequence {
             return Err(SealBatchError::Durable { durable, sequence: cursor.sequence });
         }
+        let stored = batch.stored_nonces;
+        if stored != epoch.stored_nonces {
+            return Err(SealBatchError::Nonces);
+        }
         let blocks = batch.blocks();
         out.clear();
         out.reserve(blocks as usize * BLOCK_BYTES);
-        let stored = batch.stored_nonces;
         let nonce_bytes = if stored { NONCE_BYTES } else { 0 };
         out.resize(BATCH_HEADER_BYTES + nonce_bytes, 0);
         let mut records = batch.records.as_slice();
@@ -510,7 +533,7 @@ impl BatchSealer {
             out.extend_from_slice(group);
             let key = key(scope).filter(|key| key.epoch == *epoch).ok_or(SealBatchError::Key { scope })?;
             let place = (cursor.sequence, index as u32);
-            let (nonce, tag) = key.seal(stored, place, head.as_bytes(), &mut out[start..])?;
+            let (nonce, tag) = key.seal(place, head.as_bytes(), &mut out[start..])?;
             if let Some(nonce) = nonce {
                 out[start - nonce_bytes..start].copy_from_slice(&nonce);
             }
@@ -538,13 +561,14 @@ impl BatchSealer {
         let (head, payload) = out.split_at_mut(BATCH_HEADER_BYTES);
         let (nonce_out, payload) = payload.split_at_mut(nonce_bytes);
         let place = (cursor.sequence, u32::MAX);
-        let (nonce, tag) = self.key.seal(stored, place, &raw.as_bytes()[..SIGNED_BYTES], payload)?;
+        let (nonce, tag) = self.key.seal(place, &raw.as_bytes()[..SIGNED_BYTES], payload)?;
         if let Some(nonce) = nonce {
             nonce_out.copy_from_slice(&nonce);
         }
         raw.tag = tag;
         head.copy_from_slice(raw.as_bytes());
         let header = BatchHeader::parse(head).map_err(|_| SealBatchError::Cipher)?;
+        self.seals += 1 + batch.groups.len() as u64;
         self.cursor = Cursor::after(&header);
         Ok(header)
     }
@@ -567,6 +591,9 @@ pub enum SealBatchError {
         /// Scope.
         scope: Scope,
     },
+    /// The batch has room for stored nonces and the epoch has none, or the reverse.
+    #[error("batch and epoch differ in whether nonces are stored")]
+    Nonces,
     /// The cipher refused.
     #[error("the cipher failed")]
     Cipher,

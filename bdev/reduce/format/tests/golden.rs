@@ -77,7 +77,7 @@ fn images() -> Vec<(&'static str, Vec<u8>)> {
         ("snapshot_records", encoded_snapshot_records()),
         ("retarget_record", encoded_retarget()),
         ("fingerprints_record", encoded_fingerprints()),
-        ("journal_batch", batch(Batch::new())),
+        ("journal_batch", batch(journal_epoch(), Batch::new())),
     ];
     images.sort();
     images
@@ -277,11 +277,11 @@ fn scope() -> Scope {
     Scope::Domain { domain: DomainId(3), generation: Generation(2) }
 }
 
-fn domain_journal_key() -> JournalKey {
-    JournalKey::derive(&data_key().journal_root(POOL), journal_epoch())
+fn domain_journal_key(epoch: JournalEpoch) -> JournalKey {
+    JournalKey::derive(&data_key().journal_root(POOL), epoch)
 }
 
-fn batch(mut batch: Batch) -> Vec<u8> {
+fn batch(epoch: JournalEpoch, mut batch: Batch) -> Vec<u8> {
     with_records(|record| {
         let in_domain = matches!(
             record,
@@ -298,8 +298,8 @@ fn batch(mut batch: Batch) -> Vec<u8> {
     });
     let cursor =
         Cursor { pool: POOL, shard: ShardIx(1), sequence: Sequence(100), position: 5000, chain: [8; 16] };
-    let mut sealer = BatchSealer::new(pool_keys().journal(), journal_epoch(), cursor);
-    let (key, mut out) = (domain_journal_key(), Vec::new());
+    let mut sealer = BatchSealer::new(pool_keys().journal(), epoch, cursor);
+    let (key, mut out) = (domain_journal_key(epoch), Vec::new());
     sealer.seal(&batch, Sequence(98), |asked| (asked == scope()).then_some(&key), &mut out).unwrap();
     out
 }
@@ -322,7 +322,8 @@ fn write_missing_images() {
     }
     // Its nonces are random: it is read, and not written again.
     if !path(STORED_NONCES).exists() {
-        std::fs::write(path(STORED_NONCES), dump(&batch(Batch::with_stored_nonces()))).unwrap();
+        std::fs::write(path(STORED_NONCES), dump(&batch(stored_epoch(), Batch::with_stored_nonces())))
+            .unwrap();
     }
     if !path("zstd_frame").exists() {
         let (codec, frame) = Compressor::new().compress_node(&text(4096));
@@ -411,7 +412,7 @@ fn records_of(bytes: &[u8]) -> Vec<u8> {
     let header = BatchHeader::parse(bytes).unwrap();
     let key = JournalKey::derive(pool_keys().journal(), JournalEpoch::of(&header));
     let mut batch = OpenBatch::open(bytes, &key).unwrap();
-    let domain_key = domain_journal_key();
+    let domain_key = domain_journal_key(JournalEpoch::of(&header));
     let mut read = Vec::new();
     for (at, found) in batch.scopes().enumerate().collect::<Vec<_>>() {
         let key = (found != Scope::Pool).then_some(&domain_key);

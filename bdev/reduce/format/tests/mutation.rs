@@ -290,26 +290,26 @@ fn batch(sealer: &mut BatchSealer, domain: &JournalKey, mut batch: Batch) -> Vec
     out
 }
 
-fn sealer() -> BatchSealer {
+fn sealer(epoch: JournalEpoch) -> BatchSealer {
     let cursor = Cursor { pool: POOL, shard: ShardIx(1), sequence: Sequence(1), position: 0, chain: [0; 16] };
-    BatchSealer::new(pool_keys().journal(), journal_epoch(), cursor)
+    BatchSealer::new(pool_keys().journal(), epoch, cursor)
 }
 
 #[test]
 fn flipped_bits_and_broken_chains_of_journals() {
-    flips_and_chains(Batch::new);
+    flips_and_chains(journal_epoch(), Batch::new);
 }
 
 #[test]
 fn flipped_bits_and_broken_chains_of_journals_with_stored_nonces() {
-    flips_and_chains(Batch::with_stored_nonces);
+    flips_and_chains(stored_epoch(), Batch::with_stored_nonces);
 }
 
-fn flips_and_chains(empty: fn() -> Batch) {
+fn flips_and_chains(epoch: JournalEpoch, empty: fn() -> Batch) {
     let keys = pool_keys();
-    let key = JournalKey::derive(keys.journal(), journal_epoch());
-    let domain = JournalKey::derive(&data_key().journal_root(POOL), journal_epoch());
-    let mut sealer = sealer();
+    let key = JournalKey::derive(keys.journal(), epoch);
+    let domain = JournalKey::derive(&data_key().journal_root(POOL), epoch);
+    let mut sealer = sealer(epoch);
     let mut cursor = sealer.cursor().clone();
     let (first, second) = (batch(&mut sealer, &domain, empty()), batch(&mut sealer, &domain, empty()));
     each_flip(&first, |bit, bad| {
@@ -333,7 +333,7 @@ fn flips_and_chains(empty: fn() -> Batch) {
     }
     assert_eq!(cursor, *sealer.cursor());
     // The wrong domain key: the batch opens, that group does not.
-    let stranger = JournalKey::derive(&DataKey(secret(1)).journal_root(POOL), journal_epoch());
+    let stranger = JournalKey::derive(&DataKey(secret(1)).journal_root(POOL), epoch);
     let mut open = OpenBatch::open(&first, &key).unwrap();
     assert!(matches!(open.records(1, Some(&stranger)), Err(BatchError::GroupTag { .. })));
     assert!(OpenBatch::open(&first[..4095], &key).is_err());

@@ -439,12 +439,11 @@ fn pages_hold_ascending_records_of_one_page() {
 
 #[test]
 fn a_full_batch_says_so_and_stays_as_it_was() {
-    for batch in [Batch::new(), Batch::with_stored_nonces()] {
-        fills_up(batch);
-    }
+    fills_up(journal_epoch(), Batch::new());
+    fills_up(stored_epoch(), Batch::with_stored_nonces());
 }
 
-fn fills_up(mut batch: Batch) {
+fn fills_up(epoch: JournalEpoch, mut batch: Batch) {
     let name = "n".repeat(255);
     let record = Record::VolumeRename { volume: VolumeId(1), name: &name };
     let mut pushed = 0;
@@ -453,7 +452,7 @@ fn fills_up(mut batch: Batch) {
     }
     assert_eq!(batch.blocks(), MAX_BATCH_BLOCKS);
     let cursor = Cursor { pool: POOL, shard: ShardIx(1), sequence: Sequence(1), position: 0, chain: [0; 16] };
-    let mut sealer = BatchSealer::new(pool_keys().journal(), journal_epoch(), cursor);
+    let mut sealer = BatchSealer::new(pool_keys().journal(), epoch, cursor);
     let mut out = Vec::new();
     let header = sealer.seal(&batch, Sequence(0), |_| None, &mut out).unwrap();
     let key = JournalKey::derive(pool_keys().journal(), JournalEpoch::of(&header));
@@ -481,6 +480,8 @@ fn a_sealer_refuses_keys_of_another_epoch() {
     let (durable, sequence) = (Sequence(5), Sequence(5));
     let error = sealer.seal(&batch, durable, |_| None, &mut out).unwrap_err();
     assert_eq!(error, SealBatchError::Durable { durable, sequence });
+    let error = sealer.seal(&Batch::with_stored_nonces(), Sequence(4), |_| None, &mut out).unwrap_err();
+    assert_eq!(error, SealBatchError::Nonces);
     assert_eq!(*sealer.cursor(), cursor, "nothing was counted");
 }
 

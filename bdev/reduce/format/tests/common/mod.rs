@@ -236,7 +236,12 @@ pub fn snapshot_record() -> VolumeRecord {
 }
 
 pub fn journal_epoch() -> JournalEpoch {
-    JournalEpoch { owner_epoch: OwnerEpoch(11), salt: [0x77; 16], shard: ShardIx(1) }
+    JournalEpoch { owner_epoch: OwnerEpoch(11), salt: [0x77; 16], shard: ShardIx(1), stored_nonces: false }
+}
+
+/// The epoch of [`cryptfold_reduce_format::journal::Batch::with_stored_nonces`].
+pub fn stored_epoch() -> JournalEpoch {
+    JournalEpoch { stored_nonces: true, ..journal_epoch() }
 }
 
 /// Bytes that no codec shortens, the same every time.
