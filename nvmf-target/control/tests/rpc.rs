@@ -6,6 +6,7 @@ use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 
+use cryptfold_control::fips::FipsMode;
 use cryptfold_control::server::Server;
 use cryptfold_control::{Control, ControlConfig, Signal};
 use cryptfold_reactor::{IdlePolicy, MemoryConfig};
@@ -19,6 +20,10 @@ struct Target {
 }
 
 fn uninitialised() -> Target {
+    in_mode(FipsMode::Off)
+}
+
+fn in_mode(fips: FipsMode) -> Target {
     let dir = tempfile::tempdir().unwrap();
     let signals: Arc<Mutex<Vec<Signal>>> = Arc::default();
     let s = signals.clone();
@@ -28,6 +33,7 @@ fn uninitialised() -> Target {
         memory: MemoryConfig { hugepages: false, arena_bytes: 4 << 20, fixed_buffers: false },
         key_dir: dir.path().join("keys"),
         on_signal: Box::new(move |sig| s.lock().unwrap().push(sig)),
+        fips,
         ..ControlConfig::default()
     });
     let server = Server::start(&dir.path().join("rpc.sock"), control.clone()).unwrap();
@@ -818,4 +824,31 @@ fn devices_that_are_no_good_for_pools() {
     t.call("bdev_lvol_create_lvstore", json!({"bdev_name": "u0", "lvs_name": "p", "force": true}));
     let (code, what) = t.refused("cryptfold_pool_open", json!({"base_bdev_name": "small"}));
     assert!(code == -19 && what.contains("no pool"), "{what}");
+}
+
+/// What the mode refuses before anything is asked of the module.
+#[test]
+fn validated_refuses_what_the_module_can_not_do() {
+    let t = in_mode(FipsMode::Validated);
+    let kernel = |on: bool| json!({"impl_name": "ssl", "enable_ktls": on});
+    let (code, why) = t.refused("sock_impl_set_options", kernel(true));
+    assert!(code == -32602 && why.contains("enable_ktls") && why.contains("outside of the module"), "{why}");
+    t.call("sock_impl_set_options", kernel(false));
+    t.control.initialize().unwrap();
+    t.refused("sock_impl_set_options", kernel(true));
+    let nqn = "nqn.2026-01.io.example:s1";
+    t.call("nvmf_create_transport", json!({"trtype": "TCP"}));
+    t.call("nvmf_create_subsystem", json!({"nqn": nqn}));
+    let address = json!({"trtype": "TCP", "adrfam": "IPv4", "traddr": "127.0.0.1", "trsvcid": "0"});
+    let listener = json!({"nqn": nqn, "listen_address": address, "secure_concatenation": true});
+    let attachment = json!({"name": "n", "trtype": "TCP", "adrfam": "IPv4", "traddr": "127.0.0.1", "trsvcid": "1",
+        "subnqn": nqn, "secure_concatenation": true});
+    for (method, params) in
+        [("nvmf_subsystem_add_listener", listener), ("bdev_nvme_attach_controller", attachment)]
+    {
+        let (code, why) = t.refused(method, params);
+        assert!(code == -32602 && why.contains("secure_concatenation") && why.contains("validated"), "{why}");
+    }
+    let shown = t.call("nvmf_get_subsystems", json!({"nqn": nqn}));
+    assert_eq!(shown[0]["listen_addresses"], json!([]));
 }

@@ -130,8 +130,12 @@ fn what_a_mode_does_not_have_is_refused() {
             assert!(services.len() > 5 && services.iter().all(|s| s["approved"] == true), "{told}");
             refusal(dir, "accel_crypto_key_create", key, &["AES-128-XTS", "64 bytes"]);
             refusal(dir, "nvmf_set_config", group, &["ffdhe2048", "null"]);
+            let kernel = json!({"impl_name": "ssl", "enable_ktls": true});
+            refusal(dir, "sock_impl_set_options", kernel, &["enable_ktls", "kernel"]);
         } else {
             done(dir, "accel_crypto_key_create", key);
+            done(dir, "nvmf_set_config", group);
+            done(dir, "sock_impl_set_options", json!({"impl_name": "ssl", "enable_ktls": true}));
         }
         target.end("-TERM");
     }

@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use uuid::Uuid;
 
 use super::drives;
-use super::nvmf::{OnlyFalse, offer, ring_key, secret};
+use super::nvmf::{OnlyFalse, check_concatenation, offer, ring_key, secret};
 use super::options::object;
 use crate::control::{Control, lock};
 use crate::jsonrpc::{RpcError, RpcResult};
@@ -464,6 +464,9 @@ fn attach_tcp(c: &Control, p: Attach) -> RpcResult {
     connect.tls = psk.map(|n| TlsKey { psk: n.key, version });
     connect.kernel_tls = lock(&c.options).kernel_tls();
     connect.concat = p.secure_concatenation;
+    if connect.concat {
+        check_concatenation(c.config.fips)?;
+    }
     if connect.concat && (connect.tls.is_some() || connect.credentials.is_none()) {
         let why = "secure_concatenation: needs dhchap_key, and no psk";
         return Err(RpcError::params(why));

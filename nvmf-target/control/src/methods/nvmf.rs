@@ -729,6 +729,18 @@ pub fn offer(mode: FipsMode, params: &Map<String, Value>) -> Result<Offer, RpcEr
     Ok(Offer { hashes: list(params, "dhchap_digests", all.hashes, HashId::from_name)?, groups })
 }
 
+/// Whether secure channel concatenation can work: it needs a group for its key.
+pub fn check_concatenation(mode: FipsMode) -> Result<(), RpcError> {
+    if mode.allows(DhGroup::Ffdhe2048) {
+        return Ok(());
+    }
+    Err(RpcError::params(format!(
+        "secure_concatenation: true is not possible with --fips-mode {}: the module has no such key agreement; TLS with a psk keeps a \
+         connection secret",
+        mode.name()
+    )))
+}
+
 fn set_config(c: &Control, p: SetConfig) -> RpcResult {
     let filter = p.discovery_filter.or(p.discovery_filters.map(|f| f.join(",")));
     if let Some(f) = &filter
@@ -916,7 +928,10 @@ fn add_listener(c: &Control, p: AddListener) -> RpcResult {
     let security = match (p.secure_channel, p.secure_concatenation) {
         (false, false) => PortSecurity::None,
         (true, false) => PortSecurity::Tls,
-        (false, true) => PortSecurity::Concatenation,
+        (false, true) => {
+            check_concatenation(c.config.fips)?;
+            PortSecurity::Concatenation
+        }
         (true, true) => {
             let why = "secure_concatenation: true was given, and secure_channel, which lets nobody in without TLS; choose one";
             return Err(RpcError::params(why));

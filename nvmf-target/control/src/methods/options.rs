@@ -4,6 +4,7 @@
 use serde_json::{Map, Value, json};
 
 use crate::control::{Control, lock};
+use crate::fips::FipsMode;
 use crate::jsonrpc::{RpcError, RpcResult};
 use crate::params::params;
 use crate::table::{Method, When};
@@ -167,6 +168,11 @@ fn sock_set(c: &Control, p: SockOptions) -> RpcResult {
     known_impl(&p.impl_name)?;
     if let Some(v) = p.tls_version.filter(|v| !matches!(v, 0 | 13)) {
         return Err(RpcError::params(format!("tls_version: {v} was given; 13 (TLS 1.3) is the only one")));
+    }
+    if p.enable_ktls == Some(true) && c.config.fips == FipsMode::Validated {
+        return Err(RpcError::params(
+            "enable_ktls: true is not possible with --fips-mode validated: the kernel's AES-GCM is outside of the module; leave it out",
+        ));
     }
     let given = object(json!({
         "recv_buf_size": p.recv_buf_size, "send_buf_size": p.send_buf_size,
