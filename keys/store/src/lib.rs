@@ -149,18 +149,18 @@ pub fn add_password(
 }
 
 /// Puts a slot that `new_password` opens in the place of the one that `old` opens; its number. The old slot's label stays
-/// unless a new one is given. The block's generation grows.
+/// unless a new one is given. The block's generation grows. `old_limits` are for trying what is there, `limits` for the new slot.
 ///
 /// # Errors
 /// As [`unlock`] and [`add_password`]; nothing is changed then.
 pub fn change_password(
     block: &mut KeyBlock,
-    old: &Password,
+    (old, old_limits): (&Password, &Limits),
     new_password: &Password,
     new: &NewSlot<'_>,
     limits: &Limits,
 ) -> Result<usize, StoreError> {
-    let (at, key) = unlock(block, old, limits)?;
+    let (at, key) = unlock(block, old, old_limits)?;
     let label = match (new.label, &block.slots[at]) {
         ("", Some(slot)) => slot.label.clone(),
         (label, _) => label.into(),

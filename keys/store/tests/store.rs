@@ -97,7 +97,7 @@ fn changing_a_password_keeps_the_key_and_ends_the_old_password() {
     let before = b.clone();
     let wrong = change_password(
         &mut b,
-        &password("no password"),
+        (&password("no password"), &limits()),
         &password("new password"),
         &new(CHEAP, 2),
         &limits(),
@@ -106,13 +106,13 @@ fn changing_a_password_keeps_the_key_and_ends_the_old_password() {
     let long = "l".repeat(60);
     let unstorable = NewSlot { label: &long, ..new(CHEAP, 2) };
     assert!(
-        change_password(&mut b, &password("old password"), &password("new password"), &unstorable, &limits())
+        change_password(&mut b, (&password("old password"), &limits()), &password("new password"), &unstorable, &limits())
             .is_err()
     );
     assert_eq!(b, before, "nothing changes when it fails");
     let changed = change_password(
         &mut b,
-        &password("old password"),
+        (&password("old password"), &limits()),
         &password("new password"),
         &new(CHEAP, 2),
         &limits(),
@@ -165,6 +165,12 @@ fn a_fips_mode_takes_pbkdf2_and_long_passwords_only() {
     add_password(&mut b, &key(), &password("a good password"), &new(CHEAP, 1), &limits()).unwrap();
     let refused = unlock(&b, &password("a good password"), &strict).unwrap_err();
     assert_eq!(refused, PasswordError::NotApproved.into());
+    let mut way_out = b.clone();
+    let old = password("a good password");
+    let same = change_password(&mut way_out, (&old, &strict), &old, &new(CHEAP_PBKDF2, 2), &strict);
+    assert_eq!(same, Err(PasswordError::NotApproved.into()));
+    let changed = change_password(&mut way_out, (&old, &limits()), &old, &new(CHEAP_PBKDF2, 2), &strict);
+    assert!(changed == Ok(1) && unlock(&way_out, &old, &strict) == Ok((1, key())), "{changed:?}");
     let short = add_password(&mut b, &key(), &password("only 13 bytes"), &new(CHEAP_PBKDF2, 1), &strict);
     assert_eq!(short, Err(PasswordError::ShortApproved { bytes: 13 }.into()));
     add_password(&mut b, &key(), &password("now 14 bytes ."), &new(CHEAP_PBKDF2, 1), &strict).unwrap();

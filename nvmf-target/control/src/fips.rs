@@ -123,7 +123,12 @@ impl FipsMode {
         Ok(())
     }
 
-    /// What a password costs, of a pool that was made for the FIPS modes or not, and what its slots may ask for.
+    /// What slots (and back-ups) that are there may ask for.
+    pub fn limits(self) -> Limits {
+        Limits { approved: self.is_on(), ..Limits::default() }
+    }
+
+    /// What a new password costs, of a pool that was made for the FIPS modes or not, and what its slot may ask for.
     pub fn costs(self, approved_pool: bool) -> (Cost, Limits) {
         let approved = self.is_on() || approved_pool;
         let cost = if approved { Cost::APPROVED } else { Cost::DEFAULT };
@@ -256,5 +261,7 @@ mod tests {
         for (cost, limits) in [FipsMode::Off.costs(true), FipsMode::Approved.costs(false)] {
             assert!(cost == Cost::APPROVED && limits.approved);
         }
+        // A pool of the FIPS modes with another slot: `off` opens that, and changes it.
+        assert!(!FipsMode::Off.limits().approved && FipsMode::Approved.limits().approved);
     }
 }

@@ -423,7 +423,7 @@ impl Pools {
 
     /// The key-encryption key of the slot that a password opens.
     fn password_key(&self, sealed: &SealedPool, password: &Password) -> Result<SlotKey, RpcError> {
-        let (_, limits) = self.fips.costs(sealed.approved);
+        let limits = self.fips.limits();
         let (_, kek, _) = cryptfold_keystore::find(&sealed.keys, password, &limits)?;
         Ok(slot_key(kek, SlotKind::Password, "password"))
     }

@@ -3,7 +3,9 @@
 use std::io::{Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 
-use cryptfold_keystore::{Backup, Cost, Limits, NewSlot, Password, StoreError};
+use cryptfold_keystore::{
+    Backup, Cost, ExportError, Limits, NewSlot, Password, PasswordError, StoreError,
+};
 use cryptfold_nvmf_target::audit::TARGET as AUDIT;
 use cryptfold_reduce::keys::Kek;
 use cryptfold_reduce::slots::{Kdf, KeyBlock, KeySlot, SlotKind};
@@ -594,7 +596,7 @@ fn passwd(c: &Control, p: Passwd) -> RpcResult {
     let (cost, limits) = costs(c, &p.name)?;
     let fresh = NewSlot { cost, salt: salt(), created_ms: now_ms(), label: "" };
     let at = change(c, &p.name, "password changed", |block, _| {
-        Ok(cryptfold_keystore::change_password(block, &old, &new, &fresh, &limits)?)
+        Ok(cryptfold_keystore::change_password(block, (&old, &c.config.fips.limits()), &new, &fresh, &limits)?)
     })?;
     Ok(json!(at))
 }
@@ -730,7 +732,8 @@ fn rotate_kek(c: &Control, p: RotateKek) -> RpcResult {
             let (cost, limits) = c.config.fips.costs(info.approved);
             let new = NewSlot { cost, salt: salt(), created_ms: now_ms(), label: "" };
             change(c, &p.name, event, |block, _| {
-                Ok(cryptfold_keystore::change_password(block, &password, &password, &new, &limits)?)
+                let old = (&password, &c.config.fips.limits());
+                Ok(cryptfold_keystore::change_password(block, old, &password, &new, &limits)?)
             })?;
             Ok(json!({"slot": at}))
         }
@@ -1097,9 +1100,14 @@ fn restore(c: &Control, p: Restore) -> RpcResult {
         _ => return Err(RpcError::params("filename: either this or backup is needed")),
     };
     let password = given("password", p.password, p.password_file)?;
-    let (_, limits) = c.config.fips.costs(false);
-    let backup = cryptfold_keystore::import(&text, &password, &limits)
-        .map_err(|e| RpcError::params(format!("backup: {e}")))?;
+    let limits = c.config.fips.limits();
+    let backup = cryptfold_keystore::import(&text, &password, &limits).map_err(|e| match e {
+        ExportError::Password(PasswordError::NotApproved) => RpcError::params(
+            "backup: its password goes through Argon2id, which FIPS 140-3 does not approve: it is of a pool that was not made for the FIPS \
+             modes, and was made with --fips-mode off; restore it in that mode",
+        ),
+        e => RpcError::params(format!("backup: {e}")),
+    })?;
     let base = c.registry.get(&p.base_bdev_name)?;
     if let Some(open) = pools.manager().list().into_iter().find(|i| i.base_bdev == base.name()) {
         return Err(RpcError::busy(format!("pool \"{}\" is open; lock or close it first", open.name)));
