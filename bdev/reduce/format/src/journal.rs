@@ -712,3 +712,47 @@ pub(crate) fn layouts() -> Vec<crate::layout::Layout> {
         layout!("group header", GroupRaw { scope reserved0 reserved1 domain generation volume bytes }),
     ]
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{ContainerId, Epoch};
+    use crate::keys::Secret;
+
+    #[test]
+    fn nonces_that_are_made_are_never_the_same() {
+        let root = |byte| JournalRoot(Secret::take(&mut [byte; 32]));
+        let epoch = JournalEpoch {
+            owner_epoch: OwnerEpoch(1),
+            salt: [2; 16],
+            shard: ShardIx(0),
+            stored_nonces: true,
+        };
+        let (key, domain) = (JournalKey::derive(&root(3), epoch), JournalKey::derive(&root(4), epoch));
+        let scope = Scope::Domain { domain: DomainId(1), generation: Generation(1) };
+        let mut batch = Batch::with_stored_nonces();
+        assert!(batch.push(Scope::Pool, &Record::EpochAdvance { epoch: Epoch(9) }).unwrap());
+        let container = ContainerId::new(9).unwrap();
+        assert!(batch.push(scope, &Record::ContainerOpen { container }).unwrap());
+        // The same batch under the same number, by two sealers of one epoch.
+        let [one, other] = [0, 1].map(|_| {
+            let (pool, shard, sequence) = (Uuid::nil(), ShardIx(0), Sequence(1));
+            let cursor = Cursor { pool, shard, sequence, position: 0, chain: [0; 16] };
+            let mut bytes = Vec::new();
+            let mut sealer = BatchSealer::new(&root(3), epoch, cursor);
+            sealer.seal(&batch, Sequence(0), |_| Some(&domain), &mut bytes).unwrap();
+            assert_eq!(sealer.seals(), 3);
+            let body = BATCH_HEADER_BYTES + NONCE_BYTES;
+            let open = OpenBatch::open(&bytes, &key).unwrap();
+            let group = &open.groups[1];
+            let nonce = open.payload[group.head + GROUP_HEADER_BYTES..group.records.start].to_vec();
+            let records = open.payload[group.records.clone()].to_vec();
+            assert_eq!((nonce.len(), records.is_empty()), (NONCE_BYTES, false));
+            [bytes[BATCH_HEADER_BYTES..body].to_vec(), bytes[body..].to_vec(), nonce, records]
+        });
+        for (at, what) in ["nonce", "ciphertext", "a group's nonce", "its ciphertext"].into_iter().enumerate()
+        {
+            assert_ne!(one[at], other[at], "{what}");
+        }
+    }
+}

@@ -56,6 +56,7 @@ fn images() -> Vec<(&'static str, Vec<u8>)> {
     let block = |block: Box<[u8; 4096]>| block.to_vec();
     let mut images = vec![
         ("superblock", block(superblock().encode(keys.block(), 1, 1 << 20).unwrap())),
+        ("superblock_approved", block(superblock_approved().encode(keys.block(), 1, 1 << 20).unwrap())),
         ("key_block", block(key_block().encode(keys.block(), DeviceIx(1), 1, (1 << 20) + KEYS_AT).unwrap())),
         ("owner_block", block(owner_block().encode(keys.block(), DeviceIx(1), 1, (1 << 20) + OWNER_AT))),
         ("segment_header", block(segment_header(Class::Data, Cipher::Gcm).encode(keys.block()))),
@@ -81,6 +82,12 @@ fn images() -> Vec<(&'static str, Vec<u8>)> {
     ];
     images.sort();
     images
+}
+
+/// Of a pool of the FIPS modes.
+fn superblock_approved() -> Superblock {
+    let features = Features { incompatible: FEATURE_APPROVED, ..superblock().features };
+    Superblock { features, ..superblock() }
 }
 
 fn host() -> HostSeal {
@@ -347,6 +354,9 @@ fn blocks_of_the_first_version_are_read() {
     let keys = pool_keys();
     let read = Superblock::parse(&image_block("superblock"), 1 << 20).unwrap();
     assert_eq!(read.verify(keys.block()).unwrap(), superblock());
+    let read = Superblock::parse(&image_block("superblock_approved"), 1 << 20).unwrap();
+    let read = read.verify(keys.block()).unwrap();
+    assert!(read == superblock_approved() && read.is_approved());
     let read = KeyBlock::parse(&image_block("key_block"), (1 << 20) + KEYS_AT).unwrap();
     assert_eq!(read.verify(keys.block()).unwrap(), key_block());
     let read = OwnerBlock::parse(&image_block("owner_block"), (1 << 20) + OWNER_AT).unwrap();

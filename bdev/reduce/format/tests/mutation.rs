@@ -105,12 +105,16 @@ fn a_segment_header_opens_at_its_own_segment_only() {
 }
 
 fn sealed_fragment(key: &SegmentKey, offset: u32) -> (Vec<u8>, FragmentHeader) {
+    fragment_with(key, offset, nonce(key.cipher()))
+}
+
+fn fragment_with(key: &SegmentKey, offset: u32, nonce: Option<[u8; 12]>) -> (Vec<u8>, FragmentHeader) {
     let plain = text(4096);
     let mut body = vec![0; 4096];
     let (codec, len) = Compressor::new().compress(Compression::Zstd(1), &[&plain], &mut body).unwrap();
     let header = FragmentHeader { first: chunk(77, 5), chunks: 1, codec, body_bytes: len as u32 };
     let mut unit = vec![0; header.unit_bytes(key)];
-    seal_fragment(key, offset, &header, &[&body[..len]], nonce(key.cipher()), &mut unit).unwrap();
+    seal_fragment(key, offset, &header, &[&body[..len]], nonce, &mut unit).unwrap();
     (unit, header)
 }
 
@@ -122,9 +126,9 @@ fn read(key: &SegmentKey, offset: u32, unit: &[u8]) -> Result<Vec<u8>, OpenError
 
 #[test]
 fn flipped_bits_and_truncations_of_fragments() {
-    for cipher in CIPHERS {
+    for (cipher, nonce) in CIPHERS.into_iter().flat_map(|cipher| [(cipher, nonce(cipher)), (cipher, None)]) {
         let key = segment_key(Class::Data, cipher);
-        let (unit, _) = sealed_fragment(&key, 4096);
+        let (unit, _) = fragment_with(&key, 4096, nonce);
         assert_eq!(read(&key, 4096, &unit).unwrap(), text(4096));
         each_flip(&unit, |bit, bad| {
             assert!(read(&key, 4096, bad).is_err(), "{cipher:?} bit {bit}");
@@ -138,9 +142,9 @@ fn flipped_bits_and_truncations_of_fragments() {
 
 #[test]
 fn a_fragment_opens_at_its_place_and_in_its_incarnation_only() {
-    for cipher in CIPHERS {
+    for (cipher, nonce) in CIPHERS.into_iter().flat_map(|cipher| [(cipher, nonce(cipher)), (cipher, None)]) {
         let key = segment_key(Class::Data, cipher);
-        let (unit, _) = sealed_fragment(&key, 4096);
+        let (unit, _) = fragment_with(&key, 4096, nonce);
         assert_eq!(read(&key, 4097, &unit), Err(OpenError::Tag { place: key.place(4097) }));
         let base = segment_header(Class::Data, cipher);
         for (what, header) in [
@@ -167,6 +171,17 @@ fn a_fragment_opens_at_its_place_and_in_its_incarnation_only() {
         let stranger = SegmentKey::derive(&DataKey(secret(1)), &base);
         assert!(read(&stranger, 4096, &unit).is_err());
     }
+}
+
+#[test]
+fn nonces_that_are_made_are_never_the_same() {
+    let key = segment_key(Class::Data, Cipher::GcmStoredNonce);
+    let units = [0, 1].map(|_| fragment_with(&key, 4096, None).0);
+    let header = FRAGMENT_HEADER_BYTES;
+    let parts =
+        units.each_ref().map(|unit| (&unit[header..header + 12], &unit[header + 12..unit.len() - 16]));
+    assert_ne!(parts[0].0, parts[1].0, "the nonce");
+    assert_ne!(parts[0].1, parts[1].1, "the same plaintext");
 }
 
 #[test]
