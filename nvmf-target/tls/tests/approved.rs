@@ -102,3 +102,31 @@ fn only_approved_suites_and_groups_are_offered_and_both_hashes_work() {
         assert!(client.cipher().is_some_and(|c| c.starts_with("TLS_AES_")), "{:?}", client.cipher());
     }
 }
+
+/// The policy of the FIPS modes has TLS 1.2 and CBC suites as well.
+#[test]
+fn who_has_tls_1_2_only_is_refused() {
+    require_approved();
+    let mut hello = vec![3, 3];
+    hello.extend([7; 32]);
+    // No session; ECDHE with ECDSA and RSA, AES-128-GCM and AES-128-CBC; no compression.
+    hello.extend([0, 0, 8, 0xc0, 0x2b, 0xc0, 0x2f, 0xc0, 0x23, 0xc0, 0x27, 1, 0]);
+    // Groups: P-256; point formats: uncompressed; signatures: ECDSA and RSA with SHA-256.
+    let extensions = [0, 10, 0, 4, 0, 2, 0, 0x17, 0, 11, 0, 2, 1, 0, 0, 13, 0, 6, 0, 4, 4, 3, 4, 1];
+    hello.extend([0, extensions.len() as u8]);
+    hello.extend(extensions);
+    let mut record = vec![22, 3, 1, 0, hello.len() as u8 + 4, 1, 0, 0, hello.len() as u8];
+    record.extend(hello);
+
+    let names = Names { host: "nqn.host".into(), subsystem: "nqn.subsystem".into() };
+    let key = Psk::new(&[7; 32], Some(HashId::Sha256)).expect("legal");
+    let mut server = Session::server(Arc::new(One(key, names))).expect("a session");
+    let (a, b) = (OneWay::default(), OneWay::default());
+    let far = End { incoming: b.clone(), outgoing: a.clone() };
+    b.borrow_mut().extend(record);
+    let ended = (0..100).find_map(|_| server.handshake(&far).map(|done| assert!(!done)).err());
+    let why = ended.expect("refused").to_string();
+    assert!(why.starts_with("TLS"), "{why}");
+    assert!(a.borrow().front().is_none_or(|kind| *kind == 21), "at most an alert: {:?}", a.borrow());
+    assert!(b.borrow().is_empty(), "the hello was read");
+}

@@ -40,7 +40,8 @@ use pipe::Pipe;
 
 /// TLS 1.3 only; AES-128-GCM, AES-256-GCM, ChaCha20; X25519, P-256, P-384 (s2n-tls, numbered policies never change).
 const POLICY: &str = "AWS-CRT-SDK-TLSv1.3";
-/// AES-128-GCM, AES-256-GCM; P-256, P-384, P-521. There is none for TLS 1.3 alone that has AES-128-GCM: [`Session`] sees to that.
+/// Of TLS 1.3: AES-128-GCM, AES-256-GCM; P-256, P-384, P-521. It also has TLS 1.2 and CBC suites there, as no policy for TLS 1.3 alone has
+/// AES-128-GCM; those can not be agreed on, since nobody has a certificate and s2n-tls takes keys like ours in TLS 1.3 only, and [`Session`] looks.
 const APPROVED_POLICY: &str = "20230317";
 /// Data in a full record, bytes (RFC 8446 section 5.1).
 const RECORD_BYTES: usize = 16 << 10;
@@ -163,7 +164,7 @@ fn config() -> Result<Config, Error> {
     // Keys are all that proves somebody; no certificate does.
     builder.wipe_trust_store()?;
     builder.set_client_hello_callback(OnHello)?;
-    // The delay before an error is shown guards CBC ciphers; there are none here, and a failed connection just ends.
+    // The delay before an error is shown guards CBC ciphers; none can be agreed on here (see the policies), and a failed connection just ends.
     builder.set_max_blinding_delay(0)?;
     builder.set_serialization_version(SerializationVersion::V1)?;
     let config = builder.build()?;
