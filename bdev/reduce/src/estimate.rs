@@ -1,6 +1,6 @@
 //! What a pool would make of data, without a pool: the same look at zeros and patterns, the same fingerprints, the same codec
 //! over the same groups of chunks, and beside it the *ideal*: every duplicate 4 KiB chunk found, zstd level 1 over 16 KiB,
-//! nothing else counted.
+//! nothing else counted. A pool of the FIPS modes takes 12 bytes more for each fragment, its stored nonce, which are not counted here.
 //!
 //! Owns one fingerprint (64 bits) per distinct chunk: about 4 GB of RAM per TB of distinct data.
 

@@ -485,7 +485,9 @@ mod tests {
             (tls.require_ems, suites, groups)
         };
         let (ems, suites, groups) = made(true);
-        assert!(ems && suites.len() >= 4 && suites.iter().all(|s| s.contains("_AES_") && s.contains("_GCM_")));
+        assert!(
+            ems && suites.len() >= 4 && suites.iter().all(|s| s.contains("_AES_") && s.contains("_GCM_"))
+        );
         assert_eq!(groups, [NamedGroup::secp256r1, NamedGroup::secp384r1]);
         if cfg!(not(feature = "fips")) {
             let (ems, suites, groups) = made(false);

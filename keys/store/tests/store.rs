@@ -106,8 +106,14 @@ fn changing_a_password_keeps_the_key_and_ends_the_old_password() {
     let long = "l".repeat(60);
     let unstorable = NewSlot { label: &long, ..new(CHEAP, 2) };
     assert!(
-        change_password(&mut b, (&password("old password"), &limits()), &password("new password"), &unstorable, &limits())
-            .is_err()
+        change_password(
+            &mut b,
+            (&password("old password"), &limits()),
+            &password("new password"),
+            &unstorable,
+            &limits()
+        )
+        .is_err()
     );
     assert_eq!(b, before, "nothing changes when it fails");
     let changed = change_password(

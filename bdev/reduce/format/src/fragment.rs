@@ -132,7 +132,8 @@ pub fn body_at(key: &SegmentKey) -> usize {
 }
 
 /// Seals a fragment at byte `offset` of the segment from the pieces of its body (their lengths add up to
-/// `header.body_bytes`) into `out`, of exactly `header.unit_bytes(key)` bytes. One piece is enciphered without a copy.
+/// `header.body_bytes`) into `out`, of exactly `header.unit_bytes(key)` bytes. One piece is enciphered without a copy, unless the cipher library
+/// makes the nonce: it does so in place only.
 ///
 /// `nonce` is for tests: without it [`crate::segment::Cipher::GcmStoredNonce`] makes one.
 pub fn seal_fragment(

@@ -3,9 +3,7 @@
 use std::io::{Seek as _, Write as _};
 use std::path::{Path, PathBuf};
 
-use cryptfold_keystore::{
-    Backup, Cost, ExportError, Limits, NewSlot, Password, PasswordError, StoreError,
-};
+use cryptfold_keystore::{Backup, Cost, ExportError, Limits, NewSlot, Password, PasswordError, StoreError};
 use cryptfold_nvmf_target::audit::TARGET as AUDIT;
 use cryptfold_reduce::keys::Kek;
 use cryptfold_reduce::slots::{Kdf, KeyBlock, KeySlot, SlotKind};
@@ -596,7 +594,13 @@ fn passwd(c: &Control, p: Passwd) -> RpcResult {
     let (cost, limits) = costs(c, &p.name)?;
     let fresh = NewSlot { cost, salt: salt(), created_ms: now_ms(), label: "" };
     let at = change(c, &p.name, "password changed", |block, _| {
-        Ok(cryptfold_keystore::change_password(block, (&old, &c.config.fips.limits()), &new, &fresh, &limits)?)
+        Ok(cryptfold_keystore::change_password(
+            block,
+            (&old, &c.config.fips.limits()),
+            &new,
+            &fresh,
+            &limits,
+        )?)
     })?;
     Ok(json!(at))
 }
