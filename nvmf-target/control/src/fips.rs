@@ -14,10 +14,11 @@
 
 use std::fmt;
 
-use aws_lc_rs::aead::{AES_256_GCM, Aad, RandomizedNonceKey};
-use aws_lc_rs::key_wrap::{AES_256, AesKek, KeyWrap as _};
-use aws_lc_rs::signature::{ED25519, Ed25519KeyPair, KeyPair as _, UnparsedPublicKey};
-use aws_lc_rs::{digest, hkdf, hmac, pbkdf2, rand};
+use aws_lc_rs::aead::{AES_256_GCM, Aad, LessSafeKey, RandomizedNonceKey, UnboundKey};
+use aws_lc_rs::agreement::{self, PrivateKey, UnparsedPublicKey};
+use aws_lc_rs::key_wrap::{AES_256, AesKek, KeyWrap as _, KeyWrapPadded as _};
+use aws_lc_rs::signature::{ED25519, Ed25519KeyPair, KeyPair as _};
+use aws_lc_rs::{digest, hkdf, hmac, pbkdf2, rand, signature};
 use cryptfold_bdev_crypto::engine::{self, XtsEngine as _, XtsKey, awslc};
 use cryptfold_keystore::{Cost, Limits, MIN_APPROVED_BYTES};
 use cryptfold_nvmf_auth::Offer;
@@ -58,8 +59,8 @@ impl fmt::Display for FipsError {
             ),
             FipsError::NoCertificate(version) => write!(
                 f,
-                "--fips-mode validated: this binary has version {version} of AWS-LC's FIPS module, for which no certificate is known; \
-                 scripts/fips build makes one with version 3, which has certificate {CERTIFICATE}"
+                "--fips-mode validated: this binary has version {version} of AWS-LC's FIPS module, a branch for which no certificate \
+                 is known; scripts/fips build makes one with branch 3, of which version {CERTIFIED_VERSION} has certificate {CERTIFICATE}"
             ),
             FipsError::SelfTest => f.write_str("--fips-mode validated: the self-test of AWS-LC's FIPS module fails"),
             FipsError::Service(service) => {
@@ -72,11 +73,12 @@ impl fmt::Display for FipsError {
 impl std::error::Error for FipsError {}
 
 /// The certificate of the module's branch 3, static library: <https://csrc.nist.gov/projects/cryptographic-module-validation-program>.
-/// It was given for AWS-LC FIPS 3.1.0.
 const CERTIFICATE: &str = "#5314";
-const CERTIFIED: &str = "AWS-LC Cryptographic Module (static) 3.1.0";
+const CERTIFIED: &str = "AWS-LC Cryptographic Module (static)";
+/// The version that it was given for; later ones of the branch are not named by it.
+const CERTIFIED_VERSION: &str = "3.1.0";
 
-/// The certificate that covers a version of the module.
+/// The certificate of the branch that a version of the module is of.
 fn certificate(version: &str) -> Option<&'static str> {
     let mut parts = version.split('.').map(|part| part.parse::<u32>().unwrap_or(0));
     (parts.next() == Some(3) && parts.next() >= Some(1)).then_some(CERTIFICATE)
@@ -149,54 +151,113 @@ impl FipsMode {
 
     /// `cryptfold_get_fips_mode`.
     pub(crate) fn describe(self) -> Value {
-        let module = awslc::fips_module();
+        let (module, validated) = (awslc::fips_module(), self == FipsMode::Validated);
         json!({
             "mode": self.name(),
             "library": format!("AWS-LC{} {}", if module.is_some() { " FIPS" } else { "" }, awslc::version()),
-            "certificate": module.and_then(certificate).map(|number| format!("{number} ({CERTIFIED})")),
-            "services": module.map(|_| {
+            "module_version": module,
+            "certificate": module.filter(|_| validated).and_then(|version| Some(describe_certificate(version, certificate(version)?))),
+            "services": module.filter(|_| validated).map(|_| {
                 services().into_iter().map(|(name, confirmed)| json!({"name": name, "approved": confirmed})).collect::<Vec<_>>()
             }),
         })
     }
 }
 
-/// Each service that is used, and whether the module says that it ran as an approved one.
+fn describe_certificate(version: &str, number: &str) -> Value {
+    json!({
+        "number": number,
+        "module": CERTIFIED,
+        "certified_version": CERTIFIED_VERSION,
+        "exact_match": version == CERTIFIED_VERSION,
+    })
+}
+
+/// A probe of services that are used: which, and whether the module says that each ran as an approved one.
 fn services() -> Vec<(&'static str, bool)> {
+    let mut all = services_of_pools();
+    all.extend(services_of_connections());
+    all
+}
+
+fn asked(name: &'static str, call: impl FnOnce() -> Option<()>) -> (&'static str, bool) {
+    let (done, approved) = awslc::is_approved(call);
+    (name, done.is_some() && approved)
+}
+
+/// What TLS and DH-HMAC-CHAP need besides the others.
+fn services_of_connections() -> Vec<(&'static str, bool)> {
+    let signed = |algorithm| {
+        let _ = hmac::sign(&hmac::Key::new(algorithm, &[9; 48]), b"cryptfold");
+        Some(())
+    };
+    // The keys are made outside: that they are is another service.
+    let pair = |algorithm| {
+        let (own, other) = (PrivateKey::generate(algorithm).ok()?, PrivateKey::generate(algorithm).ok()?);
+        Some((own, other.compute_public_key().ok()?))
+    };
+    let agreed = |name, algorithm| {
+        let keys = pair(algorithm);
+        asked(name, || {
+            let (own, other) = keys?;
+            agreement::agree(&own, UnparsedPublicKey::new(algorithm, other.as_ref()), (), |_| Ok(())).ok()
+        })
+    };
+    vec![
+        asked("HMAC-SHA-384", || signed(hmac::HMAC_SHA384)),
+        asked("HMAC-SHA-512", || signed(hmac::HMAC_SHA512)),
+        agreed("ECDH with P-256", &agreement::ECDH_P256),
+        agreed("ECDH with P-384", &agreement::ECDH_P384),
+    ]
+}
+
+fn services_of_pools() -> Vec<(&'static str, bool)> {
     let mut bytes = [7; 4096];
     let key = [9; 32];
-    let asked = |name, call: &mut dyn FnMut() -> Option<()>| {
-        let (done, approved) = awslc::is_approved(call);
-        (name, done.is_some() && approved)
-    };
     let xts: Vec<u8> = (0..64).collect();
+    let engine = XtsKey::new(&xts).ok().and_then(|key| awslc::AwsLc::new(&key).ok());
+    let mut unit = [1; 64];
+    let sealed = RandomizedNonceKey::new(&AES_256_GCM, &key)
+        .and_then(|key| key.seal_in_place_separate_tag(Aad::empty(), &mut unit));
     vec![
-        asked("AES-256-XTS", &mut || {
-            let engine = awslc::AwsLc::new(&XtsKey::new(&xts).ok()?).ok()?;
-            engine.encrypt_in_place(1, &mut bytes);
+        asked("AES-256-XTS encryption", || {
+            engine.as_ref()?.encrypt_in_place(1, &mut bytes);
             Some(())
         }),
-        asked("AES-256-GCM with a nonce of the module", &mut || {
+        asked("AES-256-XTS decryption", || {
+            engine.as_ref()?.decrypt_in_place(1, &mut bytes);
+            Some(())
+        }),
+        asked("AES-256-GCM with a nonce of the module", || {
             let key = RandomizedNonceKey::new(&AES_256_GCM, &key).ok()?;
             key.seal_in_place_separate_tag(Aad::empty(), &mut [1; 64]).ok().map(drop)
         }),
-        asked("AES-256 key wrap", &mut || {
+        asked("AES-256-GCM opening", || {
+            let (nonce, tag) = sealed.ok()?;
+            let key = LessSafeKey::new(UnboundKey::new(&AES_256_GCM, &key).ok()?);
+            key.open_in_place_separate_tag(nonce, Aad::empty(), tag.as_ref(), &mut unit).ok().map(drop)
+        }),
+        asked("AES-256 key wrap", || {
             let mut out = [0; 40];
             AesKek::new(&AES_256, &key).ok()?.wrap(&[3; 32], &mut out).ok().map(drop)
         }),
-        asked("SHA-256", &mut || {
+        asked("AES-256 key wrap with padding", || {
+            let mut out = [0; 48];
+            AesKek::new(&AES_256, &key).ok()?.wrap_with_padding(&[3; 33], &mut out).ok().map(drop)
+        }),
+        asked("SHA-256", || {
             let _ = digest::digest(&digest::SHA256, b"cryptfold");
             Some(())
         }),
-        asked("HMAC-SHA-256", &mut || {
+        asked("HMAC-SHA-256", || {
             let _ = hmac::sign(&hmac::Key::new(hmac::HMAC_SHA256, &key), b"cryptfold");
             Some(())
         }),
-        asked("HKDF-SHA-256", &mut || {
+        asked("HKDF-SHA-256", || {
             let prk = hkdf::Salt::new(hkdf::HKDF_SHA256, &[5; 32]).extract(&key);
             prk.expand(&[b"cryptfold"], hkdf::HKDF_SHA256).ok()?.fill(&mut [0; 32]).ok()
         }),
-        asked("PBKDF2-HMAC-SHA-256", &mut || {
+        asked("PBKDF2-HMAC-SHA-256", || {
             let iterations = std::num::NonZeroU32::new(1000)?;
             pbkdf2::derive(
                 pbkdf2::PBKDF2_HMAC_SHA256,
@@ -207,10 +268,10 @@ fn services() -> Vec<(&'static str, bool)> {
             );
             Some(())
         }),
-        asked("CTR_DRBG", &mut || rand::fill(&mut [0; 32]).ok()),
-        asked("Ed25519", &mut || {
+        asked("CTR_DRBG", || rand::fill(&mut [0; 32]).ok()),
+        asked("Ed25519", || {
             let pair = Ed25519KeyPair::generate().ok()?;
-            UnparsedPublicKey::new(&ED25519, pair.public_key().as_ref())
+            signature::UnparsedPublicKey::new(&ED25519, pair.public_key().as_ref())
                 .verify(b"cryptfold", pair.sign(b"cryptfold").as_ref())
                 .ok()
         }),
@@ -222,8 +283,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn certificates_cover_what_they_cover() {
+    fn certificates_are_of_a_branch() {
         assert_eq!(certificate("3.6.0"), Some("#5314"));
+        let exact = |version| describe_certificate(version, "#5314")["exact_match"].clone();
+        assert_eq!((exact("3.6.0"), exact("3.1.0")), (json!(false), json!(true)));
         for other in ["3.0.0", "2.9.9", "4.2.0", "5.12.0", "", "3"] {
             assert_eq!(certificate(other), None, "{other}");
         }
@@ -240,11 +303,14 @@ mod tests {
     #[cfg(feature = "fips")]
     #[test]
     fn the_module_confirms_what_is_used() {
+        let (off, validated) = (FipsMode::Off.describe(), FipsMode::Validated.describe());
+        assert_eq!((&off["certificate"], &off["services"]), (&Value::Null, &Value::Null));
+        assert_eq!(validated["certificate"]["exact_match"], validated["module_version"] == CERTIFIED_VERSION);
         let refused: Vec<_> = services().into_iter().filter(|(_, confirmed)| !confirmed).collect();
         assert!(refused.is_empty(), "{refused:?}");
         // What it must not confirm: a nonce from outside.
         let foreign = awslc::is_approved(|| {
-            use aws_lc_rs::aead::{LessSafeKey, Nonce, UnboundKey};
+            use aws_lc_rs::aead::Nonce;
             let key = LessSafeKey::new(UnboundKey::new(&AES_256_GCM, &[9; 32]).unwrap());
             key.seal_in_place_separate_tag(Nonce::assume_unique_for_key([1; 12]), Aad::empty(), &mut [1; 64])
                 .is_ok()

@@ -65,8 +65,20 @@ pub unsafe fn keep_out_of_dumps() -> bool {
     unsafe { ffi::CRYPTO_set_mem_functions(Some(allocate), Some(reallocate), Some(release)) == 1 }
 }
 
-/// AWS-LC's version.
+/// AWS-LC's version: what the FIPS module says, else that of the headers.
 pub fn version() -> &'static str {
+    #[cfg(feature = "fips")]
+    {
+        // SAFETY: no arguments; a text that is there for ever.
+        let text = unsafe { CStr::from_ptr(ffi::awslc_version_string()) }.to_str().unwrap_or_default();
+        text.strip_prefix("AWS-LC FIPS ").unwrap_or(text)
+    }
+    #[cfg(not(feature = "fips"))]
+    header_version()
+}
+
+#[cfg(not(feature = "fips"))]
+fn header_version() -> &'static str {
     let text = CStr::from_bytes_with_nul(ffi::AWSLC_VERSION_NUMBER_STRING).unwrap_or_default();
     text.to_str().unwrap_or_default()
 }

@@ -71,8 +71,8 @@ pub fn methods() -> Vec<Method> {
         .when(When::Any),
         Method::plain(
             "cryptfold_get_fips_mode",
-            "The FIPS mode (--fips-mode), the cipher library, and with its FIPS module: the certificate that covers its version, and what \
-             the module counts as approved services. Ours.",
+            "The FIPS mode (--fips-mode), the cipher library, and the version of its FIPS module; in `validated` also the certificate of the module's \
+             branch, with the version that it was given for and whether that is this one, and which services the module counts as approved. Ours.",
             |c| Ok(c.config.fips.describe()),
         )
         .when(When::Any),
