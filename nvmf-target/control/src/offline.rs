@@ -61,7 +61,11 @@ pub fn check(what: &OfflineCheck) -> Result<Value, String> {
     };
     let base = cryptfold_bdev_uring::create(&registry, options).map_err(|e| e.to_string())?;
     let manager = PoolManager::new(registry.clone(), runtime.handles().to_vec());
-    let pools = Pools::new(manager, registry.clone(), Arc::default(), what.key_dir.clone(), FipsMode::Off);
+    // A pool of the FIPS modes is repaired as in them; what can not be read here is an error below.
+    let approved = manager.peek(base.name()).ok().flatten().is_some_and(|pool| pool.approved);
+    let mode = if approved { FipsMode::Approved } else { FipsMode::Off };
+    mode.enter().map_err(|e| e.to_string())?;
+    let pools = Pools::new(manager, registry.clone(), Arc::default(), what.key_dir.clone(), mode);
     let key = || match (&what.key_file, &what.password_file) {
         (Some(file), _) => Try::Key(PoolKey::File(file.clone())),
         (None, Some(file)) => Try::Key(PoolKey::PasswordFile(file.clone())),
