@@ -11,7 +11,7 @@ use libfuzzer_sys::fuzz_target;
 fuzz_target!(|data: &[u8]| {
     if let Ok(header) = BatchHeader::parse(data) {
         let keys = PoolKeys::derive(&PoolKey(Secret::take(&mut [7; 32])), header.pool);
-        let epoch = JournalEpoch { owner_epoch: OwnerEpoch(1), ..JournalEpoch::of(&header) };
+        let epoch = JournalEpoch { owner_epoch: OwnerEpoch(1), shard: ShardIx(0), ..JournalEpoch::of(&header) };
         assert!(OpenBatch::open(data, &JournalKey::derive(keys.journal(), epoch)).is_err());
     }
     let mut again = Vec::new();
