@@ -130,6 +130,19 @@ fn what_was_stored_before_its_key_is_reduced() {
     target.ok("bdev_lvol_clone", json!({"snapshot_name": "p/s", "clone_name": "c"}));
     target.ok("bdev_luks_delete", json!({"name": "luks-s"}));
     target.ok("bdev_luks_delete", json!({"name": "luks-v"}));
+    // What takes all of it for being under one key is refused, also after the last of it was reduced.
+    std::fs::write(host.path("key"), &host.key).unwrap();
+    std::fs::set_permissions(host.path("key"), std::os::unix::fs::PermissionsExt::from_mode(0o600)).unwrap();
+    let over = |base: &str| {
+        let params = json!({"base_bdev_name": base, "name": "over", "key_file": host.path("key"), "sector_size": 4096,
+            "payload_offset": PAYLOAD});
+        target.call("bdev_hostcrypt_create", params)
+    };
+    let refused = over("p/v").unwrap_err().1;
+    assert!(refused.contains("bdev_luks_create tells them apart"), "{refused}");
+    // Without a record it is the caller's to know.
+    over("p/c").unwrap();
+    target.ok("bdev_hostcrypt_delete", json!({"name": "over"}));
     target.ok("bdev_luks_create", json!({"base_bdev_name": "p/c", "name": "luks-c", "kms_server": "kms", "allow_unauthenticated": true}));
     target.becomes("c", "bound");
     assert!(target.read("c", 0, DISK).unwrap() == disk);

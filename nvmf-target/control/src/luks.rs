@@ -22,7 +22,7 @@
 
 mod access;
 mod late;
-mod record;
+pub(crate) mod record;
 mod token;
 
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -473,7 +473,7 @@ impl Volume {
         }
         // Nothing is written any more until the layer is on.
         let converting = !is_empty().map_err(|e| failed(e.into()))?;
-        let stored = Stored { converting, ..Stored::of(&found.payload, objects) };
+        let stored = Stored { mixed: converting, converting, ..Stored::of(&found.payload, objects) };
         self.store(c, &stored).map_err(|why| Box::new(Verdict::shut(offset, "waiting", why)))?;
         Ok(self.now_bound(found, gate, &stored))
     }
@@ -509,7 +509,7 @@ impl Volume {
             iv_large_sectors: false,
             sector_size_bytes: s.sector_bytes,
             key_id: KEY_ID,
-            by_block: true,
+            by_block: stored.mixed,
         };
         let layer = Some(Layer::Bound(Arc::new(Bound { shape, gate })));
         Verdict { layer, ..self.still_bound(stored) }

@@ -16,6 +16,7 @@ use super::devices::delete;
 use crate::control::Control;
 use crate::jsonrpc::{RpcError, RpcResult};
 use crate::keys::{KeySource, NamedKey, read_key};
+use crate::luks::record::may_be_mixed;
 use crate::params::{FromJson, ParamError, SecretHex, choices, params};
 use crate::table::Method;
 
@@ -188,7 +189,21 @@ fn crypto_create(c: &Control, p: CryptoCreate) -> RpcResult {
     Ok(json!(cryptfold_bdev_crypto::crypto::create(&c.registry, options)?.name()))
 }
 
+/// This device takes all of a payload for being under its key: a volume whose blocks are of both kinds is for `bdev_luks_create`.
+fn check_uniform(c: &Control, base: &str) -> Result<(), RpcError> {
+    let Ok(bdev) = c.registry.get(base) else { return Ok(()) };
+    let record = super::find_volume(c, bdev.name()).ok().and_then(|(_, info)| info.host_key);
+    match record.filter(|record| may_be_mixed(record)) {
+        None => Ok(()),
+        Some(_) => Err(RpcError::params(format!(
+            "base_bdev_name: {base} has blocks that were stored before its host's key was there and blocks under the key; \
+             bdev_luks_create tells them apart"
+        ))),
+    }
+}
+
 fn hostcrypt_create(c: &Control, p: HostcryptCreate) -> RpcResult {
+    check_uniform(c, &p.base_bdev_name)?;
     let (key, key_ref) = match p.kms_key_name {
         None => {
             let (key, key_ref) = device_key(c, p.key_name, p.key_file)?;
