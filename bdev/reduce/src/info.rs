@@ -319,6 +319,8 @@ pub struct VolumeInfo {
 pub struct AsSent {
     /// First block of 4 KiB and number of blocks, ascending. Zeros and patterns are not among them.
     pub runs: Vec<(u64, u64)>,
+    /// Something in this part was stored under a host's key, or may have been: what can not be told counts.
+    pub keyed: bool,
     /// The block to go on from; none: this was the end.
     pub next: Option<u64>,
 }

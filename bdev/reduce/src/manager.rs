@@ -737,6 +737,14 @@ impl PoolManager {
         self.on_home(&self.find(pool)?, move |pool| async move { pool.is_empty_behind(id, from).await })
     }
 
+    /// Whether so little space is free that the collector works, which is before hosts have to wait: nobody else should take any.
+    ///
+    /// # Errors
+    /// There is no such pool.
+    pub fn is_short(&self, pool: &str) -> Result<bool, PoolError> {
+        self.on_home(&self.find(pool)?, move |pool| async move { Ok(pool.is_short()) })
+    }
+
     /// Where data lies in a volume that was stored as the host had sent it, in some blocks from block `from` (of 4 KiB) on.
     ///
     /// # Errors

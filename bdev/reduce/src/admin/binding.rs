@@ -69,17 +69,25 @@ impl Pool {
 }
 
 impl Pool {
-    /// Where chunks lie that were stored as the host had sent them, in some blocks of a volume from block `from` on.
+    /// Where chunks lie that were stored as the host had sent them, in some blocks of a volume from block `from` on. What can not be
+    /// read is left out.
     pub(crate) async fn as_sent(&self, id: VolumeId, from: u64) -> Result<AsSent, PoolError> {
         let mut pins = self.pins();
+        let mut leaves = LEAVES;
         loop {
             let mut needs = Needs::new();
-            let found = self.shard.borrow().as_sent(id, from, &mut needs);
+            let found = self.shard.borrow().as_sent(id, from, leaves, &mut needs);
             let found = found.map_err(|status| self.stopped(status))?;
             if needs.is_empty() {
                 return Ok(found);
             }
-            self.load_all(needs, &mut pins).await.map_err(|status| self.stopped(status))?;
+            match self.load_all(needs, &mut pins).await {
+                Ok(()) => {}
+                // One of many: one after the other.
+                Err(Status::UNRECOVERED_READ) if leaves > 1 => leaves = 1,
+                Err(Status::UNRECOVERED_READ) => return Ok(self.shard.borrow().unreadable(id, from)),
+                Err(status) => return Err(self.stopped(status)),
+            }
         }
     }
 }
@@ -123,13 +131,13 @@ impl Shard {
     }
 
     /// See [`Pool::as_sent`]; meaningless while something is needed.
-    fn as_sent(&self, id: VolumeId, from: u64, needs: &mut Needs) -> Result<AsSent, Status> {
+    fn as_sent(&self, id: VolumeId, from: u64, limit: usize, needs: &mut Needs) -> Result<AsSent, Status> {
         let v = self.volumes.get(&id.0).ok_or(Status::INVALID_NAMESPACE)?;
-        let mut found = AsSent { runs: Vec::new(), next: None };
+        let mut found = AsSent { runs: Vec::new(), keyed: false, next: None };
         let (mut at, end) = (from, v.record.blocks);
         let (mut leaves, mut absent) = (0, 0);
         while at < end {
-            if leaves == LEAVES || absent == ABSENT {
+            if leaves == limit || absent == ABSENT {
                 found.next = Some(at);
                 break;
             }
@@ -161,6 +169,7 @@ impl Shard {
                 {
                     entry = leaf.get(slot);
                 }
+                found.keyed |= entry.host_key.0 != 0 && entry.target != Target::Unmapped;
                 if entry.host_key.0 == 0 && entry.chunk().is_some() {
                     let block = index * MAP_ENTRIES as u64 + slot as u64;
                     match found.runs.last_mut().filter(|run| run.0 + run.1 == block) {
@@ -172,5 +181,13 @@ impl Shard {
             at += here as u64;
         }
         Ok(found)
+    }
+
+    /// What is said of the leaf at block `from` when it can not be read.
+    fn unreadable(&self, id: VolumeId, from: u64) -> AsSent {
+        let end = self.volumes.get(&id.0).map_or(0, |v| v.record.blocks);
+        let (index, _) = leaf_of(from);
+        let next = Some((index + 1) * MAP_ENTRIES as u64).filter(|next| *next < end);
+        AsSent { runs: Vec::new(), keyed: true, next }
     }
 }
