@@ -35,6 +35,7 @@ use cryptfold_bdev_crypto::hostcrypt::Shape;
 use cryptfold_bdev_crypto::luks::{Bound, Layer, LuksOptions, Shut, Switch, WATCHED_BYTES, Wake};
 use cryptfold_luks2::{Header, PROBE_BYTES, Payload, Place};
 use cryptfold_nvmf_target::audit::TARGET as AUDIT;
+use cryptfold_reduce::AsSent;
 use serde_json::{Value, json};
 use uuid::Uuid;
 
@@ -52,6 +53,8 @@ const FIRST_LOOK: Duration = Duration::from_secs(15);
 const DRAIN_LIMIT: Duration = Duration::from_secs(15);
 /// The furthest beginning of a payload: the raw part before it is looked through.
 const MAX_OFFSET_BYTES: u64 = 1 << 30;
+/// Bytes of a block, here and in the pool's map.
+const BLOCK_BYTES: u64 = 4096;
 /// Bytes read at once.
 const STEP_BYTES: usize = 1 << 20;
 /// Number of a LUKS volume's key in the pool's map.
@@ -156,6 +159,8 @@ pub struct Volume {
     snapshot: bool,
     /// Goes through what was stored before.
     pass: Mutex<Option<Arc<Pass>>>,
+    /// Without a record nothing behind the header is under a key: nothing comes to be as long as there is none.
+    unkeyed: AtomicBool,
 }
 
 impl Volumes {
@@ -194,6 +199,7 @@ impl Volumes {
             trial: Mutex::default(),
             snapshot: info.snapshot,
             pass: Mutex::default(),
+            unkeyed: AtomicBool::new(false),
             switch: switch.clone(),
             options,
         });
@@ -343,10 +349,11 @@ impl Volume {
     fn look(self: &Arc<Self>, c: &Control, look: u64) -> Verdict {
         *lock(&self.open_to) = self.open_to(c);
         self.strangers.store(false, Ordering::SeqCst);
-        let stored = match c.pools().and_then(|p| Ok(p.manager().volume(&self.pool, &self.volume)?)) {
-            Ok(info) => info.host_key,
-            Err(e) => return Verdict::shut(0, "waiting", format!("the pool: {}", e.message)),
-        };
+        let (stored, read_only) =
+            match c.pools().and_then(|p| Ok(p.manager().volume(&self.pool, &self.volume)?)) {
+                Ok(info) => (info.host_key, info.read_only),
+                Err(e) => return Verdict::shut(0, "waiting", format!("the pool: {}", e.message)),
+            };
         let stored = match stored.map(|record| Stored::decode(&record)) {
             Some(None) => {
                 let why = "the pool's record of its key is of another version".to_owned();
@@ -362,7 +369,7 @@ impl Volume {
                 return Verdict::shut(from, "waiting", format!("the header can not be read: {why}"));
             }
         };
-        let Some(stored) = stored else { return self.unbound(c, found) };
+        let Some(stored) = stored else { return self.unbound(c, found, read_only) };
         match found {
             Ok(found) if stored.is(&found.payload) => self.bound(c, &found, &stored).with(&found),
             other => self.estranged(c, &stored, other),
@@ -420,16 +427,16 @@ impl Volume {
     // ---- verdicts
 
     /// Without a record: all of the payload, if there is any, is raw.
-    fn unbound(&self, c: &Control, found: Result<Found, String>) -> Verdict {
+    fn unbound(&self, c: &Control, found: Result<Found, String>, read_only: bool) -> Verdict {
         let found = match found {
             Ok(found) => found,
             Err(reason) => return Verdict::raw(reason),
         };
-        self.first(c, &found).unwrap_or_else(|verdict| *verdict).with(&found)
+        self.first(c, &found, read_only).unwrap_or_else(|verdict| *verdict).with(&found)
     }
 
     /// Binds for the first time.
-    fn first(&self, c: &Control, found: &Found) -> Result<Verdict, Box<Verdict>> {
+    fn first(&self, c: &Control, found: &Found, read_only: bool) -> Result<Verdict, Box<Verdict>> {
         match self.refusal(c) {
             Some(Refusal::Configured(who)) => return Err(Verdict::raw(who).into()),
             Some(Refusal::Connected(who)) => {
@@ -451,31 +458,63 @@ impl Volume {
         if !empty && self.snapshot {
             return Err(Verdict::raw(format!("{before}, and this is a snapshot of it")).into());
         }
+        if !empty && read_only {
+            return Err(Verdict::raw(format!("{before}, and the volume is read-only")).again().into());
+        }
         if !empty && self.options.late_mb_s == 0 {
             let why = format!(
                 "{before}, and late_mb_s is 0; to bind it, discard it (blkdiscard) and format it again"
             );
             return Err(Verdict::raw(why).into());
         }
-        let (gate, objects) = self.key(c, found, None).map_err(|e| {
-            Box::new(match e {
-                // A token says that the host wants it: nothing is written before it is clear. What is in use already goes on.
-                Unproven::NotYet(why) if found.objects.is_some() && empty => {
-                    Verdict::shut(offset, "waiting", why)
-                }
-                Unproven::NotYet(why) | Unproven::Ended(why) => Verdict::raw(why).again(),
-                Unproven::Refused(why) => Verdict::raw(why),
-            })
+        // What is in use already goes on as it is: with data there, raw is right until the first write under the key, also when
+        // the record is durable by then.
+        let not_now = |why: String| {
+            Box::new(if empty { Verdict::shut(offset, "waiting", why) } else { Verdict::raw(why).again() })
+        };
+        let failed = |e: RpcError| not_now(format!("the pool: {}", e.message));
+        let (gate, objects) = self.key(c, found, None).map_err(|e| match e {
+            // A token says that the host wants it: nothing is written before it is clear.
+            Unproven::NotYet(why) if found.objects.is_some() => not_now(why),
+            Unproven::NotYet(why) | Unproven::Ended(why) => Verdict::raw(why).again().into(),
+            Unproven::Refused(why) => Verdict::raw(why).into(),
         })?;
+        if !empty && !self.is_unkeyed(c, offset).map_err(failed)? {
+            let why = "blocks behind the header were stored under a host's key (bdev_hostcrypt_create), and whose that is, is not \
+                       recorded";
+            return Err(Verdict::raw(why.into()).into());
+        }
         if !self.switch.drain(DRAIN_LIMIT) {
-            let why = "writes that are under way do not end".into();
-            return Err(Verdict::shut(offset, "waiting", why).into());
+            return Err(not_now("writes that are under way do not end".into()));
         }
         // Nothing is written any more until the layer is on.
         let converting = !is_empty().map_err(|e| failed(e.into()))?;
         let stored = Stored { mixed: converting, converting, ..Stored::of(&found.payload, objects) };
-        self.store(c, &stored).map_err(|why| Box::new(Verdict::shut(offset, "waiting", why)))?;
+        self.store(c, &stored).map_err(not_now)?;
         Ok(self.now_bound(found, gate, &stored))
+    }
+
+    /// Whether nothing behind the header is under a key, while there is no record.
+    fn is_unkeyed(&self, c: &Control, offset_bytes: u64) -> Result<bool, RpcError> {
+        if !self.unkeyed.load(Ordering::Relaxed) {
+            let found = self.kinds(c, offset_bytes, |part| part.keyed)?;
+            self.unkeyed.store(!found, Ordering::Relaxed);
+        }
+        Ok(self.unkeyed.load(Ordering::Relaxed))
+    }
+
+    /// Whether there is such a part behind the header.
+    fn kinds(&self, c: &Control, offset_bytes: u64, is: impl Fn(&AsSent) -> bool) -> Result<bool, RpcError> {
+        let manager = c.pools()?.manager();
+        let mut next = Some(offset_bytes / BLOCK_BYTES);
+        while let Some(from) = next {
+            let part = manager.as_sent(&self.pool, &self.volume, from)?;
+            if is(&part) {
+                return Ok(true);
+            }
+            next = part.next;
+        }
+        Ok(false)
     }
 
     /// Makes the record durable. What is stored behind the header stays what it is.
@@ -575,7 +614,8 @@ impl Volume {
         };
         if given_up == Some(true) {
             self.switch.set(Layer::Raw);
-            return self.unbound(c, found);
+            // It could be written for that.
+            return self.unbound(c, found, false);
         }
         let again = given_up.is_none();
         let what = match &found {

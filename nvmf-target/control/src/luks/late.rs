@@ -14,7 +14,7 @@ use cryptfold_bdev_crypto::hostcrypt::Shape;
 use cryptfold_bdev_crypto::late::reduce_late;
 
 use super::record::Stored;
-use super::{PAUSE, Verdict, Volume};
+use super::{BLOCK_BYTES, PAUSE, Verdict, Volume};
 use crate::control::{Control, lock};
 
 /// Blocks that are held back from hosts while they are written again: what a host's larger writes have, so that as much is
@@ -22,7 +22,6 @@ use crate::control::{Control, lock};
 const STEP_BLOCKS: u64 = 32;
 /// Steps between two looks at whether to go on.
 const BATCH: usize = 8;
-const BLOCK_BYTES: u64 = 4096;
 
 /// A volume's way through what was stored before.
 #[derive(Default)]
@@ -158,6 +157,7 @@ impl Volume {
     /// Counts on, or looks where to go, or goes on. How many blocks it has looked at; none when there are no more.
     fn go_on(&self, c: &Control, pass: &Pass, walk: &mut Walk) -> Result<Option<u64>, String> {
         if !walk.runs.is_empty() {
+            self.check_room(c)?;
             return self.reduce(c, pass, walk).map(Some);
         }
         let Some(next) = walk.next else {
@@ -174,6 +174,18 @@ impl Volume {
             None => walk.runs.extend(found.runs),
         }
         Ok(Some(0))
+    }
+
+    /// What snapshots keep takes room beside what it is written as again: hosts' writes are not to wait for that.
+    fn check_room(&self, c: &Control) -> Result<(), String> {
+        let manager = c.pools().map_err(|e| e.message)?.manager();
+        if manager.volume(&self.pool, &self.volume).map_err(|e| e.to_string())?.read_only {
+            return Err("the volume is read-only".into());
+        }
+        if manager.is_short(&self.pool).map_err(|e| e.to_string())? {
+            return Err("the pool is short of space".into());
+        }
+        Ok(())
     }
 
     fn reduce(&self, c: &Control, pass: &Pass, walk: &mut Walk) -> Result<u64, String> {
