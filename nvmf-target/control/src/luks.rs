@@ -293,7 +293,7 @@ impl Volume {
     /// Sets the layer, and tells people. Whether to look again in a while.
     fn act(self: &Arc<Self>, c: &Control, verdict: Verdict, look: u64) -> bool {
         let _door = lock(&c.luks.door);
-        let verdict = match (&verdict.layer, self.switch.layer()) {
+        let mut verdict = match (&verdict.layer, self.switch.layer()) {
             (Some(Layer::Bound(bound)), _) => self.admitted(c, bound.clone(), verdict, look),
             (None, Layer::Bound(bound)) => self.admitted(c, bound, verdict, look),
             // Somebody has shut it meanwhile, and asked for another look.
@@ -304,7 +304,9 @@ impl Volume {
             }
         };
         match self.switch.layer() {
-            Layer::Bound(bound) if verdict.state == "converting" => self.begin_pass(c, &bound.shape),
+            Layer::Bound(bound) if verdict.state == "converting" => {
+                verdict.again |= !self.begin_pass(c, &bound.shape);
+            }
             Layer::Bound(_) => self.end_pass(),
             _ => {
                 self.end_pass();
@@ -327,7 +329,13 @@ impl Volume {
             Some(refusal) => self.refused(refusal, from),
             None if verdict.layer.is_none() => return verdict,
             None if self.switch.set_unless_touched(Layer::Bound(bound), look) => return verdict,
-            None => Verdict::shut(from, "waiting", "its header is being changed".into()),
+            None => {
+                let why = "its header is being changed".to_owned();
+                match self.switch.layer() {
+                    Layer::Raw if verdict.state == "converting" => Verdict::raw(why).again(),
+                    _ => Verdict::shut(from, "waiting", why),
+                }
+            }
         };
         if let Some(layer) = &shut.layer {
             self.switch.set(layer.clone());
@@ -371,7 +379,17 @@ impl Volume {
         };
         let Some(stored) = stored else { return self.unbound(c, found, read_only) };
         match found {
-            Ok(found) if stored.is(&found.payload) => self.bound(c, &found, &stored).with(&found),
+            Ok(found) if stored.is(&found.payload) => {
+                let raw = matches!(self.switch.layer(), Layer::Raw);
+                let verdict = self.bound(c, &found, &stored).with(&found);
+                match verdict.layer {
+                    // Its record is durable, but nothing was written under the key yet.
+                    Some(Layer::Shut(_)) if raw => {
+                        Verdict { layer: Some(Layer::Raw), state: "raw", again: true, ..verdict }
+                    }
+                    _ => verdict,
+                }
+            }
             other => self.estranged(c, &stored, other),
         }
     }
@@ -574,12 +592,17 @@ impl Volume {
         }
         if let Layer::Bound(_) = self.switch.layer() {
             let other = |objects: &&Vec<String>| !stored.objects.is_empty() && **objects != stored.objects;
-            return match found.objects.as_ref().filter(other) {
-                Some(objects) => self.renamed(c, found, stored, objects),
+            let (stored, trouble) = self.converted(c, stored);
+            let verdict = match found.objects.as_ref().filter(other) {
+                Some(objects) => self.renamed(c, found, &stored, objects),
                 None => {
                     *lock(&self.trial) = None;
-                    self.converted(c, stored)
+                    self.still_bound(&stored)
                 }
+            };
+            return match trouble {
+                Some(why) => Verdict { reason: verdict.reason.or(Some(why)), again: true, ..verdict },
+                None => verdict,
             };
         }
         // It was shut only to look who is there: the key is still watched.
@@ -602,16 +625,9 @@ impl Volume {
         // Before anything that may take its time: pool, changes under way, key server.
         let shut = Shut { from_bytes: offset, status: Status::ACCESS_DENIED.do_not_retry(), discards: true };
         self.switch.set(Layer::Shut(shut));
-        let manager = match c.pools() {
-            Ok(pools) => pools.manager(),
-            Err(e) => return Verdict::shut(offset, "waiting", e.message),
-        };
         // What could not be asked is asked again.
-        let given_up = if self.switch.drain(DRAIN_LIMIT) {
-            manager.set_host_key(&self.pool, &self.volume, offset, None).ok()
-        } else {
-            None
-        };
+        let drained = self.switch.drain(DRAIN_LIMIT);
+        let given_up = if drained { self.let_go(c, stored).ok() } else { None };
         if given_up == Some(true) {
             self.switch.set(Layer::Raw);
             // It could be written for that.
@@ -629,5 +645,20 @@ impl Volume {
             Ok(found) => verdict.with(found),
             Err(_) => verdict,
         }
+    }
+
+    /// Removes the record if nothing is under its key, while nothing is written. Whether it did. Clones are never empty for the pool;
+    /// and what is as it was sent is nobody's.
+    fn let_go(&self, c: &Control, stored: &Stored) -> Result<bool, RpcError> {
+        let manager = c.pools()?.manager();
+        if manager.set_host_key(&self.pool, &self.volume, stored.offset_bytes, None)? {
+            return Ok(true);
+        }
+        let keeps = |part: &AsSent| part.keyed || !(stored.mixed || part.runs.is_empty());
+        if self.kinds(c, stored.offset_bytes, keeps)? {
+            return Ok(false);
+        }
+        let bytes = c.registry.get(&self.base)?.size_bytes();
+        Ok(manager.set_host_key(&self.pool, &self.volume, bytes, None)?)
     }
 }

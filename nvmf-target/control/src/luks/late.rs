@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 use cryptfold_bdev::{Access, Status};
 use cryptfold_bdev_crypto::hostcrypt::Shape;
 use cryptfold_bdev_crypto::late::reduce_late;
+use cryptfold_bdev_crypto::luks::Switch;
 
 use super::record::Stored;
-use super::{BLOCK_BYTES, PAUSE, Verdict, Volume};
+use super::{BLOCK_BYTES, PAUSE, Volume};
 use crate::control::{Control, lock};
 
 /// Blocks that are held back from hosts while they are written again: what a host's larger writes have, so that as much is
@@ -34,6 +35,8 @@ pub(super) struct Pass {
 struct State {
     stopped: bool,
     done: bool,
+    /// Its thread has ended without being told to: another one may take its place.
+    lost: bool,
     /// Blocks that were not looked at yet; those that hosts have written meanwhile are among them until their turn comes. None: not
     /// counted yet.
     left_blocks: Option<u64>,
@@ -54,6 +57,23 @@ impl Pass {
     /// Waits for so long, or until it is stopped.
     fn pause(&self, time: Duration) {
         drop(self.wake.wait_timeout_while(lock(&self.state), time, |s| !s.stopped));
+    }
+}
+
+/// Says that the thread has ended, also in a panic.
+struct Ends<'a> {
+    pass: &'a Pass,
+    switch: &'a Switch,
+}
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        let mut state = lock(&self.pass.state);
+        if !state.stopped && !state.done {
+            state.lost = true;
+            drop(state);
+            self.switch.ask();
+        }
     }
 }
 
@@ -85,24 +105,25 @@ impl Walk {
 }
 
 impl Volume {
-    /// Starts the pass unless it is under way.
-    pub(super) fn begin_pass(self: &Arc<Self>, c: &Control, shape: &Shape) {
+    /// Starts the pass unless it is under way. Whether it is now.
+    pub(super) fn begin_pass(self: &Arc<Self>, c: &Control, shape: &Shape) -> bool {
         let mut current = lock(&self.pass);
-        if current.is_some() {
-            return;
+        if current.as_ref().is_some_and(|pass| !lock(&pass.state).lost) {
+            return true;
         }
         let pass = Arc::new(Pass::default());
         let (me, mine, control) = (self.clone(), pass.clone(), c.weak());
         let start = shape.payload_offset_bytes / BLOCK_BYTES;
         let spawned = std::thread::Builder::new().name("luks late".into()).spawn(move || {
+            let end = Ends { pass: &mine, switch: &me.switch };
             me.go_through(&control, &mine, start);
+            drop(end);
         });
-        match spawned {
-            Ok(_) => *current = Some(pass),
-            Err(error) => {
-                tracing::error!(%error, device = self.options.name, "no thread to reduce what was stored before");
-            }
+        if let Err(error) = &spawned {
+            tracing::error!(%error, device = self.options.name, "no thread to reduce what was stored before");
         }
+        *current = spawned.is_ok().then_some(pass);
+        current.is_some()
     }
 
     pub(super) fn end_pass(&self) {
@@ -112,19 +133,16 @@ impl Volume {
         }
     }
 
-    /// Still bound; when the pass is done, the record says so first.
-    pub(super) fn converted(&self, c: &Control, stored: &Stored) -> Verdict {
+    /// The record; when the pass is done, that is written into it first, or why it can not be.
+    pub(super) fn converted(&self, c: &Control, stored: &Stored) -> (Stored, Option<String>) {
         let done = lock(&self.pass).as_ref().is_some_and(|pass| lock(&pass.state).done);
         if !done || !stored.converting {
-            return self.still_bound(stored);
+            return (stored.clone(), None);
         }
-        let stored = Stored { converting: false, ..stored.clone() };
-        match self.store(c, &stored) {
-            Ok(()) => self.still_bound(&stored),
-            Err(why) => {
-                let converting = Stored { converting: true, ..stored };
-                Verdict { reason: Some(why), again: true, ..self.still_bound(&converting) }
-            }
+        let now = Stored { converting: false, ..stored.clone() };
+        match self.store(c, &now) {
+            Ok(()) => (now, None),
+            Err(why) => (stored.clone(), Some(why)),
         }
     }
 
