@@ -29,7 +29,7 @@ params! {
         allowed_hosts: Option<Vec<String>>,
         /// Most iterations of a header's digest that are done to prove a key: two million take about a second.
         max_iterations: u32 = 5_000_000,
-        /// What was stored raw before its key was there is reduced in the background, so many MB/s of it at most. 0: it is not, and a volume with data behind its header stays raw.
+        /// What was stored raw before its key was there is reduced in the background, so many MB/s of it at most. 0: it is not, a volume with data behind its header stays raw, and one that is converting already stays as it is.
         late_mb_s: u32 = 100,
         /// UUID; made of the base's and the name when not given.
         uuid: Option<Uuid>,
