@@ -21,6 +21,8 @@ use crate::control::{Control, lock};
 /// Blocks that are held back from hosts while they are written again: what a host's larger writes have, so that as much is
 /// compressed together.
 const STEP_BLOCKS: u64 = 32;
+/// What a look at the map counts as against the rate: the leaves that it reads at most.
+const LOOK_BLOCKS: u64 = 128;
 /// Steps between two looks at whether to go on.
 const BATCH: usize = 8;
 
@@ -72,6 +74,9 @@ impl Drop for Ends<'_> {
         if !state.stopped && !state.done {
             state.lost = true;
             drop(state);
+            if std::thread::panicking() {
+                std::thread::sleep(PAUSE);
+            }
             self.switch.ask();
         }
     }
@@ -191,7 +196,7 @@ impl Volume {
             Some(blocks) => *blocks += found.runs.iter().map(|run| run.1).sum::<u64>(),
             None => walk.runs.extend(found.runs),
         }
-        Ok(Some(0))
+        Ok(Some(LOOK_BLOCKS))
     }
 
     /// What snapshots keep takes room beside what it is written as again: hosts' writes are not to wait for that.
