@@ -186,6 +186,13 @@ fn same_after_restart(
     assert!(target.read("v", 0, DISK).unwrap() == disk);
 }
 
+fn random(bytes: usize) -> Vec<u8> {
+    let mut all = vec![0; bytes];
+    let mut random = std::fs::File::open("/dev/urandom").unwrap();
+    std::io::Read::read_exact(&mut random, &mut all).unwrap();
+    all
+}
+
 /// A file system was there, then LUKS was put over it without a discard: what lies there is no ciphertext, and stays as small as it is.
 /// A header of another key in the middle fences, and all of it comes back with the first.
 #[test]
@@ -196,12 +203,7 @@ fn what_is_no_ciphertext_stays_and_other_headers_fence() {
     let target = Target::new(kms.dir.path(), &kms, &certificate);
     let (host, other) = (Host::new(64), Host::new(64));
     let text: Vec<u8> = include_bytes!("late.rs").iter().cycle().take(MIB).copied().collect();
-    let noise: Vec<u8> = {
-        let mut all = vec![0; MIB];
-        let mut random = std::fs::File::open("/dev/urandom").unwrap();
-        std::io::Read::read_exact(&mut random, &mut all).unwrap();
-        all
-    };
+    let noise = random(MIB);
     target.volume("v", json!({"late_mb_s": 1}));
     target.write("v", PAYLOAD, &text);
     target.write("v", PAYLOAD + MIB, &noise);
@@ -229,4 +231,94 @@ fn what_is_no_ciphertext_stays_and_other_headers_fence() {
     target.write("w", 0, &header);
     target.raw_because("w", "data was written behind the header");
     assert!(target.read("w", PAYLOAD, MIB).unwrap() == noise);
+}
+
+/// A snapshot keeps what was there, so its volume takes as much again, but not the room that hosts need. A clone whose header is
+/// another one by now is free when what was under the key is discarded.
+#[test]
+fn room_is_left_for_hosts_and_clones_get_free() {
+    let kms = KeyServer::start();
+    let owner = kms.client("owner");
+    let certificate = kms.authority.client("target");
+    std::fs::File::create(kms.dir.path().join("pool")).unwrap().set_len(160 << 20).unwrap();
+    let target = Target::new(kms.dir.path(), &kms, &certificate);
+    let (host, other) = (Host::new(64), Host::new(64));
+    let header = formatted(&host, Some(&registered(&owner, &host, None)));
+    let foreign = formatted(&other, Some(&registered(&owner, &other, None)));
+    let data = random(20 * MIB);
+    target.volume("v", json!({}));
+    target.write("v", PAYLOAD, &data);
+    target.ok("bdev_lvol_snapshot", json!({"lvol_name": "p/v", "snapshot_name": "s"}));
+    let free = || {
+        let pool = pool(&target);
+        (pool["free_clusters"].as_u64().unwrap() * pool["cluster_size"].as_u64().unwrap()) as usize
+    };
+    let mut fillers = 0;
+    // The header takes 16 MiB of it, and what is left is not enough for all of the data again.
+    while free() > 34 * MIB {
+        let name = format!("filler{fillers}");
+        target.volume(&name, json!({}));
+        (0..16).take_while(|_| free() > 34 * MIB).for_each(|n| target.write(&name, n * MIB, &random(MIB)));
+        fillers += 1;
+    }
+    target.write("v", 0, &header);
+    let status = target.is_because("v", "converting", "short of space");
+    assert!(status["left_bytes"].as_u64().unwrap() > 0, "{status}");
+    // Nobody's writes have to wait.
+    target.write("v", PAYLOAD + 20 * MIB, &data[..64 << 10]);
+    assert!(target.read("v", PAYLOAD, data.len()).unwrap() == data);
+    for n in 0..fillers {
+        target.ok("bdev_luks_delete", json!({"name": format!("luks-filler{n}")}));
+        target.ok("bdev_lvol_delete", json!({"name": format!("p/filler{n}")}));
+    }
+    target.becomes("v", "bound");
+    assert!(target.read("v", PAYLOAD, data.len()).unwrap() == data);
+    assert!(target.below("v", PAYLOAD, MIB) != data[..MIB]);
+
+    target.ok("bdev_lvol_clone", json!({"snapshot_name": "p/s", "clone_name": "c"}));
+    target.ok("bdev_luks_create", json!({"base_bdev_name": "p/c", "name": "luks-c", "kms_server": "kms", "allow_unauthenticated": true}));
+    target.write("c", 0, &header);
+    target.becomes("c", "bound");
+    assert!(target.read("c", PAYLOAD, data.len()).unwrap() == data);
+    target.write("c", 0, &foreign);
+    target.is_because("c", "fenced", "another key");
+    target.discard("c", PAYLOAD, DISK - PAYLOAD);
+    target.becomes("c", "bound");
+    assert!(target.read("c", PAYLOAD, DISK - PAYLOAD).unwrap().iter().all(|b| *b == 0));
+    target.write("c", PAYLOAD, &data[..MIB]);
+    assert!(target.read("c", PAYLOAD, MIB).unwrap() == data[..MIB]);
+}
+
+/// Blocks that an operator's device has stored under some key are not taken for the header's.
+#[test]
+fn blocks_of_unknown_keys_stay_what_they_are() {
+    let kms = KeyServer::start();
+    let owner = kms.client("owner");
+    let certificate = kms.authority.client("target");
+    let target = Target::new(kms.dir.path(), &kms, &certificate);
+    let (host, before) = (Host::new(64), Host::new(64));
+    let header = formatted(&host, Some(&registered(&owner, &host, None)));
+    std::fs::write(before.path("key"), &before.key).unwrap();
+    std::fs::set_permissions(before.path("key"), std::os::unix::fs::PermissionsExt::from_mode(0o600))
+        .unwrap();
+    let data = random(64 << 10);
+    target.ok("bdev_lvol_create", json!({"lvs_name": "p", "lvol_name": "v", "size_in_mib": DISK / MIB}));
+    target.ok(
+        "bdev_hostcrypt_create",
+        json!({"base_bdev_name": "p/v", "name": "luks-v", "key_file": before.path("key"), "sector_size": 4096, "payload_offset": PAYLOAD}),
+    );
+    target.write("v", PAYLOAD + MIB, &data);
+    target.ok("bdev_hostcrypt_delete", json!({"name": "luks-v"}));
+    target.volume("v", json!({}));
+    let stored = target.read("v", PAYLOAD + MIB, data.len()).unwrap();
+    assert!(stored != data);
+    target.write("v", 0, &header);
+    target.raw_because("v", "stored under a host's key");
+    target.write("v", PAYLOAD + 2 * MIB, &data);
+    assert!(target.read("v", PAYLOAD + MIB, data.len()).unwrap() == stored, "its bytes are what they were");
+    // Given up, it is as any other.
+    target.discard("v", PAYLOAD + MIB, data.len());
+    target.write("v", 0, &header);
+    target.becomes("v", "bound");
+    assert!(target.read("v", PAYLOAD + 2 * MIB, data.len()).unwrap() == data);
 }

@@ -1,7 +1,8 @@
 //! Which key the host had encrypted a volume with: a record that is kept with the volume, and inherited by what is derived from
 //! it. What is in the record is its writer's.
 //!
-//! Invariant: it goes, or becomes that of another key, only while nothing is stored behind the part that is never decrypted. So
+//! Invariant: it goes, or becomes that of another key, only while nothing is stored behind the part that is never decrypted, or
+//! its writer has seen that nothing there is under a key ([`Pool::as_sent`]) while nobody writes. So
 //! what is stored there under a host's key ([`MapEntry::host_key`]) is under the one that the record names; the rest, which may
 //! have been there before the record, is as the host had sent it.
 
