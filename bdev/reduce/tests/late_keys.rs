@@ -20,7 +20,7 @@ use cryptfold_bdev_sim::{Image, Rng};
 use cryptfold_bdev_split::SplitOptions;
 use cryptfold_reactor::memory::Buf;
 use cryptfold_reactor::{self as reactor, Sim};
-use cryptfold_reduce::{CreateOptions, LocalPool, PoolError, VolumeOptions};
+use cryptfold_reduce::{CreateOptions, LocalPool, Part, PoolError, VolumeOptions};
 use support::key;
 
 const MIB: u64 = 1 << 20;
@@ -316,7 +316,7 @@ fn snapshots_clones_and_what_is_no_ciphertext() {
         v.write(PAYLOAD + 630, Buf::from_slice(&[0x5A; 8192]), false).await.unwrap();
         let before = read(&registry, "luks-v", PAYLOAD, 700).await;
         let all = pool.as_sent("v", PAYLOAD).await.unwrap();
-        assert_eq!((all.runs, all.next), (vec![(PAYLOAD, 512), (PAYLOAD + 600, 8)], None));
+        assert_eq!((all.runs, all.keyed, all.next), (vec![(PAYLOAD, 512), (PAYLOAD + 600, 8)], false, None));
         pool.snapshot_volume("v", "s").await.unwrap();
         pool.clone_volume("s", "c").await.unwrap();
 
@@ -339,7 +339,8 @@ fn snapshots_clones_and_what_is_no_ciphertext() {
         let below = read(&registry, "p/v", PAYLOAD + 100, 1).await;
         assert!(below.starts_with(format!("line of block {},", PAYLOAD + 100).as_bytes()), "it is plaintext");
         assert!(read(&registry, "p/v", PAYLOAD + 600, 8).await == stale);
-        assert_eq!(pool.as_sent("v", PAYLOAD).await.unwrap().runs, [(PAYLOAD + 600, 8)]);
+        let left = pool.as_sent("v", PAYLOAD).await.unwrap();
+        assert_eq!((&left.runs[..], left.keyed), (&[(PAYLOAD + 600, 8)][..], true));
 
         // The snapshot, raw or with the layer on, and its clone, which has no record yet.
         let on_s = layered(&registry, "s", Layer::Raw);
@@ -366,5 +367,41 @@ fn snapshots_clones_and_what_is_no_ciphertext() {
         let report = pool.check(true).await.unwrap();
         assert!(report.is_clean(), "{:#?}", report.problems);
         drop((v, c, s, other));
+    });
+}
+
+/// What can not be read of the map is passed by, and may have been under a key.
+#[test]
+fn an_unreadable_leaf_does_not_hide_the_others() {
+    Sim::new(1).run(|| async {
+        let (registry, disk) = support::disk(96 * MIB, Image::zeroed());
+        let mut options = CreateOptions::new(key());
+        (options.segment_bytes, options.memory_budget) = (Some(MIB as u32), Some(16 * MIB));
+        let pool = LocalPool::create(&registry, "disk", "p", &options).await.unwrap();
+        let volume =
+            VolumeOptions { name: "v".into(), size_bytes: 2 * WATCHED_BYTES, ..VolumeOptions::default() };
+        pool.create_volume(&volume).await.unwrap();
+        let v = registry.open("p/v", Access::ReadWrite, |_| ()).unwrap().channel().unwrap();
+        let data = ciphertext(PAYLOAD, 1536);
+        for (nth, piece) in data.chunks(32 * 4096).enumerate() {
+            v.write(PAYLOAD + nth as u64 * 32, Buf::from_slice(piece), false).await.unwrap();
+        }
+        let whole = pool.as_sent("v", PAYLOAD).await.unwrap();
+        assert_eq!((whole.runs, whole.keyed, whole.next), (vec![(PAYLOAD, 1536)], false, None));
+        drop(v);
+        pool.checkpoint().await.unwrap();
+        let (at, bytes) = pool.place_of("v", PAYLOAD + 700, Part::Map).await.unwrap();
+        pool.close().await.unwrap();
+        disk.rot(at + u64::from(bytes) / 2, 0x10);
+        let pool = LocalPool::open(&registry, "disk", &key(), Some(16 * MIB)).await.unwrap().unwrap();
+        let (mut next, mut runs, mut keyed) = (Some(PAYLOAD), Vec::new(), false);
+        while let Some(from) = next {
+            let found = pool.as_sent("v", from).await.unwrap();
+            assert!(found.next.is_none_or(|next| next > from));
+            (next, keyed) = (found.next, keyed | found.keyed);
+            runs.extend(found.runs);
+        }
+        assert!(keyed);
+        assert_eq!(runs, [(PAYLOAD, 512), (PAYLOAD + 1024, 512)]);
     });
 }
