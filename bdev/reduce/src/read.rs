@@ -510,13 +510,7 @@ fn resolve(
             continue;
         }
         for slot in first..first + here {
-            let mut entry = own.map_or_else(MapEntry::default, |leaf| leaf.get(slot));
-            if let Some((leaf, below)) = &base
-                && entry.is_none()
-                && slot < *below
-            {
-                entry = leaf.get(slot);
-            }
+            let entry = entry_at(own, base.as_ref(), slot);
             let source = match entry.target {
                 Target::Unmapped => Some(Source::Unmapped),
                 Target::Zero => Some(Source::Zero),
@@ -555,6 +549,16 @@ pub(crate) fn inherited(
     }
     let leaf = shard.view(from, index, needs).map_err(|_| Status::INTERNAL_ERROR)?;
     Ok(leaf.map(|leaf| leaf.map(|leaf| (leaf, below))))
+}
+
+/// A block's entry: the volume's own one, or what it inherits.
+#[inline]
+pub(crate) fn entry_at(own: Option<&MapLeaf>, base: Option<&Inherited>, slot: usize) -> MapEntry {
+    let entry = own.map_or_else(MapEntry::default, |leaf| leaf.get(slot));
+    match base {
+        Some((leaf, below)) if entry.is_none() && slot < *below => leaf.get(slot),
+        _ => entry,
+    }
 }
 
 fn resolve_chunk(

@@ -74,13 +74,10 @@ pub fn version() -> &'static str {
         text.strip_prefix("AWS-LC FIPS ").unwrap_or(text)
     }
     #[cfg(not(feature = "fips"))]
-    header_version()
-}
-
-#[cfg(not(feature = "fips"))]
-fn header_version() -> &'static str {
-    let text = CStr::from_bytes_with_nul(ffi::AWSLC_VERSION_NUMBER_STRING).unwrap_or_default();
-    text.to_str().unwrap_or_default()
+    {
+        let text = CStr::from_bytes_with_nul(ffi::AWSLC_VERSION_NUMBER_STRING).unwrap_or_default();
+        text.to_str().unwrap_or_default()
+    }
 }
 
 /// The version of the FIPS module, if that is what was built in.

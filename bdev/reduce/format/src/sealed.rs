@@ -131,8 +131,7 @@ pub(crate) fn making(secret: &Secret) -> RandomizedNonceKey {
     RandomizedNonceKey::new(&AES_256_GCM, secret.expose()).expect("AES-256 takes 32 bytes")
 }
 
-/// Seals `body` into `out`, and its tag beside that.
-#[cfg(not(feature = "fips"))]
+/// Seals `body` into `out`, and its tag beside that. The AWS-LC that has a validated module seals in place only.
 fn seal_across(
     key: &LessSafeKey,
     nonce: Nonce,
@@ -140,21 +139,13 @@ fn seal_across(
     body: &[u8],
     (out, tag_out): (&mut [u8], &mut [u8]),
 ) -> Result<(), Unspecified> {
-    key.seal_out_of_place_scatter(nonce, aad, body, out, &[], tag_out)
-}
-
-/// The same with the AWS-LC that has a validated module, which seals in place only.
-#[cfg(feature = "fips")]
-fn seal_across(
-    key: &LessSafeKey,
-    nonce: Nonce,
-    aad: Aad<&[u8]>,
-    body: &[u8],
-    (out, tag_out): (&mut [u8], &mut [u8]),
-) -> Result<(), Unspecified> {
-    out.copy_from_slice(body);
-    let tag = key.seal_in_place_separate_tag(nonce, aad, out)?;
-    tag_out.copy_from_slice(tag.as_ref());
+    #[cfg(not(feature = "fips"))]
+    key.seal_out_of_place_scatter(nonce, aad, body, out, &[], tag_out)?;
+    #[cfg(feature = "fips")]
+    {
+        out.copy_from_slice(body);
+        tag_out.copy_from_slice(key.seal_in_place_separate_tag(nonce, aad, out)?.as_ref());
+    }
     Ok(())
 }
 

@@ -10,12 +10,12 @@ use std::rc::Rc;
 
 use cryptfold_bdev::Status;
 use cryptfold_reduce_format::ids::VolumeId;
-use cryptfold_reduce_format::map::{MAP_ENTRIES, MapEntry, Target};
+use cryptfold_reduce_format::map::{MAP_ENTRIES, Target};
 
 use crate::error::PoolError;
 use crate::info::AsSent;
 use crate::pool::Pool;
-use crate::read::inherited;
+use crate::read::{entry_at, inherited};
 use crate::shard::{ApplyError, Needs, Shard, Volume, leaf_of};
 use crate::tree::Found;
 
@@ -163,13 +163,7 @@ impl Shard {
             }
             leaves += 1;
             for slot in first..first + here {
-                let mut entry = own.map_or_else(MapEntry::default, |leaf| leaf.get(slot));
-                if let Some((leaf, below)) = &base
-                    && entry.is_none()
-                    && slot < *below
-                {
-                    entry = leaf.get(slot);
-                }
+                let entry = entry_at(own, base.as_ref(), slot);
                 found.keyed |= entry.host_key.0 != 0 && entry.target != Target::Unmapped;
                 if entry.host_key.0 == 0 && entry.chunk().is_some() {
                     let block = index * MAP_ENTRIES as u64 + slot as u64;
