@@ -88,9 +88,11 @@ where
     /// Index 0 is the ring's own and stays None.
     slots: RefCell<Vec<Option<Rc<Slot>>>>,
     wake_fd: RawFd,
-    /// Slabs registered as fixed buffers, and whether more may be tried.
+    /// Slabs registered as fixed buffers, whether more may be tried, and whether anybody has asked for one: pinning takes long,
+    /// and a core without files needs none.
     fixed_slabs: Cell<usize>,
     registering: Cell<bool>,
+    fixed_wanted: Cell<bool>,
 }
 
 /// Registers a client with the ring of this core. The ring keeps `client` alive only while entries are in flight.
@@ -117,7 +119,7 @@ pub fn flush_submissions() {
 }
 
 /// The index under which the memory of `buf` is registered with this core's ring, for READ_FIXED, WRITE_FIXED and
-/// SEND_ZC. None: use the plain operation.
+/// SEND_ZC. None: use the plain operation. The memory is registered after the first call on a core, a slab a turn.
 #[inline]
 pub fn fixed_buffer_index(buf: &Buf) -> Option<u16> {
     core::try_with(|core| core.ring.as_ref().and_then(|ring| ring.fixed_buffer_index(buf)))?
@@ -202,6 +204,7 @@ impl<S: squeue::EntryMarker, C: cqueue::EntryMarker> Ring<S, C> {
             wake_fd,
             fixed_slabs: Cell::new(0),
             registering: Cell::new(false),
+            fixed_wanted: Cell::new(false),
         };
         if !ring.io.params().is_feature_ext_arg() || !ring.io.params().is_feature_nodrop() {
             return Err(io::Error::new(
@@ -233,6 +236,7 @@ impl<S: squeue::EntryMarker, C: cqueue::EntryMarker> Ring<S, C> {
 
     #[inline]
     fn fixed_buffer_index(&self, buf: &Buf) -> Option<u16> {
+        self.fixed_wanted.set(true);
         buf.slab_index().filter(|slab| usize::from(*slab) < self.fixed_slabs.get())
     }
 
@@ -383,7 +387,8 @@ impl<S: squeue::EntryMarker, C: cqueue::EntryMarker> Ring<S, C> {
     /// Registers the next slab the arena has handed out, if any: one per turn, because pinning takes long.
     #[inline]
     fn register_slab(&self) {
-        if self.registering.get() && self.fixed_slabs.get() < memory::slab_count() {
+        if self.fixed_wanted.get() && self.registering.get() && self.fixed_slabs.get() < memory::slab_count()
+        {
             self.register_slab_at(self.fixed_slabs.get());
         }
     }

@@ -397,7 +397,9 @@ fn the_ring_reads_files_also_into_fixed_buffers() {
             let target = buf.get_mut().unwrap().as_mut_ptr();
             let view = buf.slice(0..4096);
             drop(buf);
-            // The slab is registered in one of the next turns, unless the memory may not be locked.
+            // The slab is registered in one of the turns after the first who asks, unless the memory may not be locked.
+            sleep(MS * 5).await;
+            assert_eq!(ring::fixed_buffer_index(&view), None);
             sleep(MS * 5).await;
             let fixed = ring::fixed_buffer_index(&view);
             let fd = Fd(file.as_raw_fd());
