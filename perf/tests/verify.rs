@@ -71,6 +71,7 @@ fn plan(read_pct: u8, ios: u64) -> Plan {
         ramp: Duration::ZERO,
         runtime: Duration::ZERO,
         io_limit: Some(ios),
+        shared: None,
         verify: true,
         fua: false,
         data: DataSource::Repeat,

@@ -45,6 +45,7 @@ pub fn plan(
         ramp: RAMP.min(time / 4),
         runtime: time,
         io_limit: None,
+        shared: None,
         verify: false,
         fua: false,
         data: DataSource::Repeat,

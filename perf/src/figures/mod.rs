@@ -23,7 +23,8 @@ use crate::report::{self, Machine};
 /// ratios to bare loops of the same run.
 #[derive(clap::Args, Clone, Debug)]
 pub struct Args {
-    /// Only figures whose name contains this, and what they are compared with (null, crypto, tcp, pool, modes for whole groups).
+    /// Only figures whose name contains this, and what they are compared with (null, crypto, tcp, pool, modes for whole groups;
+    /// "modes,write-128k": of that group, those with this in their names).
     #[arg(long, value_name = "NAME")]
     pub only: Option<String>,
     /// Seconds per subject and round.
@@ -39,7 +40,7 @@ pub struct Args {
 
 impl Args {
     fn wants(&self, name: &str) -> bool {
-        self.only.as_ref().is_none_or(|only| name.contains(only.as_str()))
+        self.only.as_ref().is_none_or(|only| only.split(',').all(|word| name.contains(word)))
     }
 }
 

@@ -19,7 +19,7 @@ const BLOCK: usize = 4096;
 pub enum DataSource {
     /// The same random buffers again and again.
     Repeat,
-    /// These buffers of one I/O each, in order, from the start again at the end. Not empty.
+    /// These buffers of one I/O each, slot by slot, from the start again at the end. Not empty.
     Buffers(Arc<[Buf]>),
     /// These too, but each 4 KiB block with a number of its own in front, so that nothing repeats. A buffer that has come back
     /// is stamped where it is.
@@ -98,10 +98,11 @@ impl Generator {
         Ok(Generator { source, pool, duplicates, next: 0, bytes, stamp: rng.next(), rng })
     }
 
-    /// The data of the next write.
+    /// The data of the next write, which is to `slot`.
     #[inline]
-    pub fn produce(&mut self) -> Buf {
+    pub fn produce(&mut self, slot: u64) -> Buf {
         match self.source {
+            DataSource::Buffers(_) => self.pool[(slot % self.pool.len() as u64) as usize].clone(),
             DataSource::Unique { dedupe_pct, .. } => self.unique(u64::from(dedupe_pct)),
             DataSource::Stamped(_) | DataSource::StampedFile(_) => {
                 let buf = &mut self.pool[self.next];
@@ -218,7 +219,7 @@ mod tests {
         let mut seen = std::collections::HashSet::new();
         let mut held: Vec<(Buf, Vec<u8>)> = Vec::new();
         for round in 0..30u8 {
-            let buf = g.produce();
+            let buf = g.produce(0);
             assert!(buf.chunks(BLOCK).all(|piece| piece[8..] == source[usize::from(round % 3)][8..BLOCK]));
             assert!(buf.chunks(BLOCK).all(|piece| seen.insert(piece.to_vec())));
             if round % 4 == 0 {
@@ -239,7 +240,7 @@ mod tests {
             let mut repeated = 0;
             for _ in 0..100 {
                 for g in [&mut a, &mut b] {
-                    for piece in g.produce().chunks(BLOCK) {
+                    for piece in g.produce(0).chunks(BLOCK) {
                         if !seen.insert(piece.to_vec()) {
                             repeated += 1;
                         }

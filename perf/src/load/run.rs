@@ -88,6 +88,7 @@ pub fn plans(args: &LoadArgs, geometry: Geometry, seed: u64) -> Result<Vec<Plan>
         ramp: args.ramp(),
         runtime: args.runtime(),
         io_limit: args.io_size.map(|s| (s.0 / bs / jobs).max(1)),
+        shared: None,
         verify: args.verify,
         fua: args.fua,
         data: data_source(args),

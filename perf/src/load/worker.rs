@@ -2,6 +2,8 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use cryptfold_bdev::{Channel, Complete, Frame, Io, Op, Queue};
@@ -66,6 +68,8 @@ pub struct Plan {
     pub runtime: Duration,
     /// Ends after this many I/Os instead, when given.
     pub io_limit: Option<u64>,
+    /// The next slot, when given: all jobs that share it do all slots once, each as many as it gets to.
+    pub shared: Option<Arc<AtomicU64>>,
     /// Stamp and check.
     pub verify: bool,
     /// FUA on writes.
@@ -164,13 +168,14 @@ pub async fn run_worker<S: Sink>(sink: S, plan: Plan) -> Result<WorkerReport, St
     let latency = Histogram::new_with_bounds(1, 100_000_000_000, 3).map_err(|e| e.to_string())?;
     let now = reactor::now().0;
     let start_ns = now + plan.ramp.as_nanos() as u64;
-    let end_ns = if plan.io_limit.is_some() { u64::MAX } else { start_ns + plan.runtime.as_nanos() as u64 };
+    let counted = plan.io_limit.is_some() || plan.shared.is_some();
+    let end_ns = if counted { u64::MAX } else { start_ns + plan.runtime.as_nanos() as u64 };
     let state = State {
         pattern: Pattern::new(plan.seed, plan.random, plan.read_pct, 0, plan.slots),
         data,
         report: WorkerReport::new(latency),
         places,
-        start_ns: if plan.io_limit.is_some() { now } else { start_ns },
+        start_ns: if counted { now } else { start_ns },
         end_ns,
         issued: 0,
         outstanding: 0,
@@ -233,7 +238,7 @@ impl<S: Sink> Worker<S> {
         if !read {
             io.fua = self.plan.fua;
             match s.data.as_mut() {
-                Some(g) => io.data.push(g.produce()),
+                Some(g) => io.data.push(g.produce(slot)),
                 None => {
                     let generation = u64::from(s.places[slot as usize].0) + 1;
                     let bytes = self.plan.bytes_per_io;
@@ -258,6 +263,10 @@ impl<S: Sink> Worker<S> {
         }
         s.issued += 1;
         let (mut slot, read) = s.pattern.step();
+        if let Some(next) = &self.plan.shared {
+            slot = next.fetch_add(1, Ordering::Relaxed);
+            return (slot < self.plan.slots).then_some((slot, read));
+        }
         if self.plan.verify {
             // One I/O per place at a time: then it is known what a read must find.
             while s.places[slot as usize].1 {

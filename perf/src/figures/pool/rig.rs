@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 use std::time::{Duration, Instant};
 
 use cryptfold_bdev::{Descriptor, Registry};
@@ -72,6 +73,14 @@ impl Rig {
         self.runtime.handles()[core].block_on(f).map_err(text)?
     }
 
+    /// A RAM disk that has all of its memory: the kernel's part in getting it is none of the pool's, and the bare loops' spans have theirs.
+    fn ram_disk(&self, name: &str, bytes: u64) -> Result<(), String> {
+        ram_disk(&self.registry, name, bytes)?;
+        let device = open(&self.registry, name)?;
+        let all = large_writes((bytes / IO_BYTES as u64) as usize, DataSource::Repeat);
+        self.write_all(0, device, Plan { io_limit: Some(all.slots), ..all }).map(drop)
+    }
+
     fn create(&self, disk: &str, pool: &str, protection: Protection) -> Result<(), String> {
         let key = KeySource::Bytes((1..=32).collect());
         let approved = protection == Protection::Approved;
@@ -101,17 +110,8 @@ impl Rig {
         open(&self.registry, &format!("{pool}/{name}"))
     }
 
-    /// Writes `ios` large I/Os from `first` on; gives the share of the core that was lost.
-    fn write_all(
-        &self,
-        core: usize,
-        device: Arc<Descriptor>,
-        first: u64,
-        ios: u64,
-        data: DataSource,
-    ) -> Result<f64, String> {
-        let base = plan(ios * IO_BYTES as u64, IO_BYTES, 0, false, DEPTH, Duration::ZERO);
-        let plan = Plan { first_slot: first, io_limit: Some(ios), data, ..base };
+    /// Writes as planned, and flushes; gives the share of the core that was lost.
+    fn write_all(&self, core: usize, device: Arc<Descriptor>, plan: Plan) -> Result<f64, String> {
         self.on_core(core, move || async move {
             let channel = device.channel().map_err(text)?;
             let sample = run_load(channel.clone(), plan).await?;
@@ -119,6 +119,12 @@ impl Rig {
             Ok(sample.waited_pct)
         })
     }
+}
+
+/// Large writes of `data`, in order.
+fn large_writes(ios: usize, data: DataSource) -> Plan {
+    let base = plan((ios * IO_BYTES) as u64, IO_BYTES, 0, false, DEPTH, Duration::ZERO);
+    Plan { data, ..base }
 }
 
 /// The pool of large I/O, made anew whenever something is to be written that is there already.
@@ -132,7 +138,7 @@ pub struct Fresh {
 impl Fresh {
     pub fn new(protection: Protection) -> Result<Fresh, String> {
         let rig = Rig::new()?;
-        ram_disk(&rig.registry, "ram", DISK_BYTES)?;
+        rig.ram_disk("ram", DISK_BYTES)?;
         let fresh = Fresh { rig, protection, written: RefCell::default() };
         fresh.renew()?;
         Ok(fresh)
@@ -166,13 +172,13 @@ impl Fresh {
         }
         self.written.borrow_mut().push(kind);
         let device = self.rig.open(POOL, kind.volume())?;
-        let ios = (data.of(kind).len() / cores) as u64;
+        let all = data.of(kind);
+        // Each core writes what is next, as many as it gets to: the pool's home has more to do than the other.
+        let shared = Some(Arc::new(AtomicU64::new(0)));
+        let plan = Plan { shared, ..large_writes(all.len(), DataSource::Buffers(all.clone())) };
         let (start, rig) = (Instant::now(), &self.rig);
-        let waited = both(cores, |core| {
-            let part = DataSource::Buffers(data.part(kind, core, cores));
-            rig.write_all(core, device.clone(), core as u64 * ios, ios, part)
-        })?;
-        let per_second = (ios * cores as u64) as f64 / start.elapsed().as_secs_f64();
+        let waited = both(cores, |core| rig.write_all(core, device.clone(), plan.clone()))?;
+        let per_second = all.len() as f64 / start.elapsed().as_secs_f64();
         Ok(Sample::new(per_second, waited.into_iter().fold(0.0, f64::max)))
     }
 
@@ -244,7 +250,7 @@ impl<'a> Full<'a> {
     /// Makes the pool and fills it; the size of its volume in bytes.
     fn fill(&self, kind: Kind) -> Result<u64, String> {
         let pool = kind.volume();
-        ram_disk(&self.rig.registry, &format!("ram-{pool}"), FULL_DISK_BYTES)?;
+        self.rig.ram_disk(&format!("ram-{pool}"), FULL_DISK_BYTES)?;
         self.rig.create(&format!("ram-{pool}"), pool, Protection::Default)?;
         // Thin: as large as it may have to be.
         self.rig.volume(pool, "volume", 16 * FULL_DISK_BYTES)?;
@@ -257,7 +263,9 @@ impl<'a> Full<'a> {
                 break;
             }
             let data = DataSource::Stamped(self.data.of(kind).clone());
-            self.rig.write_all(0, device.clone(), ios, step, data)?;
+            let plan = large_writes(step as usize, data);
+            let plan = Plan { first_slot: ios, io_limit: Some(step), ..plan };
+            self.rig.write_all(0, device.clone(), plan)?;
             ios += step;
         }
         let bytes = ios * IO_BYTES as u64;
