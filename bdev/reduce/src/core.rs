@@ -4,7 +4,7 @@
 //! Owns nothing of the pool's state. The expensive part of an I/O (hash, codec, cipher) runs on the core that the I/O came to;
 //! only small messages about it go to the pool's home.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::rc::{Rc, Weak};
 use std::sync::Arc;
@@ -12,12 +12,17 @@ use std::sync::Arc;
 use cryptfold_bdev::{BdevError, Descriptor};
 use cryptfold_reactor::{self as reactor, ReactorId, Task};
 use cryptfold_reduce_format::codec::Compressor;
-use cryptfold_reduce_format::ids::DomainId;
+use cryptfold_reduce_format::ids::{DomainId, VolumeId};
 
 use crate::base::Base;
 use crate::hash::FastMap;
+use crate::ingest::SealAs;
 use crate::lend::LentLane;
 use crate::read::{Decoder, FragmentCache};
+
+/// Pieces without any duplicate, one after the other, after which the next is sealed before the home is asked: that saves a
+/// message and a look-up. When it was wrong, what has been sealed of the piece is lost room in a segment.
+const NEW_RUN: u32 = 8;
 
 /// See the module's head.
 pub(crate) struct Core {
@@ -26,6 +31,8 @@ pub(crate) struct Core {
     pub decoder: RefCell<Decoder>,
     pub fragments: RefCell<FragmentCache>,
     pub lanes: RefCell<FastMap<DomainId, Rc<LentLane>>>,
+    /// The volume that was written last from here: how its chunks are sealed, and how many pieces were all new by now.
+    new_run: Cell<Option<(VolumeId, SealAs, u32)>>,
     /// Keeps all this while there is something in `lanes`, whether or not a queue is open.
     keeper: RefCell<Option<Task<()>>>,
 }
@@ -43,6 +50,7 @@ impl Core {
             decoder: RefCell::default(),
             fragments: RefCell::default(),
             lanes: RefCell::default(),
+            new_run: Cell::default(),
             keeper: RefCell::default(),
         })
     }
@@ -51,6 +59,18 @@ impl Core {
     pub fn find(pool: u64) -> Option<Rc<Core>> {
         let key = (pool, reactor::current().id());
         CORES.with_borrow(|cores| cores.get(&key).and_then(Weak::upgrade))
+    }
+
+    /// How to seal the next piece of a volume, if it is to be taken for new.
+    pub fn expects_new(&self, volume: VolumeId) -> Option<SealAs> {
+        self.new_run.get().filter(|run| run.0 == volume && run.2 >= NEW_RUN).map(|run| run.1)
+    }
+
+    /// A piece of a volume has been written.
+    pub fn was_new(&self, volume: VolumeId, seal: SealAs, all_new: bool) {
+        let before = self.new_run.get().filter(|run| run.0 == volume).map_or(0, |run| run.2);
+        let run = if all_new { before.saturating_add(1) } else { 0 };
+        self.new_run.set(Some((volume, seal, run)));
     }
 
     /// Has this core's part outlive its queues, until [`Core::let_go`].

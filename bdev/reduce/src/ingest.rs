@@ -104,6 +104,8 @@ pub(crate) struct Scratch {
     blind: bool,
     /// New chunks are not stored but reported: another core is to seal them.
     unsealed: bool,
+    /// The last look-up found none of the chunks.
+    all_new: bool,
 }
 
 /// A small write that came with others.
@@ -238,7 +240,7 @@ impl Pool {
         generation: Generation,
         lba: u64,
         mut prepared: Prepared,
-    ) -> Result<Option<ToSeal>, Status> {
+    ) -> Result<Back, Status> {
         self.throttle().await?;
         let mut target = self.target(volume)?;
         let written = match target.generation == generation {
@@ -246,15 +248,16 @@ impl Pool {
             false => Written::Outdated,
         };
         let Target4k { domain, compression, .. } = target;
-        let segment_bytes = self.segment_bytes;
+        let seal = SealAs { domain, compression, segment_bytes: self.segment_bytes };
+        let all_new = prepared.scratch.all_new && !prepared.scratch.found.is_empty();
         match written {
-            Written::Whole => Ok(None),
-            Written::Unsealed => Ok(Some(ToSeal { prepared, domain, compression, segment_bytes })),
+            Written::Whole => Ok(Back { seal, all_new, unsealed: None }),
+            Written::Unsealed => Ok(Back { seal, all_new, unsealed: Some(prepared) }),
             Written::Outdated => {
                 // Its fingerprints mean nothing now, and what has been sealed is under old keys.
                 target = self.target(volume)?;
                 self.write_blocks(&target, lba, prepared.piece, prepared.host_key).await?;
-                Ok(None)
+                Ok(Back { seal, all_new: false, unsealed: None })
             }
         }
     }
@@ -395,6 +398,7 @@ impl Pool {
             }
         }
         let new = scratch.found.iter().filter(|found| found.is_none()).count();
+        scratch.all_new = new == scratch.found.len();
         self.expects_new.set(2 * new > scratch.found.len());
         if new > 0 && scratch.unsealed {
             return Ok(Attempt::Seal);
@@ -773,6 +777,7 @@ fn classify<'a>(
     scratch.sealed = None;
     scratch.blind = false;
     scratch.unsealed = false;
+    scratch.all_new = false;
     for (at, buf) in piece.iter().enumerate() {
         for (nth, chunk) in buf.as_chunks::<CHUNK_BYTES>().0.iter().enumerate() {
             let target = match codec::pattern(chunk) {
@@ -818,6 +823,13 @@ impl Prepared {
         (chunks, most_bytes(chunks))
     }
 
+    /// Takes all of its chunks for new, so that they are sealed before the home is asked. False: it has none.
+    pub fn assume_new(&mut self) -> bool {
+        self.scratch.found.clear();
+        self.scratch.found.resize(self.scratch.fingerprints.len(), None);
+        !self.scratch.found.is_empty()
+    }
+
     /// Has the home store it.
     pub fn leave(&mut self) {
         self.scratch.unsealed = false;
@@ -847,9 +859,19 @@ impl Prepared {
     }
 }
 
-/// A piece that comes back to be sealed.
-pub(crate) struct ToSeal {
-    pub prepared: Prepared,
+/// What the home says of a piece.
+pub(crate) struct Back {
+    /// How new chunks of the volume are sealed.
+    pub seal: SealAs,
+    /// None of its chunks was there already.
+    pub all_new: bool,
+    /// It is not written: to be sealed first.
+    pub unsealed: Option<Prepared>,
+}
+
+/// How another core seals new chunks of a volume.
+#[derive(Clone, Copy)]
+pub(crate) struct SealAs {
     pub domain: DomainId,
     pub compression: Compression,
     pub segment_bytes: u32,

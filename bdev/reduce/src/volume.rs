@@ -24,7 +24,7 @@ use reactor::memory::{Buf, SgList};
 use crate::core::Core;
 use crate::generation::SharedHasher;
 use crate::info::VolumeInfo;
-use crate::ingest::{HASHED, PIECE, Prepared, Small, ToSeal, whole_chunks};
+use crate::ingest::{HASHED, PIECE, Prepared, SealAs, Small, whole_chunks};
 use crate::pool::{Parked, Pool, PoolRef};
 use crate::read::{Runs, steps};
 
@@ -326,20 +326,30 @@ impl VolumeDevice {
             let piece = whole_chunks(data.split_to(count * CHUNK_BYTES));
             let force = fua && data.is_empty();
             let (generation, hasher) = self.hasher.now();
-            let mut next = Some(Prepared::new(piece, key, &hasher));
+            let mut prepared = Prepared::new(piece, key, &hasher);
             drop(hasher);
+            if let Some(seal) = core.expects_new(id)
+                && prepared.assume_new()
+            {
+                prepared = self.seal_away(core, prepared, seal).await?;
+            }
+            let mut next = Some(prepared);
             while let Some(prepared) = next {
                 let back = self.on_home(move |pool| async move {
                     let _busy = pool.enter();
                     let back = pool.write_prepared(id, generation, lba, prepared).await?;
-                    if force && back.is_none() {
+                    if force && back.unsealed.is_none() {
                         pool.flush().await?;
                     }
                     Ok(back)
                 });
-                next = match back.await? {
-                    Some(back) => Some(self.seal_away(core, back).await?),
-                    None => None,
+                let back = back.await?;
+                next = match back.unsealed {
+                    Some(unsealed) => Some(self.seal_away(core, unsealed, back.seal).await?),
+                    None => {
+                        core.was_new(id, back.seal, back.all_new);
+                        None
+                    }
                 };
             }
             lba += count as u64;
@@ -348,8 +358,13 @@ impl VolumeDevice {
     }
 
     /// Seals what is new of a piece on this core, if the home lends what that takes.
-    async fn seal_away(&self, core: &Rc<Core>, back: ToSeal) -> Result<Prepared, Status> {
-        let ToSeal { mut prepared, domain, compression, segment_bytes } = back;
+    async fn seal_away(
+        &self,
+        core: &Rc<Core>,
+        mut prepared: Prepared,
+        seal: SealAs,
+    ) -> Result<Prepared, Status> {
+        let SealAs { domain, compression, segment_bytes } = seal;
         let (chunks, bytes) = prepared.new_chunks();
         let ask = |ask| {
             let here = reactor::current();

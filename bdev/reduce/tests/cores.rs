@@ -120,6 +120,54 @@ fn what_other_cores_sealed_is_read_everywhere_and_survives() {
     });
 }
 
+/// After many new pieces another core seals before it asks: duplicates that come then are found nevertheless, also those that are mixed
+/// with new chunks, and nothing of what was sealed for nothing is seen.
+#[test]
+fn duplicates_after_a_run_of_new_data_are_found() {
+    let mut sim = Sim::new(8).cores(CORES);
+    let handles = sim.handles().to_vec();
+    let mixed = |n: u64| {
+        let (old, new) = (noise(20, 16 * 32), noise(30 + n, 32));
+        let chunks = (0..32).map(|at| match at % 3 {
+            0 => old[(n as usize * 32 + at) * CHUNK..][..CHUNK].to_vec(),
+            _ => new[at * CHUNK..][..CHUNK].to_vec(),
+        });
+        chunks.flatten().collect::<Vec<u8>>()
+    };
+    let image = sim.run(move || async move {
+        let (registry, disk) = disk(96 * MIB, Image::zeroed());
+        let pool = create(&registry, 32 * MIB).await;
+        write(&handles[1], &registry, 0, noise(20, 16 * 32)).await.unwrap();
+        let stored = pool.info().space.stored_bytes;
+        write(&handles[1], &registry, 1000, noise(20, 16 * 32)).await.unwrap();
+        assert_eq!(pool.info().space.stored_bytes, stored, "duplicates are not stored");
+        // Another run of new pieces, and then some that are a third of each.
+        write(&handles[1], &registry, 2000, text(21, 12 * 32)).await.unwrap();
+        for n in 0..4 {
+            write(&handles[1], &registry, 3000 + n * 32, mixed(n)).await.unwrap();
+        }
+        assert!(read(&handles[2], &registry, 1000, 16 * 32).await == noise(20, 16 * 32));
+        clean(&pool).await;
+        open(&registry).flush().await.unwrap();
+        write(&handles[1], &registry, 4000, text(22, 12 * 32)).await.unwrap();
+        disk.crash(Survivors::None, Tear::Whole, &mut Rng::new(5))
+    });
+    let mut sim = Sim::new(9).cores(CORES);
+    let handles = sim.handles().to_vec();
+    sim.run(move || async move {
+        let (registry, _disk) = disk(96 * MIB, image);
+        let pool = reopen(&registry).await;
+        for (lba, data) in [(0, noise(20, 16 * 32)), (1000, noise(20, 16 * 32)), (2000, text(21, 12 * 32))] {
+            assert!(read(&handles[0], &registry, lba, data.len() as u64 / 4096).await == data, "at {lba}");
+        }
+        for n in 0..4 {
+            assert!(read(&handles[2], &registry, 3000 + n * 32, 32).await == mixed(n), "mixed {n}");
+        }
+        clean(&pool).await;
+        pool.close().await.unwrap();
+    });
+}
+
 #[test]
 fn what_is_lent_is_taken_back_when_space_runs_out() {
     let mut sim = Sim::new(5).cores(CORES);
