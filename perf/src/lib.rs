@@ -11,4 +11,5 @@ pub mod nvmf;
 pub mod primitives;
 pub mod report;
 pub mod session;
+pub mod steady;
 pub mod suite;

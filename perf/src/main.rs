@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
-use cryptfold_perf::{bdev, figures, image, management, nvmf, primitives, suite};
+use cryptfold_perf::{bdev, figures, image, management, nvmf, primitives, steady, suite};
 
 /// Measures cryptfold and what it is made of.
 #[derive(Parser)]
@@ -20,6 +20,7 @@ enum Command {
     Bdev(bdev::Args),
     Nvmf(nvmf::Args),
     Management(management::Args),
+    Steady(steady::Args),
     Suite(suite::Args),
     #[command(subcommand)]
     Image(image::Command),
@@ -38,6 +39,7 @@ fn main() -> ExitCode {
         Command::Bdev(args) => bdev::run(&args),
         Command::Nvmf(args) => nvmf::run(&args),
         Command::Management(args) => management::run(&args),
+        Command::Steady(args) => steady::run(&args),
         Command::Suite(args) => suite::run(&args),
         Command::Image(command) => image::run(&command),
     };

@@ -17,6 +17,8 @@ use std::time::Duration;
 
 use serde::Serialize;
 
+pub(crate) use chain::{ram_disk, runtime};
+
 use crate::report::{self, Machine};
 
 /// Measures the project's figures, one core for the thing measured: in one process, in alternating rounds, medians, and
