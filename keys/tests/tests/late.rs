@@ -233,6 +233,57 @@ fn what_is_no_ciphertext_stays_and_other_headers_fence() {
     assert!(target.read("w", PAYLOAD, MIB).unwrap() == noise);
 }
 
+/// A volume's writes were held back while the server was asked for the key of a new header, and the key proven: a server that did not
+/// answer stopped hosts whose data was there before.
+#[test]
+fn a_silent_key_server_holds_no_writes_of_a_volume_in_use() {
+    let kms = KeyServer::start();
+    let owner = kms.client("owner");
+    let certificate = kms.authority.client("target");
+    let (host, other) = (Host::new(64), Host::new(64));
+    let header = formatted(&host, Some(&registered(&owner, &host, None)));
+    let second = formatted(&other, Some(&registered(&owner, &other, None)));
+    let data = random(MIB);
+    let piece = MIB / 8;
+    let target = Target::new(kms.dir.path(), &kms, &certificate);
+    target.volume("v", json!({}));
+    target.write("v", PAYLOAD, &data[..piece]);
+
+    // The client waits for ten minutes: whatever happens from here on happens without an answer.
+    kms.pause();
+    let mut at = piece;
+    let mut goes_on = || {
+        target.write("v", PAYLOAD + at, &data[at..][..piece]);
+        at += piece;
+        let status = target.status("v");
+        assert_eq!(status["state"], "raw", "{status}");
+        assert!(target.below("v", PAYLOAD, at) == data[..at], "as it was sent");
+    };
+    target.write("v", 0, &header);
+    target.raw_because("v", "being fetched and proven");
+    goes_on();
+    // Looked at again and again, also when it is another header, and the first one once more.
+    for header in [&header, &second, &header, &second] {
+        target.write("v", 0, header);
+        goes_on();
+    }
+    let named = uuid(&second);
+    wait_for(|| (target.status("v")["uuid"] == named.as_str()).then_some(()));
+    goes_on();
+    kms.go_on();
+    goes_on_under(&target, &data, at);
+    assert_eq!(target.becomes("v", "bound")["uuid"], named.as_str());
+    assert!(target.read("v", PAYLOAD, MIB).unwrap() == data);
+    let below = target.below("v", PAYLOAD, MIB);
+    assert!(below.chunks(4096).zip(data.chunks(4096)).all(|(below, sent)| below != sent), "all is plaintext");
+}
+
+/// Whichever way it is stored by now.
+fn goes_on_under(target: &Target, data: &[u8], at: usize) {
+    target.write("v", PAYLOAD + at, &data[at..]);
+    assert!(target.read("v", PAYLOAD, MIB).unwrap() == data);
+}
+
 /// A snapshot keeps what was there, so its volume takes as much again, but not the room that hosts need. A clone whose header is
 /// another one by now is free when what was under the key is discarded.
 #[test]

@@ -8,7 +8,8 @@
 //!                      key server, proof           fenced      bound, and its key ended, or the header is another one
 //! ```
 //!
-//! One ordinary thread for each volume: a header is a guest's input and its proof may take a second.
+//! One ordinary thread for each volume: a header is a guest's input and its proof may take a second. A volume that is in use has its
+//! key fetched and proven on another one ([`token`]), and goes on meanwhile as it is.
 //!
 //! Invariants:
 //! - When a volume becomes bound, a record in the pool says to which payload ([`cryptfold_luks2::Payload::identity`]). Without a
@@ -45,7 +46,7 @@ use crate::kms::Unproven;
 use access::Refusal;
 use late::Pass;
 use record::Stored;
-use token::Trial;
+use token::{Trial, UnderWay};
 
 /// How long making a device waits for the first look.
 const FIRST_LOOK: Duration = Duration::from_secs(15);
@@ -153,7 +154,7 @@ pub struct Volume {
     strangers: AtomicBool,
     /// Of the key that is watched for it.
     gate: Mutex<Option<Arc<KeyGate>>>,
-    /// Other objects that the header names for the key.
+    /// The key that the header asks for is fetched and proven while hosts go on.
     trial: Mutex<Option<Arc<Trial>>>,
     /// It changes no more.
     snapshot: bool,
@@ -311,9 +312,9 @@ impl Volume {
             _ => {
                 self.end_pass();
                 self.forget_key(c);
-                *lock(&self.trial) = None;
             }
         }
+        self.end_trial();
         let mut status = verdict.found.unwrap_or_else(|| json!({}));
         status["state"] = json!(verdict.state);
         status["reason"] = json!(verdict.reason);
@@ -445,7 +446,7 @@ impl Volume {
     // ---- verdicts
 
     /// Without a record: all of the payload, if there is any, is raw.
-    fn unbound(&self, c: &Control, found: Result<Found, String>, read_only: bool) -> Verdict {
+    fn unbound(self: &Arc<Self>, c: &Control, found: Result<Found, String>, read_only: bool) -> Verdict {
         let found = match found {
             Ok(found) => found,
             Err(reason) => return Verdict::raw(reason),
@@ -454,7 +455,7 @@ impl Volume {
     }
 
     /// Binds for the first time.
-    fn first(&self, c: &Control, found: &Found, read_only: bool) -> Result<Verdict, Box<Verdict>> {
+    fn first(self: &Arc<Self>, c: &Control, found: &Found, read_only: bool) -> Result<Verdict, Box<Verdict>> {
         match self.refusal(c) {
             Some(Refusal::Configured(who)) => return Err(Verdict::raw(who).into()),
             Some(Refusal::Connected(who)) => {
@@ -491,17 +492,23 @@ impl Volume {
             Box::new(if empty { Verdict::shut(offset, "waiting", why) } else { Verdict::raw(why).again() })
         };
         let failed = |e: RpcError| not_now(format!("the pool: {}", e.message));
-        let (gate, objects) = self.key(c, found, None).map_err(|e| match e {
+        let key = if empty {
+            self.key(c, found, None)
+        } else {
+            match self.tried(c, found, None) {
+                Err(UnderWay(failed)) => {
+                    let why = failed.unwrap_or_else(|| "its key is being fetched and proven".into());
+                    return Err(Verdict::raw(why).into());
+                }
+                Ok(had) => had.and_then(|(proven, objects)| Ok((self.take(c, proven)?, objects))),
+            }
+        };
+        let (gate, objects) = key.map_err(|e| match e {
             // A token says that the host wants it: nothing is written before it is clear.
             Unproven::NotYet(why) if found.objects.is_some() => not_now(why),
             Unproven::NotYet(why) | Unproven::Ended(why) => Verdict::raw(why).again().into(),
             Unproven::Refused(why) => Verdict::raw(why).into(),
         })?;
-        if !empty && !self.is_unkeyed(c, offset).map_err(failed)? {
-            let why = "blocks behind the header were stored under a host's key (bdev_hostcrypt_create), and whose that is, is not \
-                       recorded";
-            return Err(Verdict::raw(why.into()).into());
-        }
         if !self.switch.drain(DRAIN_LIMIT) {
             return Err(not_now("writes that are under way do not end".into()));
         }
@@ -512,13 +519,19 @@ impl Volume {
         Ok(self.now_bound(found, gate, &stored))
     }
 
-    /// Whether nothing behind the header is under a key, while there is no record.
-    fn is_unkeyed(&self, c: &Control, offset_bytes: u64) -> Result<bool, RpcError> {
-        if !self.unkeyed.load(Ordering::Relaxed) {
-            let found = self.kinds(c, offset_bytes, |part| part.keyed)?;
-            self.unkeyed.store(!found, Ordering::Relaxed);
+    /// Nothing behind the header is under a key, while there is no record.
+    fn check_unkeyed(&self, c: &Control, found: &Found) -> Result<(), Unproven> {
+        if self.unkeyed.load(Ordering::Relaxed) {
+            return Ok(());
         }
-        Ok(self.unkeyed.load(Ordering::Relaxed))
+        let keyed = self.kinds(c, found.payload.segment.offset_bytes, |part| part.keyed);
+        if keyed.map_err(|e| Unproven::NotYet(format!("the pool: {}", e.message)))? {
+            let why = "blocks behind the header were stored under a host's key (bdev_hostcrypt_create), and whose that is, is not \
+                       recorded";
+            return Err(Unproven::Refused(why.into()));
+        }
+        self.unkeyed.store(true, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Whether there is such a part behind the header.
@@ -594,11 +607,8 @@ impl Volume {
             let other = |objects: &&Vec<String>| !stored.objects.is_empty() && **objects != stored.objects;
             let (stored, trouble) = self.converted(c, stored);
             let verdict = match found.objects.as_ref().filter(other) {
-                Some(objects) => self.renamed(c, found, &stored, objects),
-                None => {
-                    *lock(&self.trial) = None;
-                    self.still_bound(&stored)
-                }
+                Some(_) => self.renamed(c, found, &stored),
+                None => self.still_bound(&stored),
             };
             return match trouble {
                 Some(why) => Verdict { reason: verdict.reason.or(Some(why)), again: true, ..verdict },
@@ -620,7 +630,7 @@ impl Volume {
 
     /// With a record, and its header is gone or another one. What is stored is of no use to anybody else; when it is given up,
     /// the volume is free again.
-    fn estranged(&self, c: &Control, stored: &Stored, found: Result<Found, String>) -> Verdict {
+    fn estranged(self: &Arc<Self>, c: &Control, stored: &Stored, found: Result<Found, String>) -> Verdict {
         let offset = stored.offset_bytes;
         // Before anything that may take its time: pool, changes under way, key server.
         let shut = Shut { from_bytes: offset, status: Status::ACCESS_DENIED.do_not_retry(), discards: true };

@@ -1,25 +1,75 @@
-//! Which objects of the key server are a volume's key, and headers that name other ones than before.
+//! Which objects of the key server are a volume's key, headers that name other ones than before, and keys of volumes that are in use
+//! without one.
 //!
 //! Invariants:
+//! - A server that does not answer, and a proof that takes long, hold back no host of a volume that has data: such a key is had on a
+//!   thread of its own, one at a time. The volume's thread stays free to see the next header.
 //! - A header that names other objects changes nothing until these are proven to be the same key; the key that is in use is
-//!   watched until then. Meanwhile the volume's thread stays free to see the next header: a server that does not answer holds
-//!   nothing up.
+//!   watched until then.
 //! - While the objects before are in a state that fences, others do not take their place: who may write a header could undo what the
 //!   key server wants.
 
 use std::sync::{Arc, Mutex};
 
 use cryptfold_bdev_crypto::gate::{Access, KeyGate};
+use cryptfold_bdev_crypto::luks::Switch;
+use uuid::Uuid;
 
 use super::record::Stored;
 use super::{Found, Verdict, Volume};
 use crate::control::{Control, lock};
 use crate::kms::{KeyOptions, OnEnd, Policy, Proven, Unproven};
 
-/// An attempt to have a key by other objects, on a thread of its own.
+/// A proven key, and the objects that it is.
+type Had = (Proven, Vec<String>);
+
+/// An attempt to have a key, on a thread of its own.
 pub(super) struct Trial {
-    objects: Vec<String>,
-    result: Mutex<Option<Result<Proven, Unproven>>>,
+    of: Subject,
+    state: Mutex<TrialState>,
+}
+
+/// What is tried: another header is another attempt.
+#[derive(PartialEq, Eq)]
+struct Subject {
+    uuid: Uuid,
+    identity: [u8; 32],
+    objects: Option<Vec<String>>,
+    /// Those of the record.
+    before: Option<Vec<String>>,
+}
+
+#[derive(Default)]
+struct TrialState {
+    /// Its thread has ended.
+    over: bool,
+    result: Option<Result<Had, Unproven>>,
+    /// Why it came to nothing, when that was told.
+    failed: Option<String>,
+    /// A look has asked for it since the last one ended.
+    wanted: bool,
+}
+
+/// Another look follows. With why the attempt before came to nothing.
+pub(super) struct UnderWay(pub Option<String>);
+
+impl Trial {
+    fn ends(&self, result: Result<Had, Unproven>) {
+        let mut state = lock(&self.state);
+        if !std::mem::replace(&mut state.over, true) {
+            state.result = Some(result);
+        }
+    }
+}
+
+/// Ends an attempt, also in a panic, and asks for a look.
+struct Ends<'a>(&'a Trial, &'a Switch);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.ends(Err(Unproven::NotYet("the thread that fetched the key has ended".into())));
+        self.1.ask();
+    }
 }
 
 impl Volume {
@@ -30,15 +80,19 @@ impl Volume {
         found: &Found,
         stored: Option<&Stored>,
     ) -> Result<(Arc<KeyGate>, Vec<String>), Unproven> {
-        let objects = self.objects(c, found, stored)?;
-        let proven = self.prove(c, found, &objects, stored)?;
+        let (proven, objects) = self.fetch(c, found, stored)?;
         if let Some(stored) = stored {
             self.note(c, stored, &objects)?;
         }
         Ok((self.take(c, proven)?, objects))
     }
 
-    fn take(&self, c: &Control, proven: Proven) -> Result<Arc<KeyGate>, Unproven> {
+    fn fetch(&self, c: &Control, found: &Found, stored: Option<&Stored>) -> Result<Had, Unproven> {
+        let objects = self.objects(c, found, stored)?;
+        Ok((self.prove(c, found, &objects, stored)?, objects))
+    }
+
+    pub(super) fn take(&self, c: &Control, proven: Proven) -> Result<Arc<KeyGate>, Unproven> {
         let gate = c.kms.watch_proven(proven)?;
         *lock(&self.gate) = Some(gate.clone());
         Ok(gate)
@@ -117,67 +171,91 @@ impl Volume {
     }
 
     /// Bound, and the header names other objects than those that are watched.
-    pub(super) fn renamed(
-        self: &Arc<Self>,
-        c: &Control,
-        found: &Found,
-        stored: &Stored,
-        objects: &[String],
-    ) -> Verdict {
-        let mut trial = lock(&self.trial);
+    pub(super) fn renamed(self: &Arc<Self>, c: &Control, found: &Found, stored: &Stored) -> Verdict {
         // What was wrong is said until it is known to be otherwise.
         let reason = self.switch.status()["reason"].as_str().map(str::to_owned);
-        let under_way = trial.as_ref().filter(|t| t.objects == objects).cloned();
-        let Some(current) = under_way else {
-            *trial = self.try_objects(c, found, stored, objects);
-            return Verdict { reason, again: trial.is_none(), ..self.still_bound(stored) };
-        };
-        let Some(result) = lock(&current.result).take() else {
+        let Ok(result) = self.tried(c, found, Some(stored)) else {
             return Verdict { reason, ..self.still_bound(stored) };
         };
         // The key was fenced while the other objects were proven: they do not take its place.
         if lock(&self.gate).as_ref().is_some_and(|gate| matches!(gate.access(), Access::Fenced)) {
-            *trial = None;
             return Verdict { reason, again: true, ..self.still_bound(stored) };
         }
-        let taken = result.and_then(|proven| {
-            self.note(c, stored, objects)?;
+        let taken = result.and_then(|(proven, objects)| {
+            self.note(c, stored, &objects)?;
             self.take(c, proven)
         });
         match taken {
-            Ok(gate) => {
-                *trial = None;
-                self.now_bound(found, gate, stored)
-            }
+            Ok(gate) => self.now_bound(found, gate, stored),
             // It may get better: tried again when it is looked at again.
             Err(Unproven::NotYet(why) | Unproven::Ended(why)) => {
-                *trial = None;
                 Verdict { reason: Some(why), again: true, ..self.still_bound(stored) }
             }
             Err(refused @ Unproven::Refused(_)) => {
                 let reason = Some(format!("the header names another key object: {refused}"));
-                *lock(&current.result) = Some(Err(refused));
+                if let Some(trial) = lock(&self.trial).as_ref() {
+                    lock(&trial.state).result = Some(Err(refused));
+                }
                 Verdict { reason, ..self.still_bound(stored) }
             }
         }
     }
 
-    fn try_objects(
+    /// What became of the attempt to have the key that a header asks for; begins one if there is none.
+    pub(super) fn tried(
         self: &Arc<Self>,
         c: &Control,
         found: &Found,
-        stored: &Stored,
-        objects: &[String],
-    ) -> Option<Arc<Trial>> {
-        let trial = Arc::new(Trial { objects: objects.to_vec(), result: Mutex::default() });
-        let (me, control, current) = (self.clone(), c.weak(), trial.clone());
-        let (found, stored) = (found.clone(), stored.clone());
+        stored: Option<&Stored>,
+    ) -> Result<Result<Had, Unproven>, UnderWay> {
+        let of = Subject {
+            uuid: found.header.uuid,
+            identity: found.payload.identity(),
+            objects: found.objects.clone(),
+            before: stored.map(|s| s.objects.clone()),
+        };
+        let mut current = lock(&self.trial);
+        let mut failed = None;
+        if let Some(trial) = current.as_ref() {
+            let mut state = lock(&trial.state);
+            if trial.of == of {
+                state.wanted = true;
+                if let Some(result) = state.result.take() {
+                    state.failed = result.as_ref().err().map(ToString::to_string);
+                    return Ok(result);
+                }
+                failed.clone_from(&state.failed);
+            }
+            // Another one's end asks for a look as well: hosts get no more than one thread.
+            if !state.over {
+                return Err(UnderWay(failed));
+            }
+        }
+        let state = TrialState { failed: failed.clone(), wanted: true, ..TrialState::default() };
+        let trial = Arc::new(Trial { of, state: Mutex::new(state) });
+        let (me, control, mine) = (self.clone(), c.weak(), trial.clone());
+        let (found, stored) = (found.clone(), stored.cloned());
         let spawned = std::thread::Builder::new().name("luks key".into()).spawn(move || {
+            let _ends = Ends(&mine, &me.switch);
             let Some(c) = control.upgrade() else { return };
-            let result = me.prove(&c, &found, &current.objects, Some(&stored));
-            *lock(&current.result) = Some(result);
-            me.switch.ask();
+            let unkeyed = if stored.is_some() { Ok(()) } else { me.check_unkeyed(&c, &found) };
+            mine.ends(unkeyed.and_then(|()| me.fetch(&c, &found, stored.as_ref())));
         });
-        spawned.inspect_err(|error| tracing::error!(%error, "no thread to fetch a key")).ok().map(|_| trial)
+        if let Err(error) = spawned {
+            *current = None;
+            return Ok(Err(Unproven::NotYet(format!("no thread to fetch the key: {error}"))));
+        }
+        *current = Some(trial);
+        Err(UnderWay(failed))
+    }
+
+    /// After a look: an attempt that it did not ask for is none of the header that is there.
+    pub(super) fn end_trial(&self) {
+        let mut current = lock(&self.trial);
+        let goes_on = |trial: &Arc<Trial>| {
+            let mut state = lock(&trial.state);
+            std::mem::take(&mut state.wanted) || !state.over
+        };
+        *current = current.take().filter(goes_on);
     }
 }
