@@ -125,9 +125,6 @@ impl OpSet {
 /// Parts of an I/O, in blocks from its start.
 pub type BlockRanges = SmallVec<[BlockRange; 2]>;
 
-/// Which parts of a read are unmapped. Unmapped blocks hold zeros in `data`.
-pub type UnmappedRanges = BlockRanges;
-
 /// A run of blocks inside an I/O.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BlockRange {
@@ -222,8 +219,8 @@ pub struct Io {
     pub data: SgList,
     /// What `CompareAndWrite` expects to find.
     pub compare: SgList,
-    /// Filled by reads of devices that know: which blocks are unmapped.
-    pub unmapped: UnmappedRanges,
+    /// Filled by reads of devices that know: which blocks are unmapped. They hold zeros in `data`.
+    pub unmapped: BlockRanges,
     /// Filled by reads under a host key, of devices that know: which mapped blocks were stored as the host had sent them.
     pub as_sent: BlockRanges,
     status: Status,
@@ -248,7 +245,7 @@ impl Io {
                 src_lba: 0,
                 data: SgList::new(),
                 compare: SgList::new(),
-                unmapped: UnmappedRanges::new(),
+                unmapped: BlockRanges::new(),
                 as_sent: BlockRanges::new(),
                 status: Status::SUCCESS,
                 timed: false,

@@ -33,7 +33,7 @@ pub mod trace;
 pub use channel::{Channel, IoFuture};
 pub use device::{AsAny, Device, DeviceInfo, LOW_PERCENT, Queue, Room, Space};
 pub use error::BdevError;
-pub use io::{BlockRange, BlockRanges, Complete, Frame, Io, Op, OpSet, UnmappedRanges};
+pub use io::{BlockRange, BlockRanges, Complete, Frame, Io, Op, OpSet};
 pub use latency::{BORDERS, LatencyCounts, borders_s};
 pub use qos::QosLimits;
 pub use registry::{Access, Bdev, BdevEvent, Descriptor, Registry, Removal};

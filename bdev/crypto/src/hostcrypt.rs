@@ -30,8 +30,8 @@ use std::sync::Arc;
 
 use cryptfold_bdev::trace::{self, Stage};
 use cryptfold_bdev::{
-    Base, Bdev, BdevError, BlockRange, Channel, Complete, Device, DeviceInfo, Frame, Io, OnResize, Op, OpSet,
-    Queue, Registry, Status, UnmappedRanges,
+    Base, Bdev, BdevError, BlockRange, BlockRanges, Channel, Complete, Device, DeviceInfo, Frame, Io,
+    OnResize, Op, OpSet, Queue, Registry, Status,
 };
 use cryptfold_reactor as reactor;
 use cryptfold_reactor::memory::SgList;
@@ -414,7 +414,7 @@ impl HostcryptQueue {
         }
         let block = self.block_bytes as usize;
         let mut through = &io.unmapped;
-        let both: UnmappedRanges;
+        let both: BlockRanges;
         if self.by_block && !io.as_sent.is_empty() {
             both = through.iter().chain(&io.as_sent).copied().collect();
             through = &both;
@@ -431,12 +431,12 @@ impl HostcryptQueue {
     }
 
     /// Ranges of the base's blocks as ranges of ours; a block of ours of which only a part is unmapped is mapped.
-    fn in_our_blocks(&self, ranges: &[BlockRange]) -> UnmappedRanges {
+    fn in_our_blocks(&self, ranges: &[BlockRange]) -> BlockRanges {
         let ratio = self.ratio as u32;
-        let mut sorted: UnmappedRanges = ranges.into();
+        let mut sorted: BlockRanges = ranges.into();
         sorted.sort_unstable_by_key(|r| r.start);
         // Neighbouring ranges may share a block of ours.
-        let mut merged = UnmappedRanges::new();
+        let mut merged = BlockRanges::new();
         for r in &sorted {
             match merged.last_mut() {
                 Some(last) if last.start + last.blocks == r.start => last.blocks += r.blocks,
