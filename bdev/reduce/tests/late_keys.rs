@@ -1,21 +1,23 @@
 //! A volume whose host's key comes after its data, with power cuts: while the layer is put on, while hosts read and write and what
-//! was stored before is reduced block by block. Every block is what the history allows, whichever way it is stored.
+//! was stored before is reduced block by block. Every block is what the history allows, whichever way it is stored, also those of
+//! snapshots that were taken before, meanwhile and afterwards, and of their clones, which get the layer by themselves.
 
 mod support;
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-use cryptfold_bdev::{Access, Channel, Status};
+use cryptfold_bdev::{Access, Channel, Registry, Status};
 use cryptfold_bdev_crypto::engine::{XtsContext, XtsEngine, XtsKey};
 use cryptfold_bdev_crypto::gate::KeyGate;
 use cryptfold_bdev_crypto::hostcrypt::Shape;
 use cryptfold_bdev_crypto::late::reduce_late;
 use cryptfold_bdev_crypto::luks::{Bound, Layer, LuksOptions, Switch, WATCHED_BYTES, create};
-use cryptfold_bdev_sim::harness::{LocalFuture, Machine, Options, Stack, life, seeds};
+use cryptfold_bdev_sim::harness::{Deed, LocalFuture, Machine, Manage, Options, Stack, life, seeds};
 use cryptfold_bdev_sim::{Image, Rng};
 use cryptfold_bdev_split::SplitOptions;
 use cryptfold_reactor::memory::Buf;
@@ -47,23 +49,35 @@ fn bound(by_block: bool) -> Layer {
     Layer::Bound(Arc::new(Bound { shape, gate: KeyGate::fixed(host_key()) }))
 }
 
-/// The key is there: changes are held back, the record becomes durable, the layer is put on. The volume is "v".
-async fn bind(pool: &LocalPool, switch: &Switch, by_block: bool) -> Result<(), String> {
+/// The key is there: changes are held back, the record becomes durable, the layer is put on. `set` is called in that moment.
+async fn bind(
+    pool: &LocalPool,
+    name: &str,
+    switch: &Switch,
+    by_block: bool,
+    set: impl FnOnce(),
+) -> Result<(), String> {
     while !switch.drain(Duration::ZERO) {
         reactor::sleep(Duration::from_micros(5)).await;
     }
-    let set = pool.set_host_key("v", u64::MAX, Some(vec![1])).await.map_err(text)?;
-    assert!(set, "behind the end there is nothing");
+    let done = pool.set_host_key(name, u64::MAX, Some(vec![1])).await.map_err(text)?;
+    assert!(done, "behind the end there is nothing");
+    set();
     switch.set(bound(by_block));
     assert!(switch.settle(1));
     Ok(())
 }
 
 /// Goes through all that was stored before; how many blocks became plaintext.
-async fn convert(pool: &LocalPool, channel: &Channel, goes_on: impl Fn() -> bool) -> Result<u64, String> {
+async fn convert(
+    pool: &LocalPool,
+    name: &str,
+    channel: &Channel,
+    goes_on: impl Fn() -> bool,
+) -> Result<u64, String> {
     let (mut next, mut done) = (Some(PAYLOAD), 0);
     while let Some(from) = next {
-        let found = pool.as_sent("v", from).await.map_err(text)?;
+        let found = pool.as_sent(name, from).await.map_err(text)?;
         next = found.next;
         for (start, blocks) in found.runs {
             let end = start + blocks;
@@ -79,12 +93,16 @@ async fn convert(pool: &LocalPool, channel: &Channel, goes_on: impl Fn() -> bool
     Ok(done)
 }
 
-/// A volume, the host's layer on it, and the part behind the header as the device that is used.
+/// A volume, its snapshots and their clones, the host's layer on each, and the parts behind the headers as the devices that are used.
 #[derive(Clone)]
 struct Late {
     seed: u64,
     by_block: bool,
     pool: Rc<RefCell<Option<LocalPool>>>,
+    /// Of the device on each volume.
+    switches: Rc<RefCell<BTreeMap<String, Arc<Switch>>>>,
+    /// Layers that came while they were used.
+    bindings: Rc<Cell<u64>>,
     /// It has been read and checked after the power came back: reads that the layer's coming ends are then a worker's.
     verified: Rc<Cell<bool>>,
     stop: Rc<Cell<bool>>,
@@ -96,8 +114,32 @@ struct Late {
 struct Seen {
     /// Blocks that became plaintext.
     reduced: AtomicU64,
+    /// Of them those of clones.
+    of_clones: AtomicU64,
     /// Recoveries with blocks of both kinds.
     mixed: AtomicU64,
+    /// Snapshots and clones that were deleted.
+    deleted: AtomicU64,
+}
+
+/// Device of a volume's payload.
+fn payload_of(volume: &str) -> String {
+    format!("luks-{volume}p1")
+}
+
+/// Volume of such a device.
+fn volume_of(device: &str) -> String {
+    let name = device.strip_prefix("luks-").and_then(|rest| rest.strip_suffix("p1"));
+    name.unwrap_or_default().to_owned()
+}
+
+/// Takes the devices on a volume away.
+async fn take_off(registry: &Registry, volume: &str) -> Result<(), String> {
+    let removal = registry.unregister(&format!("luks-{volume}")).map_err(|e| e.to_string())?;
+    while !removal.is_done() {
+        reactor::sleep(Duration::from_micros(10)).await;
+    }
+    Ok(())
 }
 
 impl Late {
@@ -106,6 +148,8 @@ impl Late {
             seed,
             by_block,
             pool: Rc::default(),
+            switches: Rc::default(),
+            bindings: Rc::default(),
             verified: Rc::default(),
             stop: Rc::default(),
             running: Rc::default(),
@@ -113,47 +157,108 @@ impl Late {
         })
     }
 
-    /// The devices above the pool, and what happens in the background.
-    fn layers(&self, machine: &Machine, pool: LocalPool) -> Result<(), String> {
+    fn current(&self) -> Result<LocalPool, String> {
+        self.pool.borrow().clone().ok_or_else(|| "no pool is open".into())
+    }
+
+    fn is_known(pool: &LocalPool, volume: &str) -> bool {
+        pool.volumes().iter().any(|v| v.name == volume && v.host_key.is_some())
+    }
+
+    /// The devices on a volume, with the layer if the record says so.
+    fn put_on(&self, machine: &Machine, pool: &LocalPool, volume: &str) -> Result<(), String> {
         let failed = |e: cryptfold_bdev::BdevError| e.to_string();
         let options = LuksOptions {
-            name: "luks".into(),
-            base_bdev_name: "pool/v".into(),
+            name: format!("luks-{volume}"),
+            base_bdev_name: format!("pool/{volume}"),
             uuid: None,
             params: serde_json::json!({}),
         };
-        let (_, switch) = create(&machine.registry, options).map_err(failed)?;
-        let known = pool.volumes()[0].host_key.is_some();
+        let (bdev, switch) = create(&machine.registry, options).map_err(failed)?;
         switch.found_magic(false, 1);
-        switch.set(if known { bound(self.by_block) } else { Layer::Raw });
+        switch.set(if Late::is_known(pool, volume) { bound(self.by_block) } else { Layer::Raw });
         assert!(switch.settle(1));
-        let split = SplitOptions { base_bdev: "luks".into(), split_count: 2, split_size_mb: None };
+        let split = SplitOptions { base_bdev: bdev.name().into(), split_count: 2, split_size_mb: None };
         cryptfold_bdev_split::create(&machine.registry, split).map_err(failed)?;
+        self.switches.borrow_mut().insert(volume.into(), switch);
+        Ok(())
+    }
+
+    async fn bind(&self, pool: &LocalPool, volume: &str) -> Result<(), String> {
+        let switch = self.switches.borrow()[volume].clone();
+        let set = || self.bindings.set(self.bindings.get() + 1);
+        bind(pool, volume, &switch, self.by_block, set).await
+    }
+
+    async fn convert(&self, machine: &Machine, pool: &LocalPool, volume: &str) -> Result<(), String> {
+        let opened = machine.registry.open(&format!("luks-{volume}"), Access::ReadOnly, |_| ());
+        let channel = opened.and_then(|d| d.channel()).map_err(|e| e.to_string())?;
+        let done = convert(pool, volume, &channel, || !self.stop.get()).await?;
+        self.seen.reduced.fetch_add(done, Ordering::Relaxed);
+        if volume != "v" {
+            self.seen.of_clones.fetch_add(done, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// The devices above the pool, and what happens to the first volume in the background.
+    fn layers(&self, machine: &Machine, pool: LocalPool) -> Result<(), String> {
+        for volume in pool.volumes() {
+            self.put_on(machine, &pool, &volume.name)?;
+        }
         *self.pool.borrow_mut() = Some(pool.clone());
-        let (registry, stop, running) = (machine.registry.clone(), self.stop.clone(), self.running.clone());
-        let verified = self.verified.clone();
-        let (mut rng, by_block, seen) = (Rng::new(self.seed), self.by_block, self.seen.clone());
-        running.set(true);
+        let (mine, machine, mut rng) = (self.clone(), machine.clone(), Rng::new(self.seed));
+        self.running.set(true);
         reactor::spawn_local(async move {
-            if !known {
+            if !Late::is_known(&pool, "v") {
                 let wait = rng.magnitude(50_000_000);
                 let until = reactor::now().0 + wait;
-                while (reactor::now().0 < until || !verified.get()) && !stop.get() {
+                while (reactor::now().0 < until || !mine.verified.get()) && !mine.stop.get() {
                     reactor::sleep(Duration::from_nanos(wait / 64 + 10_000)).await;
                 }
-                if !stop.get() {
-                    bind(&pool, &switch, by_block).await.unwrap();
+                if !mine.stop.get() {
+                    mine.bind(&pool, "v").await.unwrap();
                 }
             }
-            if !stop.get() {
-                let opened = registry.open("luks", Access::ReadOnly, |_| ()).and_then(|d| d.channel());
-                let done = convert(&pool, &opened.unwrap(), || !stop.get()).await.unwrap();
-                seen.reduced.fetch_add(done, Ordering::Relaxed);
+            if !mine.stop.get() {
+                mine.convert(&machine, &pool, "v").await.unwrap();
             }
-            running.set(false);
+            mine.running.set(false);
         })
         .detach();
         Ok(())
+    }
+
+    async fn delete(&self, machine: &Machine, pool: &LocalPool, volume: &str) -> Result<bool, String> {
+        take_off(&machine.registry, volume).await?;
+        match pool.delete_volume(volume).await {
+            Ok(()) => {
+                self.seen.deleted.fetch_add(1, Ordering::Relaxed);
+                Ok(true)
+            }
+            Err(PoolError::HasClones { .. }) => self.put_on(machine, pool, volume).map(|()| false),
+            Err(error) => Err(text(error)),
+        }
+    }
+
+    /// A clone gets its key, then it is gone through; and now and then volumes are made independent of their snapshots.
+    async fn maintain(
+        &self,
+        machine: &Machine,
+        pool: &LocalPool,
+        volume: &str,
+        how: u64,
+    ) -> Result<bool, String> {
+        match how % 3 {
+            0 => match pool.own_volume(volume, how / 3 % 2 == 0).await {
+                Ok(()) => Ok(true),
+                Err(PoolError::Invalid(_)) => Ok(false),
+                Err(error) => Err(text(error)),
+            },
+            _ if volume == "v" => Ok(false),
+            _ if !Late::is_known(pool, volume) => self.bind(pool, volume).await.map(|()| true),
+            _ => self.convert(machine, pool, volume).await.map(|()| true),
+        }
     }
 }
 
@@ -183,20 +288,47 @@ impl Stack for Late {
     }
 
     fn volumes(&self) -> Vec<String> {
-        vec!["luksp1".into()]
+        vec![payload_of("v")]
+    }
+
+    fn device(&self, _: &str, name: &str) -> String {
+        payload_of(name)
+    }
+
+    /// A read that was under way when a layer came.
+    fn interruptions(&self) -> u64 {
+        self.bindings.get()
+    }
+
+    fn manage(&self, machine: Machine, deed: Deed) -> Manage {
+        let mine = self.clone();
+        Box::pin(async move {
+            let pool = mine.current()?;
+            let made = match &deed {
+                Deed::Snapshot { of, name } => pool.snapshot_volume(&volume_of(of), name).await,
+                Deed::Clone { of, name } => pool.clone_volume(&volume_of(of), name).await,
+                Deed::Delete { name } => return mine.delete(&machine, &pool, &volume_of(name)).await,
+                Deed::Maintain { name, how } => {
+                    return mine.maintain(&machine, &pool, &volume_of(name), *how).await;
+                }
+                Deed::Resize { .. } => return Err(format!("{deed:?} was not asked for")),
+            };
+            mine.put_on(&machine, &pool, &made.map_err(text)?.name)?;
+            Ok(true)
+        })
     }
 
     fn check(&self, _: Machine) -> LocalFuture<Result<(), String>> {
-        let (pool, seen, verified) = (self.pool.borrow().clone(), self.seen.clone(), self.verified.clone());
+        let (pool, seen, verified) = (self.current(), self.seen.clone(), self.verified.clone());
         Box::pin(async move {
-            let pool = pool.ok_or("no pool is open")?;
+            let pool = pool?;
             let report = pool.check(true).await.map_err(|status| status.to_string())?;
             if !report.is_clean() {
                 return Err(format!("{} problems: {:?}", report.problem_count, report.problems));
             }
             let left = pool.as_sent("v", PAYLOAD).await.map_err(text)?;
-            let bound = pool.volumes()[0].host_key.is_some();
-            seen.mixed.fetch_add(u64::from(bound && !left.runs.is_empty()), Ordering::Relaxed);
+            let mixed = Late::is_known(&pool, "v") && !left.runs.is_empty();
+            seen.mixed.fetch_add(mixed.into(), Ordering::Relaxed);
             verified.set(true);
             Ok(())
         })
@@ -209,23 +341,23 @@ impl Stack for Late {
             while running.get() {
                 reactor::sleep(Duration::from_micros(10)).await;
             }
-            let removal = machine.registry.unregister("luks").map_err(|e| e.to_string())?;
-            while !removal.is_done() {
-                reactor::sleep(Duration::from_micros(10)).await;
+            let pool = pool.ok_or("no pool is open")?;
+            for volume in pool.volumes() {
+                take_off(&machine.registry, &volume.name).await?;
             }
-            pool.ok_or("no pool is open")?.close().await.map_err(text)
+            pool.close().await.map_err(text)
         })
     }
 }
 
 /// All of the payload is used, and what was stored before is gone through slowly enough to be interrupted.
 fn options(seed: u64) -> Options {
-    let mut options = Options::new(64 * MIB);
-    options.step_limit = 3_000_000;
-    // Reads that were under way when the layer came.
-    options.allowed = |status| status == Status::NAMESPACE_NOT_READY;
+    let mut options = Options::new(128 * MIB);
+    options.step_limit = 6_000_000;
     options.ops = if seed.is_multiple_of(2) { 200 } else { 60 };
     options.mix.hot_blocks = if seed.is_multiple_of(3) { 64 } else { 1024 };
+    options.deeds = if seed % 4 < 3 { 30 } else { 0 };
+    options.resize = false;
     options
 }
 
@@ -236,9 +368,14 @@ fn power_cuts_while_it_is_reduced_late() {
     let seen = Arc::<Seen>::default();
     let of_one = |seed| life(&|| Late::make(seed, true, &seen), &options(seed), seed);
     seeds(AGAIN, if cfg!(debug_assertions) { 24 } else { 200 }, of_one);
-    let (reduced, mixed) = (seen.reduced.load(Ordering::Relaxed), seen.mixed.load(Ordering::Relaxed));
-    println!("{reduced} blocks reduced late; {mixed} recoveries with both kinds");
-    assert!(std::env::var("CRYPTFOLD_SEED").is_ok() || (reduced > 100 && mixed > 10), "{reduced} {mixed}");
+    let [reduced, of_clones, mixed, deleted] =
+        [&seen.reduced, &seen.of_clones, &seen.mixed, &seen.deleted].map(|n| n.load(Ordering::Relaxed));
+    println!(
+        "{reduced} blocks reduced late, {of_clones} of them in clones; {mixed} recoveries with both kinds; {deleted} \
+         snapshots and clones deleted"
+    );
+    let enough = reduced > 100 && of_clones > 10 && mixed > 10 && deleted > 10;
+    assert!(std::env::var("CRYPTFOLD_SEED").is_ok() || enough);
 }
 
 /// The control: a layer that takes all for ciphertext below it.
@@ -269,13 +406,13 @@ fn ciphertext(from: u64, blocks: u64) -> Vec<u8> {
     encrypt(from, data)
 }
 
-async fn read(registry: &cryptfold_bdev::Registry, name: &str, at: u64, blocks: u64) -> Vec<u8> {
+async fn read(registry: &Registry, name: &str, at: u64, blocks: u64) -> Vec<u8> {
     let channel = registry.open(name, Access::ReadOnly, |_| ()).unwrap().channel().unwrap();
     channel.read(at, blocks).await.unwrap().to_contiguous().to_vec()
 }
 
 /// The device on a volume or snapshot, with the layer on.
-fn layered(registry: &Arc<cryptfold_bdev::Registry>, name: &str, layer: Layer) -> Arc<Switch> {
+fn layered(registry: &Arc<Registry>, name: &str, layer: Layer) -> Arc<Switch> {
     let options = LuksOptions {
         name: format!("luks-{name}"),
         base_bdev_name: format!("p/{name}"),
@@ -320,7 +457,7 @@ fn snapshots_clones_and_what_is_no_ciphertext() {
         pool.snapshot_volume("v", "s").await.unwrap();
         pool.clone_volume("s", "c").await.unwrap();
 
-        bind(&pool, &switch, true).await.unwrap();
+        bind(&pool, "v", &switch, true, || ()).await.unwrap();
         assert!(read(&registry, "luks-v", PAYLOAD, 700).await == before, "nothing is reduced yet");
         // Hosts go on: a block is written, one given up.
         let newer = ciphertext(PAYLOAD + 3, 1).iter().map(|b| b ^ 1).collect::<Vec<u8>>();
@@ -334,7 +471,7 @@ fn snapshots_clones_and_what_is_no_ciphertext() {
         v.write(PAYLOAD + 622, Buf::from_slice(&zeros), false).await.unwrap();
         now[622 * 4096..623 * 4096].copy_from_slice(&zeros);
         assert!(read(&registry, "luks-v", PAYLOAD + 620, 3).await == now[620 * 4096..623 * 4096]);
-        assert_eq!(convert(&pool, &v, || true).await.unwrap(), 510);
+        assert_eq!(convert(&pool, "v", &v, || true).await.unwrap(), 510);
         assert!(read(&registry, "luks-v", PAYLOAD, 700).await == now);
         let below = read(&registry, "p/v", PAYLOAD + 100, 1).await;
         assert!(below.starts_with(format!("line of block {},", PAYLOAD + 100).as_bytes()), "it is plaintext");

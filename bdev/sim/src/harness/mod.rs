@@ -50,6 +50,17 @@ pub trait Stack {
     fn open(&self, machine: Machine) -> LocalFuture<Result<(), String>>;
     /// Names of the devices to use, the same each time.
     fn volumes(&self) -> Vec<String>;
+    /// Device of what a deed makes of the device `of` under `name`.
+    fn device(&self, of: &str, name: &str) -> String {
+        match of.rsplit_once('/') {
+            Some((parent, _)) => format!("{parent}/{name}"),
+            None => name.into(),
+        }
+    }
+    /// How often reads that were under way may have been ended with Namespace Not Ready. Others may not.
+    fn interruptions(&self) -> u64 {
+        0
+    }
     /// Changes its volumes while they are used. Stacks without that are given nothing to do ([`Options::deeds`]).
     fn manage(&self, _: Machine, deed: Deed) -> Manage {
         Box::pin(async move { Err(format!("{deed:?} is not possible")) })
@@ -76,6 +87,8 @@ pub struct Options {
     pub ops: u64,
     /// Changes of the volumes themselves between two power cuts, at most.
     pub deeds: u64,
+    /// Whether they change sizes, too.
+    pub resize: bool,
     /// Power-ups with a workload.
     pub rounds: u64,
     /// What the workers do.
@@ -99,6 +112,7 @@ impl Options {
             workers: 6,
             ops: 60,
             deeds: 0,
+            resize: true,
             rounds: 3,
             mix: Mix::default(),
             allowed: |_| false,

@@ -175,6 +175,7 @@ pub(super) struct Operator {
     pub deeds: u64,
     pub made: Rc<RefCell<u64>>,
     pub done: Rc<Cell<u64>>,
+    pub resize: bool,
 }
 
 pub(super) async fn run(mut operator: Operator) -> Result<(), String> {
@@ -219,7 +220,7 @@ impl Operator {
                 Some(entry) => self.delete(entry).await,
                 None => Ok(()),
             },
-            9 => match self.pick(|e| e.writable) {
+            9 if self.resize => match self.pick(|e| e.writable) {
                 Some(entry) => self.resize(entry).await,
                 None => Ok(()),
             },
@@ -246,10 +247,7 @@ impl Operator {
             format!("{}{}", if writable { "clone" } else { "snap" }, made)
         };
         // It is in the table before it is made: the power may fail at any moment.
-        let device = match of.name.rsplit_once('/') {
-            Some((parent, _)) => format!("{parent}/{name}"),
-            None => name.clone(),
-        };
+        let device = self.stack.device(&of.name, &name);
         let (id, start) = self.history().copy_started(of.id, &device, writable);
         self.table.0.borrow_mut().push(Entry {
             name: device,

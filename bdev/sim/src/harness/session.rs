@@ -160,11 +160,13 @@ impl Session {
                 deeds: rng.below(self.options.deeds + 1),
                 made: names.clone(),
                 done: done.clone(),
+                resize: self.options.resize,
             };
             tasks.push(self.sim.spawn(0, move || operator::run(operator)));
         }
         for n in 0..self.options.workers {
             let worker = Worker {
+                stack: self.stack.clone(),
                 registry: self.machine.registry.clone(),
                 table: table.clone(),
                 disk: self.disk.clone(),

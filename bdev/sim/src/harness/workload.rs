@@ -10,6 +10,7 @@ use cryptfold_bdev::{Access, Channel, Io, Op, Registry, Status};
 use cryptfold_reactor::memory::{Buf, SgList};
 use cryptfold_reactor::{self as reactor};
 
+use super::Stack;
 use super::operator::Table;
 use crate::content::{self, Kind, Tag};
 use crate::{History, Rng, SimDisk, VolumeId};
@@ -57,6 +58,7 @@ impl Default for Mix {
 }
 
 pub(super) struct Worker {
+    pub stack: Rc<dyn Stack>,
     pub registry: Arc<Registry>,
     pub table: Table,
     pub disk: Arc<SimDisk>,
@@ -203,6 +205,7 @@ impl Worker {
 
     async fn read(&mut self, t: &Target, lba: u64, blocks: u64) -> Result<(), String> {
         let id = self.history().read_started();
+        let interruptions = self.stack.interruptions();
         let mut io = Io::new(Op::Read, lba, blocks);
         if self.rng.one_in(2) {
             // Into buffers of its own, two at a random border.
@@ -219,6 +222,9 @@ impl Worker {
                 return Err(format!("read of {}, block {lba}+{blocks}: {} bytes", t.name, data.len()));
             }
             self.history().read_ended(id, t.id, lba, &data).map_err(|e| e.to_string())?;
+        }
+        if status == Status::NAMESPACE_NOT_READY && self.stack.interruptions() != interruptions {
+            return Ok(());
         }
         self.verdict(status, || format!("read of {}, block {lba}+{blocks}", t.name))
     }
