@@ -39,6 +39,8 @@ pub struct DeviceInfo {
     pub keeps_bytes: u32,
     /// Reads report unmapped ranges, and unmapped or zeroed ranges read back as unmapped.
     pub reports_unmapped: bool,
+    /// In blocks, the aligned unit by which they do: of one that is unmapped or zeroed in part, all counts as written.
+    pub unmapped_blocks: u32,
     /// Space is allocated on first write.
     pub thin: bool,
     /// Writes are refused.
@@ -67,6 +69,7 @@ impl DeviceInfo {
             buffer_align_bytes: 1,
             keeps_bytes: 0,
             reports_unmapped: false,
+            unmapped_blocks: 1,
             thin: false,
             read_only: false,
         }

@@ -57,6 +57,8 @@ pub fn create(registry: &Arc<Registry>, options: CryptoOptions) -> Result<Arc<Bd
     let below = base.bdev().clone();
     let mut info = DeviceInfo::stacked_on(below.info(), options.name, "crypto");
     info.blocks = below.blocks();
+    // A block beside one that was written would be taken for written, and change.
+    info.reports_unmapped &= info.unmapped_blocks == 1;
     info.uuid = options.uuid.unwrap_or(info.uuid);
     let own = OpSet::of(&[Op::Read, Op::Write, Op::Flush]);
     info.ops = passed_through(own, below.info().ops, &[Op::Unmap, Op::WriteUncorrectable, Op::Reset]);

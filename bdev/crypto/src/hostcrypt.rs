@@ -12,7 +12,9 @@
 //!
 //! Invariants:
 //! - What the host wrote is what it reads back, byte for byte, whatever it wrote: XTS maps all units to all units.
-//! - Ranges that the base reports as unmapped read as raw zeros, not as ciphertext of zeros: discarded, or never written.
+//! - Ranges that the base reports as unmapped read as raw zeros, not as ciphertext of zeros: discarded, or never written. A base that
+//!   reports larger units than our blocks (a pool's volume with blocks of 512 bytes) is as one that reports nothing: a block beside
+//!   one that is written would change from the one to the other.
 //! - The host's write-zeroes asks for zeros *above* this layer. It goes down only to a base that does it itself and
 //!   reports zeroed ranges as unmapped; elsewhere the core turns it into writes, and the plaintext of zero ciphertext
 //!   is stored.
@@ -151,7 +153,9 @@ pub fn create(registry: &Arc<Registry>, options: HostcryptOptions) -> Result<Arc
     info.optimal_io_blocks = u64::from(info.optimal_io_blocks).div_ceil(ratio) as u32;
     let own = OpSet::of(&[Op::Read, Op::Write, Op::Flush]);
     info.ops = passed_through(own, below.info().ops, &[Op::Unmap, Op::WriteUncorrectable, Op::Reset]);
-    if below.info().reports_unmapped {
+    info.reports_unmapped &= u64::from(info.unmapped_blocks) <= ratio;
+    info.unmapped_blocks = 1;
+    if info.reports_unmapped {
         info.ops = passed_through(info.ops, below.info().ops, &[Op::WriteZeroes]);
     }
     Base::register(registry, Arc::new(Hostcrypt { info, base, options, ratio }), &below)

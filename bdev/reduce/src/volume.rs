@@ -76,6 +76,7 @@ impl VolumeDevice {
         info.atomic_blocks = per_chunk as u32;
         info.optimal_io_blocks = (128 << 10) / facts.block_bytes;
         info.reports_unmapped = true;
+        info.unmapped_blocks = per_chunk as u32;
         info.thin = true;
         info.read_only = facts.flags & volume_flags::READ_ONLY != 0;
         Arc::new(VolumeDevice {

@@ -108,7 +108,7 @@ params! {
     }
     /// `bdev_hostcrypt_create`.
     pub struct HostcryptCreate {
-        /// Device below, which will hold plaintext.
+        /// Device below, which will hold plaintext. Above a pool's volume with blocks of 512 bytes, what is discarded reads as zeros with a sector_size of 4096 only.
         base_bdev_name: String,
         /// Name.
         name: String,
