@@ -24,11 +24,7 @@ fn encrypted(host: &Host) -> Vec<u8> {
     }
     plain.truncate(DATA);
     std::fs::write(host.path("disk"), &plain).unwrap();
-    std::fs::OpenOptions::new().write(true).open(host.path("disk")).unwrap().set_len(DISK as u64).unwrap();
-    host.cryptsetup(&format!(
-        "reencrypt --encrypt {} --cipher aes-xts-plain64 --sector-size 4096 --reduce-device-size 32M disk",
-        host.common()
-    ));
+    encrypt(host, 4096);
     plain
 }
 
@@ -93,7 +89,7 @@ fn what_was_stored_before_its_key_is_reduced() {
 
     // The snapshot shows what it did, under the volume's record; a clone of it is reduced for itself, and ends as the volume.
     assert!(target.below("s", PAYLOAD, DATA) == disk[PAYLOAD..][..DATA]);
-    target.ok("bdev_luks_create", json!({"base_bdev_name": "p/s", "name": "luks-s", "kms_server": "kms", "allow_unauthenticated": true}));
+    target.luks("s", json!({}));
     target.raw_because("s", "this is a snapshot of it");
     assert!(target.read("s", 0, DISK).unwrap() == disk);
     target.ok("bdev_lvol_clone", json!({"snapshot_name": "p/s", "clone_name": "c"}));
@@ -112,7 +108,7 @@ fn what_was_stored_before_its_key_is_reduced() {
     // Without a record it is the caller's to know.
     over("p/c").unwrap();
     target.ok("bdev_hostcrypt_delete", json!({"name": "over"}));
-    target.ok("bdev_luks_create", json!({"base_bdev_name": "p/c", "name": "luks-c", "kms_server": "kms", "allow_unauthenticated": true}));
+    target.luks("c", json!({}));
     target.becomes("c", "bound");
     assert!(target.read("c", 0, DISK).unwrap() == disk);
     assert!(target.below("c", PAYLOAD, DATA) == plain);
@@ -166,10 +162,7 @@ fn random(bytes: usize) -> Vec<u8> {
 /// A header of another key in the middle fences, and all of it comes back with the first.
 #[test]
 fn what_is_no_ciphertext_stays_and_other_headers_fence() {
-    let kms = KeyServer::start();
-    let owner = kms.client("owner");
-    let certificate = kms.authority.client("target");
-    let target = Target::new(kms.dir.path(), &kms, &certificate);
+    let (_kms, owner, _, target) = start();
     let (host, other) = (Host::new(64), Host::new(64));
     let text: Vec<u8> = include_bytes!("late.rs").iter().cycle().take(MIB).copied().collect();
     let noise = random(MIB);
@@ -206,15 +199,12 @@ fn what_is_no_ciphertext_stays_and_other_headers_fence() {
 /// answer stopped hosts whose data was there before.
 #[test]
 fn a_silent_key_server_holds_no_writes_of_a_volume_in_use() {
-    let kms = KeyServer::start();
-    let owner = kms.client("owner");
-    let certificate = kms.authority.client("target");
+    let (kms, owner, _, target) = start();
     let (host, other) = (Host::new(64), Host::new(64));
     let header = formatted(&host, Some(&registered(&owner, &host, None)));
     let second = formatted(&other, Some(&registered(&owner, &other, None)));
     let data = random(MIB);
     let piece = MIB / 8;
-    let target = Target::new(kms.dir.path(), &kms, &certificate);
     target.volume("v", json!({}));
     target.write("v", PAYLOAD, &data[..piece]);
 
@@ -339,7 +329,7 @@ fn room_is_left_for_hosts_and_clones_get_free() {
     assert!(target.below("v", PAYLOAD, MIB) != data[..MIB]);
 
     target.ok("bdev_lvol_clone", json!({"snapshot_name": "p/s", "clone_name": "c"}));
-    target.ok("bdev_luks_create", json!({"base_bdev_name": "p/c", "name": "luks-c", "kms_server": "kms", "allow_unauthenticated": true}));
+    target.luks("c", json!({}));
     target.write("c", 0, &header);
     target.becomes("c", "bound");
     assert!(target.read("c", PAYLOAD, data.len()).unwrap() == data);
@@ -355,10 +345,7 @@ fn room_is_left_for_hosts_and_clones_get_free() {
 /// Blocks that an operator's device has stored under some key are not taken for the header's.
 #[test]
 fn blocks_of_unknown_keys_stay_what_they_are() {
-    let kms = KeyServer::start();
-    let owner = kms.client("owner");
-    let certificate = kms.authority.client("target");
-    let target = Target::new(kms.dir.path(), &kms, &certificate);
+    let (_kms, owner, _, target) = start();
     let (host, before) = (Host::new(64), Host::new(64));
     let header = formatted(&host, Some(&registered(&owner, &host, None)));
     std::fs::write(before.path("key"), &before.key).unwrap();

@@ -30,15 +30,12 @@ fn names(target: &Target, object: &str) -> Value {
 
 #[test]
 fn another_object_takes_over_when_it_is_proven_and_lifts_no_fence() {
-    let kms = KeyServer::start();
-    let owner = kms.client("owner");
-    let certificate = kms.authority.client("target");
+    let (kms, owner, certificate, mut target) = start();
     let host = Host::new(64);
     let first = registered(&owner, &host, None);
     let second = registered(&owner, &host, None);
     let third = registered(&owner, &host, None);
     let wrong = registered(&owner, &Host::new(64), None);
-    let mut target = Target::new(kms.dir.path(), &kms, &certificate);
     target.volume("v", json!({}));
     let with = |target: &Target, object: &str| {
         replace_token(&host, "disk", object);
@@ -100,14 +97,12 @@ fn another_object_takes_over_when_it_is_proven_and_lifts_no_fence() {
 /// volume open for as long as the client had patience.
 #[test]
 fn another_header_fences_while_the_key_server_is_silent() {
-    let kms = KeyServer::start();
-    let owner = kms.client("owner");
+    let (kms, owner, _, target) = start();
     let host = Host::new(64);
     let first = registered(&owner, &host, None);
     let second = registered(&owner, &host, None);
     let foreign = Host::new(64);
     let other = formatted(&foreign, Some(&registered(&owner, &foreign, None)));
-    let target = Target::new(kms.dir.path(), &kms, &kms.authority.client("target"));
     target.volume("v", json!({}));
     target.write("v", 0, &formatted(&host, Some(&first)));
     target.write("v", PAYLOAD, &data());

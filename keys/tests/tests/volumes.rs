@@ -16,20 +16,13 @@ use serde_json::{Value, json};
 /// A file `disk` that the host has encrypted; its plaintext.
 fn encrypted(host: &Host, sector: usize) -> Vec<u8> {
     let plain = host.file("disk", 8 * MIB as u64);
-    std::fs::OpenOptions::new().write(true).open(host.path("disk")).unwrap().set_len(DISK as u64).unwrap();
-    host.cryptsetup(&format!(
-        "reencrypt --encrypt {} --cipher aes-xts-plain64 --sector-size {sector} --reduce-device-size 32M disk",
-        host.common()
-    ));
+    encrypt(host, sector);
     plain
 }
 
 #[test]
 fn ciphertext_of_the_real_tool_is_plaintext_below() {
-    let kms = KeyServer::start();
-    let owner = kms.client("owner");
-    let certificate = kms.authority.client("target");
-    let target = Target::new(kms.dir.path(), &kms, &certificate);
+    let (_kms, owner, _, target) = start();
     for (name, sector) in [("a", 512), ("b", 4096)] {
         let host = Host::new(64);
         let plain = encrypted(&host, sector);
@@ -58,15 +51,12 @@ fn ciphertext_of_the_real_tool_is_plaintext_below() {
 
 #[test]
 fn the_life_of_a_volume_its_header_and_its_key() {
-    let mut kms = KeyServer::start();
-    let owner = kms.client("owner");
-    let certificate = kms.authority.client("target");
+    let (mut kms, owner, certificate, mut target) = start();
     let host = Host::new(64);
     let id = registered(&owner, &host, None);
     let first = formatted(&host, Some(&id));
     let data: Vec<u8> = include_bytes!("volumes.rs").repeat(20)[..64 << 10].to_vec();
     let payload = 16 * MIB;
-    let mut target = Target::new(kms.dir.path(), &kms, &certificate);
     target.volume("v", json!({}));
     target.write("v", 0, &first);
     target.write("v", payload, &data);
@@ -153,10 +143,7 @@ fn the_life_of_a_volume_its_header_and_its_key() {
 
 #[test]
 fn what_is_not_bound_is_raw_and_says_why() {
-    let kms = KeyServer::start();
-    let owner = kms.client("owner");
-    let certificate = kms.authority.client("target");
-    let target = Target::new(kms.dir.path(), &kms, &certificate);
+    let (_kms, owner, _, target) = start();
     let payload = 16 * MIB;
     let data = [0x5A; 8192];
     let (host, other) = (Host::new(64), Host::new(64));

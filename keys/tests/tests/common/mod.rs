@@ -70,6 +70,11 @@ impl Target {
             "bdev_lvol_create",
             json!({"lvs_name": "p", "lvol_name": name, "size_in_mib": size, "exist_ok": true}),
         );
+        self.luks(name, more);
+    }
+
+    /// The device `luks-NAME` on a volume that is there.
+    pub fn luks(&self, name: &str, more: Value) {
         // No subsystem has it, but for the volumes that say otherwise.
         let mut params = json!({"base_bdev_name": format!("p/{name}"), "name": format!("luks-{name}"), "kms_server": "kms",
             "allow_unauthenticated": true});
@@ -190,6 +195,15 @@ impl Drop for Target {
     }
 }
 
+/// A key server, its keys' owner, the certificate that targets have, and a target with an empty pool.
+pub fn start() -> (KeyServer, Client, (PathBuf, PathBuf), Target) {
+    let kms = KeyServer::start();
+    let owner = kms.client("owner");
+    let certificate = kms.authority.client("target");
+    let target = Target::new(kms.dir.path(), &kms, &certificate);
+    (kms, owner, certificate, target)
+}
+
 pub fn denied() -> Status {
     Status::ACCESS_DENIED.do_not_retry()
 }
@@ -217,6 +231,15 @@ pub fn import_token(host: &Host, file: &str, id: &str) {
     let token = json!({"type": "cryptfold-kmip", "keyslots": [], "objects": [id]});
     std::fs::write(host.path("token"), token.to_string()).unwrap();
     host.cryptsetup(&format!("token import --json-file token {file}"));
+}
+
+/// Encrypts the file `disk` in place, as the host does that, and makes it as large as a volume: its header is in front then.
+pub fn encrypt(host: &Host, sector: usize) {
+    std::fs::OpenOptions::new().write(true).open(host.path("disk")).unwrap().set_len(DISK as u64).unwrap();
+    host.cryptsetup(&format!(
+        "reencrypt --encrypt {} --cipher aes-xts-plain64 --sector-size {sector} --reduce-device-size 32M disk",
+        host.common()
+    ));
 }
 
 /// A fresh header on a file of the volume's size, with a token; its 16 MiB.
