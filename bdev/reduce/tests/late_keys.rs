@@ -250,7 +250,7 @@ impl Late {
         how: u64,
     ) -> Result<bool, String> {
         match how % 3 {
-            0 => match pool.own_volume(volume, how / 3 % 2 == 0).await {
+            0 => match pool.own_volume(volume, (how / 3).is_multiple_of(2)).await {
                 Ok(()) => Ok(true),
                 Err(PoolError::Invalid(_)) => Ok(false),
                 Err(error) => Err(text(error)),
