@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use common::*;
 use cryptfold_control::jsonrpc::Handler as _;
-use cryptfold_keys_tests::KeyServer;
 use cryptfold_keys_tests::cryptsetup::Host;
 use cryptfold_kmip::{RevocationReason, State};
 use serde_json::{Value, json};

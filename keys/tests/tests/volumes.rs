@@ -8,7 +8,6 @@ use std::time::{Duration, Instant};
 use common::*;
 use cryptfold_bdev::Status;
 use cryptfold_control::jsonrpc::Handler as _;
-use cryptfold_keys_tests::KeyServer;
 use cryptfold_keys_tests::cryptsetup::Host;
 use cryptfold_kmip::{ObjectType, RevocationReason, Secret, State};
 use serde_json::{Value, json};
