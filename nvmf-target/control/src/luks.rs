@@ -24,9 +24,11 @@
 mod access;
 mod late;
 pub(crate) mod record;
+#[cfg(test)]
+mod tests;
 mod token;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 use std::time::Duration;
 
@@ -62,6 +64,9 @@ const STEP_BYTES: usize = 1 << 20;
 const KEY_ID: u16 = 1;
 /// Between two looks at what may come when there is no server to say.
 const PAUSE: Duration = Duration::from_secs(5);
+
+/// Why a volume that is in use stays as it is for now.
+const PROVING: &str = "its key is being fetched and proven";
 
 /// What `bdev_luks_create` takes.
 #[derive(Clone, Debug)]
@@ -160,8 +165,9 @@ pub struct Volume {
     snapshot: bool,
     /// Goes through what was stored before.
     pass: Mutex<Option<Arc<Pass>>>,
-    /// Without a record nothing behind the header is under a key: nothing comes to be as long as there is none.
-    unkeyed: AtomicBool,
+    /// Without a record nothing from this byte on is under a key: nothing comes to be as long as there is none. At first it is not
+    /// known of any.
+    unkeyed_from: AtomicU64,
 }
 
 impl Volumes {
@@ -200,7 +206,7 @@ impl Volumes {
             trial: Mutex::default(),
             snapshot: info.snapshot,
             pass: Mutex::default(),
-            unkeyed: AtomicBool::new(false),
+            unkeyed_from: AtomicU64::new(u64::MAX),
             switch: switch.clone(),
             options,
         });
@@ -381,16 +387,20 @@ impl Volume {
         let Some(stored) = stored else { return self.unbound(c, found, read_only) };
         match found {
             Ok(found) if stored.is(&found.payload) => {
-                let raw = matches!(self.switch.layer(), Layer::Raw);
+                let unused = self.is_unused(&stored);
                 let verdict = self.bound(c, &found, &stored).with(&found);
                 match verdict.layer {
-                    // Its record is durable, but nothing was written under the key yet.
-                    Some(Layer::Shut(_)) if raw => {
-                        Verdict { layer: Some(Layer::Raw), state: "raw", again: true, ..verdict }
+                    Some(Layer::Shut(_)) if unused => {
+                        Verdict { layer: Some(Layer::Raw), state: "raw", ..verdict }
                     }
                     _ => verdict,
                 }
             }
+            other if self.is_unused(&stored) => match self.remove_record(c) {
+                Ok(true) => self.unbound(c, other, read_only),
+                Ok(false) => Verdict::raw("the record of the key was not removed".into()).again(),
+                Err(e) => Verdict::raw(format!("the pool: {}", e.message)).again(),
+            },
             other => self.estranged(c, &stored, other),
         }
     }
@@ -497,8 +507,7 @@ impl Volume {
         } else {
             match self.tried(c, found, None) {
                 Err(UnderWay(failed)) => {
-                    let why = failed.unwrap_or_else(|| "its key is being fetched and proven".into());
-                    return Err(Verdict::raw(why).into());
+                    return Err(Verdict::raw(failed.unwrap_or_else(|| PROVING.into())).into());
                 }
                 Ok(had) => had.and_then(|(proven, objects)| Ok((self.take(c, proven)?, objects))),
             }
@@ -520,25 +529,35 @@ impl Volume {
     }
 
     /// Nothing behind the header is under a key, while there is no record.
-    fn check_unkeyed(&self, c: &Control, found: &Found) -> Result<(), Unproven> {
-        if self.unkeyed.load(Ordering::Relaxed) {
+    fn check_unkeyed(&self, c: &Control, found: &Found, goes_on: impl Fn() -> bool) -> Result<(), Unproven> {
+        let offset = found.payload.segment.offset_bytes;
+        if offset >= self.unkeyed_from.load(Ordering::Relaxed) {
             return Ok(());
         }
-        let keyed = self.kinds(c, found.payload.segment.offset_bytes, |part| part.keyed);
+        let keyed = self.kinds(c, offset, goes_on, |part| part.keyed);
         if keyed.map_err(|e| Unproven::NotYet(format!("the pool: {}", e.message)))? {
             let why = "blocks behind the header were stored under a host's key (bdev_hostcrypt_create), and whose that is, is not \
                        recorded";
             return Err(Unproven::Refused(why.into()));
         }
-        self.unkeyed.store(true, Ordering::Relaxed);
+        self.unkeyed_from.fetch_min(offset, Ordering::Relaxed);
         Ok(())
     }
 
-    /// Whether there is such a part behind the header.
-    fn kinds(&self, c: &Control, offset_bytes: u64, is: impl Fn(&AsSent) -> bool) -> Result<bool, RpcError> {
+    /// Whether there is such a part behind the header; an error when it is of no use any more to know that.
+    fn kinds(
+        &self,
+        c: &Control,
+        offset_bytes: u64,
+        goes_on: impl Fn() -> bool,
+        is: impl Fn(&AsSent) -> bool,
+    ) -> Result<bool, RpcError> {
         let manager = c.pools()?.manager();
         let mut next = Some(offset_bytes / BLOCK_BYTES);
         while let Some(from) = next {
+            if self.switch.is_ended() || c.is_ending() || !goes_on() {
+                return Err(RpcError::internal("what is stored is not looked through any more"));
+            }
             let part = manager.as_sent(&self.pool, &self.volume, from)?;
             if is(&part) {
                 return Ok(true);
@@ -559,6 +578,18 @@ impl Volume {
             Ok(false) => Err(failed("the record of the key was not changed".into())),
             Err(e) => Err(failed(e.to_string())),
         }
+    }
+
+    /// Its record is durable, but the header changed again before the layer was on: nothing was written under the key, and what is
+    /// written is raw with the record and without it.
+    fn is_unused(&self, stored: &Stored) -> bool {
+        stored.mixed && matches!(self.switch.layer(), Layer::Raw)
+    }
+
+    /// Without a look at what is stored.
+    fn remove_record(&self, c: &Control) -> Result<bool, RpcError> {
+        let bytes = c.registry.get(&self.base)?.size_bytes();
+        Ok(c.pools()?.manager().set_host_key(&self.pool, &self.volume, bytes, None)?)
     }
 
     /// What it is when its layer is on.
@@ -620,8 +651,16 @@ impl Volume {
         if same && let Some(gate) = lock(&self.gate).clone() {
             return self.now_bound(found, gate, stored);
         }
-        match self.key(c, found, Some(stored)) {
-            Ok((gate, _)) => self.now_bound(found, gate, stored),
+        let key = if self.is_unused(stored) {
+            match self.tried(c, found, Some(stored)) {
+                Err(UnderWay(failed)) => return Verdict::raw(failed.unwrap_or_else(|| PROVING.into())),
+                Ok(had) => had.and_then(|had| self.note_and_take(c, stored, had)),
+            }
+        } else {
+            self.key(c, found, Some(stored)).map(|(gate, _)| gate)
+        };
+        match key {
+            Ok(gate) => self.now_bound(found, gate, stored),
             Err(Unproven::NotYet(why)) => Verdict::shut(offset, "waiting", why),
             Err(Unproven::Ended(why)) => Verdict::shut(offset, "fenced", why),
             Err(Unproven::Refused(why)) => Verdict { again: false, ..Verdict::shut(offset, "fenced", why) },
@@ -665,10 +704,9 @@ impl Volume {
             return Ok(true);
         }
         let keeps = |part: &AsSent| part.keyed || !(stored.mixed || part.runs.is_empty());
-        if self.kinds(c, stored.offset_bytes, keeps)? {
+        if self.kinds(c, stored.offset_bytes, || true, keeps)? {
             return Ok(false);
         }
-        let bytes = c.registry.get(&self.base)?.size_bytes();
-        Ok(manager.set_host_key(&self.pool, &self.volume, bytes, None)?)
+        self.remove_record(c)
     }
 }

@@ -9,6 +9,7 @@
 //! - While the objects before are in a state that fences, others do not take their place: who may write a header could undo what the
 //!   key server wants.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use cryptfold_bdev_crypto::gate::{Access, KeyGate};
@@ -26,6 +27,8 @@ type Had = (Proven, Vec<String>);
 /// An attempt to have a key, on a thread of its own.
 pub(super) struct Trial {
     of: Subject,
+    /// It is of no use any more, as there is another header.
+    superseded: AtomicBool,
     state: Mutex<TrialState>,
 }
 
@@ -54,6 +57,12 @@ struct TrialState {
 pub(super) struct UnderWay(pub Option<String>);
 
 impl Trial {
+    /// Whether it is with a record in the pool.
+    #[cfg(test)]
+    pub(super) fn has_record(&self) -> bool {
+        self.of.before.is_some()
+    }
+
     fn ends(&self, result: Result<Had, Unproven>) {
         let mut state = lock(&self.state);
         if !std::mem::replace(&mut state.over, true) {
@@ -170,6 +179,16 @@ impl Volume {
         self.store(c, &Stored { objects: objects.to_vec(), ..stored.clone() }).map_err(Unproven::NotYet)
     }
 
+    pub(super) fn note_and_take(
+        &self,
+        c: &Control,
+        stored: &Stored,
+        (proven, objects): Had,
+    ) -> Result<Arc<KeyGate>, Unproven> {
+        self.note(c, stored, &objects)?;
+        self.take(c, proven)
+    }
+
     /// Bound, and the header names other objects than those that are watched.
     pub(super) fn renamed(self: &Arc<Self>, c: &Control, found: &Found, stored: &Stored) -> Verdict {
         // What was wrong is said until it is known to be otherwise.
@@ -181,11 +200,7 @@ impl Volume {
         if lock(&self.gate).as_ref().is_some_and(|gate| matches!(gate.access(), Access::Fenced)) {
             return Verdict { reason, again: true, ..self.still_bound(stored) };
         }
-        let taken = result.and_then(|(proven, objects)| {
-            self.note(c, stored, &objects)?;
-            self.take(c, proven)
-        });
-        match taken {
+        match result.and_then(|had| self.note_and_take(c, stored, had)) {
             Ok(gate) => self.now_bound(found, gate, stored),
             // It may get better: tried again when it is looked at again.
             Err(Unproven::NotYet(why) | Unproven::Ended(why)) => {
@@ -218,6 +233,7 @@ impl Volume {
         let mut failed = None;
         if let Some(trial) = current.as_ref() {
             let mut state = lock(&trial.state);
+            trial.superseded.store(trial.of != of, Ordering::Relaxed);
             if trial.of == of {
                 state.wanted = true;
                 if let Some(result) = state.result.take() {
@@ -232,14 +248,13 @@ impl Volume {
             }
         }
         let state = TrialState { failed: failed.clone(), wanted: true, ..TrialState::default() };
-        let trial = Arc::new(Trial { of, state: Mutex::new(state) });
+        let trial = Arc::new(Trial { of, superseded: AtomicBool::new(false), state: Mutex::new(state) });
         let (me, control, mine) = (self.clone(), c.weak(), trial.clone());
         let (found, stored) = (found.clone(), stored.cloned());
         let spawned = std::thread::Builder::new().name("luks key".into()).spawn(move || {
             let _ends = Ends(&mine, &me.switch);
             let Some(c) = control.upgrade() else { return };
-            let unkeyed = if stored.is_some() { Ok(()) } else { me.check_unkeyed(&c, &found) };
-            mine.ends(unkeyed.and_then(|()| me.fetch(&c, &found, stored.as_ref())));
+            mine.ends(me.attempt(&c, &found, stored.as_ref(), &mine));
         });
         if let Err(error) = spawned {
             *current = None;
@@ -249,12 +264,32 @@ impl Volume {
         Err(UnderWay(failed))
     }
 
+    /// On the attempt's own thread.
+    fn attempt(
+        &self,
+        c: &Control,
+        found: &Found,
+        stored: Option<&Stored>,
+        trial: &Trial,
+    ) -> Result<Had, Unproven> {
+        let had = self.fetch(c, found, stored)?;
+        if stored.is_none() {
+            // The way through a large map is for a key that is there.
+            self.check_unkeyed(c, found, || !trial.superseded.load(Ordering::Relaxed))?;
+        }
+        // It took its time: a key that ended meanwhile would be taken only to fence.
+        c.kms.usable(&self.key_options(&had.1))?;
+        Ok(had)
+    }
+
     /// After a look: an attempt that it did not ask for is none of the header that is there.
     pub(super) fn end_trial(&self) {
         let mut current = lock(&self.trial);
         let goes_on = |trial: &Arc<Trial>| {
             let mut state = lock(&trial.state);
-            std::mem::take(&mut state.wanted) || !state.over
+            let wanted = std::mem::take(&mut state.wanted);
+            trial.superseded.store(!wanted, Ordering::Relaxed);
+            wanted || !state.over
         };
         *current = current.take().filter(goes_on);
     }
