@@ -57,8 +57,8 @@ pub trait Stack {
             None => name.into(),
         }
     }
-    /// How often reads that were under way may have been ended with Namespace Not Ready. Others may not.
-    fn interruptions(&self) -> u64 {
+    /// How often reads of this device that were under way may have been ended with Namespace Not Ready. Others may not.
+    fn interruptions(&self, _device: &str) -> u64 {
         0
     }
     /// Changes its volumes while they are used. Stacks without that are given nothing to do ([`Options::deeds`]).

@@ -205,7 +205,7 @@ impl Worker {
 
     async fn read(&mut self, t: &Target, lba: u64, blocks: u64) -> Result<(), String> {
         let id = self.history().read_started();
-        let interruptions = self.stack.interruptions();
+        let interruptions = self.stack.interruptions(&t.name);
         let mut io = Io::new(Op::Read, lba, blocks);
         if self.rng.one_in(2) {
             // Into buffers of its own, two at a random border.
@@ -223,7 +223,7 @@ impl Worker {
             }
             self.history().read_ended(id, t.id, lba, &data).map_err(|e| e.to_string())?;
         }
-        if status == Status::NAMESPACE_NOT_READY && self.stack.interruptions() != interruptions {
+        if status == Status::NAMESPACE_NOT_READY && self.stack.interruptions(&t.name) != interruptions {
             return Ok(());
         }
         self.verdict(status, || format!("read of {}, block {lba}+{blocks}", t.name))
