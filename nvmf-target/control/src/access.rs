@@ -10,6 +10,7 @@ use std::sync::Arc;
 use cryptfold_nvmf_target::audit::TARGET as AUDIT;
 use serde_json::Value;
 
+use crate::caller::Caller;
 use crate::control::Control;
 use crate::jsonrpc::{Handler, RpcError, RpcResult};
 use crate::table::Role;
@@ -145,7 +146,7 @@ impl Handler for Session {
             let why = format!("the role {role} is needed, uid {} has {}", self.peer.uid, self.roles);
             return Err(denied(self.peer, method, &why));
         }
-        self.control.call_by(&self.peer.to_string(), method, params)
+        self.control.call_by(&Caller::peer(self.peer.to_string(), self.roles.to_string()), method, params)
     }
 }
 

@@ -21,6 +21,7 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 
 use crate::access::{Grant, Peer};
+use crate::caller::{Caller, MAX_DEPTH};
 use crate::deferred::Deferred;
 use crate::fips::FipsMode;
 use crate::jsonrpc::{Handler, RpcError, RpcResult};
@@ -428,8 +429,15 @@ impl Control {
 
 impl Control {
     /// A call on behalf of somebody, who is written down if it changes something.
-    pub(crate) fn call_by(&self, who: &str, method: &str, params: Option<&Value>) -> RpcResult {
+    pub(crate) fn call_by(&self, caller: &Caller, method: &str, params: Option<&Value>) -> RpcResult {
+        if caller.within.len() >= MAX_DEPTH {
+            return Err(RpcError::new(
+                -40,
+                format!("{method}: {MAX_DEPTH} calls are within each other: Too many levels"),
+            ));
+        }
         let started = Instant::now();
+        let _within = caller.enter(method);
         let result = self.table.call(self, method, params);
         self.look_for_new();
         if method.starts_with("nvmf_") || method.starts_with("bdev_") {
@@ -446,7 +454,9 @@ impl Control {
             // A record has an end: whose call it was comes first.
             let error = error.map(|e: &str| e.chars().take(1024).collect::<String>());
             let error = error.as_deref();
-            tracing::debug!(target: AUDIT, event = "configuration", method = m.name, by = who, params = shown.as_str(), code, error);
+            let (by, roles, within) = (caller.by.as_str(), caller.roles.as_deref(), caller.within());
+            let within = within.as_deref();
+            tracing::debug!(target: AUDIT, event = "configuration", method = m.name, by, roles, within, params = shown.as_str(), code, error);
         }
         result
     }
@@ -460,9 +470,9 @@ impl Control {
     }
 }
 
-/// What the program calls itself: configurations, and what waited for a pool.
+/// What the program calls itself, for whoever has called a method that does: configurations, and what waited for a pool.
 impl Handler for Control {
     fn call(&self, method: &str, params: Option<&Value>) -> RpcResult {
-        self.call_by("the target", method, params)
+        self.call_by(&Caller::current(), method, params)
     }
 }

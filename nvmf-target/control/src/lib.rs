@@ -10,6 +10,7 @@
 
 pub mod access;
 pub mod audit;
+mod caller;
 pub mod certificate;
 pub mod client;
 pub mod config;

@@ -383,6 +383,7 @@ impl Pools {
         data: bool,
     ) -> Result<Option<(PoolInfo, CheckReport)>, RpcError> {
         let Some(sealed) = self.manager.peek(bdev)? else { return Ok(None) };
+        self.check_mode(&sealed)?;
         let (_, kek) = self.find_key(&sealed, key).map_err(|refusal| refusal.error)?;
         Ok(self.manager.audit(bdev, &KeySource::Kek(Box::new(kek)), data)?)
     }
