@@ -7,7 +7,6 @@ use std::fmt;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use cryptfold_nvmf_target::audit::TARGET as AUDIT;
 use serde_json::Value;
 
 use crate::caller::Caller;
@@ -126,8 +125,8 @@ impl fmt::Display for Roles {
 }
 
 /// -1, as the operating system says it.
-fn denied(peer: Peer, what: &str, why: &str) -> RpcError {
-    tracing::warn!(target: AUDIT, event = "call refused", method = what, by = %peer, reason = why);
+fn denied(control: &Control, peer: Peer, what: &'static str, why: &str) -> RpcError {
+    control.refusals.add(peer, what, why);
     RpcError::new(RpcError::EPERM, format!("{what}: {why}: Operation not permitted"))
 }
 
@@ -140,11 +139,12 @@ struct Session {
 
 impl Handler for Session {
     fn call(&self, method: &str, params: Option<&Value>) -> RpcResult {
-        if let Some(role) = self.control.table().get(method).map(|m| m.role_of(params))
-            && !self.roles.allow(role)
+        if let Some(m) = self.control.table().get(method)
+            && !self.roles.allow(m.role_of(params))
         {
+            let role = m.role_of(params);
             let why = format!("the role {role} is needed, uid {} has {}", self.peer.uid, self.roles);
-            return Err(denied(self.peer, method, &why));
+            return Err(denied(&self.control, self.peer, m.name, &why));
         }
         self.control.call_by(&Caller::peer(self.peer.to_string(), self.roles.to_string()), method, params)
     }
@@ -161,7 +161,7 @@ pub(crate) fn session(control: &Arc<Control>, peer: Peer) -> Result<Arc<dyn Hand
             "uid {} and gid {} have no role on this socket (cryptfold target --role)",
             peer.uid, peer.gid
         );
-        return Err(denied(peer, "connect", &why));
+        return Err(denied(control, peer, "connect", &why));
     }
     Ok(Arc::new(Session { control: control.clone(), peer, roles }))
 }

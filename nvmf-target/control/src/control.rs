@@ -32,6 +32,7 @@ use crate::logging::LogControl;
 use crate::luks::Volumes;
 use crate::options::Options;
 use crate::pools::{Locked, Pools, Try};
+use crate::refusals::Refusals;
 use crate::table::{Role, Table};
 use crate::watch::Watch;
 
@@ -130,6 +131,8 @@ pub struct Control {
     pub(crate) options: Mutex<Options>,
     pub(crate) log: LogControl,
     pub(crate) watch: Arc<Watch>,
+    /// Calls that were refused.
+    pub(crate) refusals: Refusals,
     /// Kind of I/O that `bdev_get_histogram` shows, by device.
     pub(crate) histogram_opc: Mutex<HashMap<String, String>>,
     pub(crate) config: ControlConfig,
@@ -173,6 +176,7 @@ impl Control {
             options: Mutex::default(),
             log: config.log.clone(),
             watch: Arc::default(),
+            refusals: Refusals::default(),
             histogram_opc: Mutex::default(),
             config,
             hub: Hub::default(),
@@ -403,6 +407,7 @@ impl Control {
     /// The first thing that did not end as it should; the rest is ended all the same.
     pub fn shutdown(&self) -> Result<(), RpcError> {
         self.end_waits();
+        self.refusals.end();
         self.kms.end();
         let Some(running) = self.running.get() else { return Ok(()) };
         let Some(runtime) = lock(&running.runtime).take() else { return Ok(()) };

@@ -31,6 +31,7 @@ mod overview;
 pub mod params;
 mod peer;
 mod pools;
+mod refusals;
 mod roles;
 pub mod server;
 pub mod table;
