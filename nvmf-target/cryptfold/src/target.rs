@@ -26,6 +26,9 @@ use crate::cores::Cores;
 use crate::signals::{EndRequests, kill_self};
 use crate::{Failure, SocketArgs, reference};
 
+/// How long a kill by request waits for the audit log.
+const AUDIT_LIMIT: Duration = Duration::from_secs(5);
+
 #[derive(Clone, Copy, ValueEnum)]
 enum Idle {
     /// Never sleep: lowest latency, one whole CPU per core of the list.
@@ -132,6 +135,7 @@ pub fn run(args: TargetArgs) -> Result<(), Failure> {
     // Closed after everything else.
     let audit = args.audit_log.as_deref().map(AuditLog::open).transpose().map_err(|e| e.to_string())?;
     let log = LogControl::install(args.log, audit.as_ref());
+    let flush_audit = audit.as_ref().map(AuditLog::flusher);
     // Whoever connects is judged by who it is; without roles nobody else gets that far.
     let mode = if args.role.is_empty() { 0o600 } else { 0o666 };
     let sender = std::sync::Mutex::new(ends.sender.clone());
@@ -152,7 +156,14 @@ pub fn run(args: TargetArgs) -> Result<(), Failure> {
             Signal::Int | Signal::Term | Signal::Quit => {
                 let _ = sender.lock().map(|s| s.send(()));
             }
-            Signal::Kill => kill_self(),
+            Signal::Kill => {
+                if let Some(flush) = &flush_audit
+                    && !flush(AUDIT_LIMIT)
+                {
+                    tracing::error!("killed by request, with records that are not in the audit log");
+                }
+                kill_self();
+            }
             Signal::Hup | Signal::Usr1 => tracing::info!(?signal, "signal ignored"),
         }),
     });

@@ -217,6 +217,63 @@ fn a_full_disk_holds_up_nobody() {
     assert_eq!(recorded, calls, "nothing is lost");
 }
 
+/// Calls of a configuration are those of whoever has it loaded; at the start they are the target's.
+#[test]
+fn what_a_configuration_calls_is_its_loaders() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = |name: &str| {
+        json!({"subsystems": [{"subsystem": "bdev", "config": [
+            {"method": "bdev_malloc_create", "params": {"name": name, "num_blocks": 64, "block_size": 512}}]}]})
+    };
+    let start = dir.path().join("start.json");
+    std::fs::write(&start, config("first").to_string()).unwrap();
+    let target = Target::start(dir.path(), &["-c", start.to_str().unwrap()]);
+    target.ok("load_config", json!({"config": config("second")}));
+    // One that loads itself ends, with an error.
+    let own = dir.path().join("own.json");
+    let load = json!({"method": "load_config", "params": {"filename": own}});
+    std::fs::write(&own, json!({"subsystems": [{"subsystem": "bdev", "config": [load]}]}).to_string())
+        .unwrap();
+    let out = target.rpc("load_config", &json!({"filename": own}));
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(!out.status.success() && said.contains("Too many levels"), "{said}");
+    target.end("-TERM");
+    let file = dir.path().join("audit.log");
+    verify(&[], &file).unwrap();
+    let all = records(&file);
+    let made = |name: &str| all.iter().find(|r| r["params"]["name"] == name).unwrap();
+    let (first, second) = (made("first"), made("second"));
+    assert_eq!(
+        (&first["by"], &first["roles"], &first["within"]),
+        (&json!("the target"), &Value::Null, &Value::Null)
+    );
+    assert!(second["by"].as_str().unwrap().starts_with("uid 0 "), "{second}");
+    assert_eq!(
+        (&second["roles"], &second["within"]),
+        (&json!("viewer, operator, security"), &json!("load_config"))
+    );
+    let loads = all.iter().filter(|r| r["method"] == "load_config" && r["by"] == second["by"]).count();
+    assert_eq!(loads, 1);
+}
+
+/// What was recorded before is in the file when the program is killed through its socket, and so is who did it.
+#[test]
+fn a_kill_by_request_is_the_last_record() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut target = Target::start(dir.path(), &[]);
+    target.ok("bdev_malloc_create", json!({"name": "m", "num_blocks": 64, "block_size": 512}));
+    // It does not live long enough to answer.
+    target.rpc("spdk_kill_instance", &json!({"sig_name": "SIGKILL"}));
+    wait("the target's end", || target.child.try_wait().unwrap().is_some());
+    let file = dir.path().join("audit.log");
+    verify(&[], &file).unwrap();
+    let all = records(&file);
+    let last = all.last().unwrap();
+    assert_eq!(last["event"], "killed by request");
+    assert!(last["by"].as_str().unwrap().starts_with("uid 0 "), "{last}");
+    assert_eq!(all[all.len() - 2]["method"], "bdev_malloc_create");
+}
+
 /// A user that is not root calls the program; it has to be somewhere where that user can start it.
 struct Other {
     program: PathBuf,
@@ -289,6 +346,36 @@ fn each_role_may_do_its_own_and_nothing_else() {
     };
     assert_eq!((by(viewer), by(operator), by(security), by(nobody)), (4, 3, 2, 4));
     assert!(!std::fs::read_to_string(&log).unwrap().contains(KEY));
+}
+
+/// A user who tries again and again takes a few records a minute, and the others are counted.
+#[test]
+fn refusals_do_not_fill_the_log_and_none_is_lost() {
+    const CALLS: u64 = 60;
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::set_permissions(dir.path(), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let other = Other { program: dir.path().join("cryptfold"), socket: dir.path().join("s.sock") };
+    std::fs::copy(PROGRAM, &other.program).unwrap();
+    let target = Target::start(dir.path(), &["--role", "viewer=uid:61001"]);
+    for _ in 0..CALLS {
+        other.call(61_001, "bdev_malloc_delete", &json!({"name": "m"})).unwrap_err();
+    }
+    other.call(61_001, "bdev_null_delete", &json!({"name": "m"})).unwrap_err();
+    target.end("-TERM");
+    let log = dir.path().join("audit.log");
+    verify(&[], &log).unwrap();
+    let all = records(&log);
+    let of = |event: &str, method: &str| -> Vec<Value> {
+        all.iter().filter(|r| r["event"] == event && r["method"] == method).cloned().collect()
+    };
+    let (alone, rest) =
+        (of("call refused", "bdev_malloc_delete"), of("more calls refused", "bdev_malloc_delete"));
+    let counted: u64 = rest.iter().map(|r| r["calls"].as_u64().unwrap()).sum();
+    // However many minutes it took.
+    assert_eq!(alone.len() as u64 + counted, CALLS);
+    assert!(alone.len() >= 10 && !rest.is_empty(), "{} and {rest:?}", alone.len());
+    assert!(rest.iter().all(|r| r["by"].as_str().unwrap().starts_with("uid 61001 ")));
+    assert_eq!(of("call refused", "bdev_null_delete").len(), 1);
 }
 
 /// Nobody but root and the target's user reaches the socket then.

@@ -59,11 +59,14 @@ struct Queue {
     events: Vec<Event>,
     lost: u64,
     closing: bool,
+    /// Events that were ever queued, and of these those that are in the file.
+    sent: u64,
+    written: u64,
 }
 
-/// The sending end.
+/// The sending end: the queue, what tells the thread of a change, and what tells others that it has written.
 #[derive(Clone, Default)]
-pub(super) struct Sender(Arc<(Mutex<Queue>, Condvar)>);
+pub(super) struct Sender(Arc<(Mutex<Queue>, Condvar, Condvar)>);
 
 impl Sender {
     /// Never waits for the file: the thread holds the lock only to take what is there.
@@ -71,11 +74,27 @@ impl Sender {
         let mut queue = lock(&self.0.0);
         let refused = event.members.get("event").is_some_and(|e| e == "call refused");
         match queue.events.len() < if refused { QUEUED / 2 } else { QUEUED } {
-            true => queue.events.push(event),
+            true => {
+                queue.events.push(event);
+                queue.sent += 1;
+            }
             false => queue.lost += 1,
         }
         drop(queue);
         self.0.1.notify_one();
+    }
+
+    /// Waits until what has been sent so far is in the file and synced, for so long at most. Whether it is.
+    fn flush(&self, limit: Duration) -> bool {
+        let queue = lock(&self.0.0);
+        let sent = queue.sent;
+        let waited = self.0.2.wait_timeout_while(queue, limit, |q| q.written < sent);
+        waited.unwrap_or_else(PoisonError::into_inner).0.written >= sent
+    }
+
+    fn wrote(&self, events: usize) {
+        lock(&self.0.0).written += events as u64;
+        self.0.2.notify_all();
     }
 
     fn close(&self) {
@@ -85,7 +104,7 @@ impl Sender {
 
     /// Waits until there is something, or, after a failure, for the next attempt.
     fn wait(&self, failing: bool) -> MutexGuard<'_, Queue> {
-        let (queue, change) = &*self.0;
+        let (queue, change, _) = &*self.0;
         let queue = lock(queue);
         if failing {
             let waited = change.wait_timeout_while(queue, RETRY, |q| !q.closing);
@@ -128,6 +147,12 @@ impl AuditLog {
     /// How it began, for the program's own log, which opens later.
     pub fn begun(&self) -> &str {
         &self.begun
+    }
+
+    /// For whoever ends the program at once: waits until all that was recorded before is in the file, for so long at most. Whether it is.
+    pub fn flusher(&self) -> impl Fn(Duration) -> bool + Send + Sync + use<> {
+        let sender = self.sender.clone();
+        move |limit| sender.flush(limit)
     }
 
     /// What a subscriber sends events by.
@@ -310,6 +335,7 @@ impl<S: Store> Writer<S> {
         members.insert("event".into(), "audit log closed".into());
         members.insert("pid".into(), std::process::id().into());
         self.batch.push(Event { time: now(), members });
+        lock(&self.from.0.0).sent += 1;
         for attempt in 1..=LAST_ATTEMPTS {
             if self.write() {
                 return self.anchor();
@@ -347,6 +373,7 @@ impl<S: Store> Writer<S> {
             return false;
         }
         self.lost = 0;
+        self.from.wrote(self.batch.len());
         self.batch.clear();
         self.head = head;
         if std::mem::take(&mut self.failing) {
@@ -560,6 +587,33 @@ mod tests {
         let lost: Vec<_> = records.iter().filter(|r| r["event"] == "records lost").collect();
         assert_eq!((lost.len(), &lost[0]["records"]), (1, &json!(5)));
         assert_eq!(records.last().unwrap()["event"], CLOSED);
+    }
+
+    /// What was sent before a flush is in the file after it, whatever the thread was doing; one that is full is told after the limit.
+    #[test]
+    fn a_flush_waits_for_what_was_sent() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("audit.log");
+        let log = AuditLog::open(&path).unwrap();
+        let flush = log.flusher();
+        for n in 0..200 {
+            log.sender.send(event(n));
+            assert!(flush(Duration::from_secs(120)));
+            let last = read(&[&path]).pop().unwrap();
+            assert_eq!(last["number"], n);
+        }
+        drop(log);
+        assert!(flush(Duration::ZERO), "nothing is left");
+
+        let (disk, sender) = (Disk::default(), Sender::default());
+        let writer = Writer::new(disk.clone(), Head::default(), sender.clone());
+        let thread = std::thread::spawn(move || writer.run());
+        sender.send(event(0));
+        assert!(!sender.flush(Duration::from_millis(50)), "there is no room");
+        lock(&disk.0).1 = usize::MAX;
+        assert!(sender.flush(Duration::from_secs(120)));
+        sender.close();
+        thread.join().unwrap();
     }
 
     /// Nothing that is no regular file is read, locked or truncated; the end comes also when nothing could be written.

@@ -1,7 +1,9 @@
 //! The program itself: methods, versions, phases, reactors and threads.
 
+use cryptfold_nvmf_target::audit::TARGET as AUDIT;
 use serde_json::{Value, json};
 
+use crate::caller::Caller;
 use crate::control::{Control, Signal};
 use crate::jsonrpc::{RpcError, RpcResult};
 use crate::params::{choices, params};
@@ -172,6 +174,12 @@ fn kill(c: &Control, p: Kill) -> RpcResult {
         SignalName::Kill => Signal::Kill,
         SignalName::Usr1 => Signal::Usr1,
     };
+    if signal == Signal::Kill {
+        // Nothing is recorded after it.
+        c.refusals.tell_all();
+        let caller = Caller::current();
+        tracing::warn!(target: AUDIT, event = "killed by request", by = caller.by, roles = caller.roles);
+    }
     (c.config.on_signal)(signal);
     Ok(json!(true))
 }
