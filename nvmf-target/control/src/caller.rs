@@ -31,6 +31,12 @@ impl Caller {
         outer.unwrap_or_else(|| Caller { by: "the target".into(), roles: None, within: Vec::new() })
     }
 
+    /// Whether the call that is under way on this thread is one of a configuration, or of the program: nobody has made this very
+    /// call.
+    pub fn is_configuration(&self) -> bool {
+        self.roles.is_none() || self.within.len() > 1
+    }
+
     /// For the audit log: nothing if the call is made within no other.
     pub fn within(&self) -> Option<String> {
         (!self.within.is_empty()).then(|| self.within.join(" > "))
@@ -69,10 +75,11 @@ mod tests {
         {
             let _outer = peer.enter("load_config");
             assert_eq!(Caller::current().within().as_deref(), Some("load_config"));
+            assert!(!Caller::current().is_configuration(), "the peer's own call");
             {
                 let _inner = Caller::current().enter("load_config");
                 let now = Caller::current();
-                assert_eq!((now.by.as_str(), now.within.len()), ("uid 7", 2));
+                assert_eq!((now.by.as_str(), now.within.len(), now.is_configuration()), ("uid 7", 2, true));
                 assert_eq!(now.within().as_deref(), Some("load_config > load_config"));
             }
             assert_eq!(Caller::current().within.len(), 1);

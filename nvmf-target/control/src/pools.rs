@@ -4,6 +4,9 @@
 //! as the pool's key slots say. Unless the request names one, a file is made in the key directory. A device that appears is tried
 //! with the keys of that directory and of systemd's credentials, with those that were named before, and with the key servers that
 //! are known. A pool that none of them opens is listed as locked, until it is unlocked or its device is gone.
+//!
+//! A pool that the security role has locked has a file in the key directory (`locked/UUID`) that says so: until that role unlocks
+//! it, nothing else opens it, whatever key it names, after a restart either.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -30,6 +33,10 @@ use crate::kms::{KekError, Kms};
 
 /// Bytes in a key-encryption key.
 const KEK_BYTES: usize = 32;
+/// In the key directory: a file for each pool that the security role has locked.
+const LOCKED_DIRECTORY: &str = "locked";
+/// Why such a pool is not opened.
+pub const HELD: &str = "it was locked by request (cryptfold_encryption_lock)";
 /// Key files of the directory that are tried on a device.
 const MAX_TRIED: usize = 256;
 
@@ -223,6 +230,45 @@ impl Pools {
         locked.push(new);
     }
 
+    fn mark(&self, uuid: Uuid) -> PathBuf {
+        self.key_dir.join(LOCKED_DIRECTORY).join(uuid.to_string())
+    }
+
+    /// Whether the security role has locked the pool, and has not unlocked it since.
+    pub fn is_held(&self, uuid: Uuid) -> bool {
+        // What can not be looked at counts.
+        self.mark(uuid).try_exists().unwrap_or(true)
+    }
+
+    /// From now on only the security role opens the pool.
+    ///
+    /// # Errors
+    /// That can not be made durable.
+    pub fn hold(&self, uuid: Uuid) -> Result<(), RpcError> {
+        if self.is_held(uuid) {
+            return Ok(());
+        }
+        Ok(write_key_file(&self.mark(uuid), b"locked\n")?)
+    }
+
+    /// The security role has unlocked it.
+    ///
+    /// # Errors
+    /// It would be locked again after the next start.
+    pub fn release(&self, uuid: Uuid) -> Result<(), RpcError> {
+        let path = self.mark(uuid);
+        match std::fs::remove_file(&path) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                let what = format!(
+                    "the pool is unlocked, and will be locked after the next start: {}: {e}",
+                    path.display()
+                );
+                Err(RpcError::new(-i64::from(e.raw_os_error().unwrap_or(5)), what))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// A locked pool is not tried again by itself; why.
     fn stop_waiting(&self, bdev: &str, reason: &str) {
         for l in lock(&self.locked).iter_mut().filter(|l| l.pool.base_bdev == bdev) {
@@ -328,12 +374,49 @@ impl Pools {
     /// opens becomes a locked one.
     ///
     /// # Errors
-    /// A pool that can not be opened; of several keys, none fits.
+    /// A pool that can not be opened, or that the security role has locked; of several keys, none fits.
     pub fn open(
         &self,
         bdev: &str,
         key: Try<'_>,
         memory_budget: Option<u64>,
+    ) -> Result<Option<PoolInfo>, RpcError> {
+        self.open_as(bdev, key, memory_budget, false)
+    }
+
+    /// As [`Pools::open`], for the security role: also what that has locked.
+    ///
+    /// # Errors
+    /// As [`Pools::open`].
+    pub fn unlock(
+        &self,
+        bdev: &str,
+        key: Try<'_>,
+        memory_budget: Option<u64>,
+    ) -> Result<Option<PoolInfo>, RpcError> {
+        self.open_as(bdev, key, memory_budget, true)
+    }
+
+    /// Lists a pool as locked that only the security role opens.
+    fn refuse_held(&self, pool: SealedPool, memory_budget: Option<u64>) -> RpcError {
+        let (name, base) = (pool.name.clone(), pool.base_bdev.clone());
+        if self.find_locked(&base).is_none_or(|l| l.reason != HELD) {
+            self.set_locked(Locked { pool, reason: HELD.into(), waiting: false, memory_budget });
+        }
+        RpcError::new(
+            -126,
+            format!(
+                "pool \"{name}\" on {base}: {HELD}; the role security unlocks it (cryptfold_encryption_unlock)"
+            ),
+        )
+    }
+
+    fn open_as(
+        &self,
+        bdev: &str,
+        key: Try<'_>,
+        memory_budget: Option<u64>,
+        security: bool,
     ) -> Result<Option<PoolInfo>, RpcError> {
         let _one = lock(&self.searching);
         let base = self.registry.get(bdev)?;
@@ -344,6 +427,9 @@ impl Pools {
         self.check_mode(&sealed)?;
         let memory_budget =
             memory_budget.or_else(|| self.find_locked(base.name()).and_then(|l| l.memory_budget));
+        if !security && self.is_held(sealed.uuid) {
+            return Err(self.refuse_held(sealed, memory_budget));
+        }
         let found = self.find_key(&sealed, key);
         let (key, kek) = match found {
             Ok(found) => found,

@@ -3,6 +3,7 @@
 use std::path::Path;
 use std::sync::Arc;
 
+use cryptfold_control::access::Peer;
 use cryptfold_control::config::Config;
 use cryptfold_control::jsonrpc::{Handler as _, RpcError};
 use cryptfold_control::{Control, ControlConfig};
@@ -22,6 +23,7 @@ impl Target {
             pin: false,
             memory: MemoryConfig { hugepages: false, fixed_buffers: false, arena_bytes: 4 << 20 },
             key_dir: dir.join("keys"),
+            grants: vec!["operator=uid:61002".parse().unwrap()],
             ..ControlConfig::default()
         });
         control.initialize().unwrap();
@@ -139,6 +141,54 @@ fn a_pool_with_a_password_is_locked_and_unlocked_with_what_stands_on_it() {
     assert_eq!((target.pool()["state"].clone(), target.namespaces()), (json!("locked"), 0));
     target.ok(UNLOCK, unlock("the first password"));
     assert_eq!(target.namespaces(), 1);
+    target.end();
+}
+
+/// No key file that an operator or the configuration names, and no return of its device, opens what the security role has locked; not
+/// after a restart either. The rest of the configuration loads.
+#[test]
+fn what_the_security_role_has_locked_it_alone_unlocks() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = Target::with_disk(dir.path());
+    let create = json!({"bdev_name": "disk", "lvs_name": "p", "exist_ok": true});
+    target.ok("bdev_lvol_create_lvstore", create.clone());
+    target.serve();
+    let open = json!({"base_bdev_name": "disk", "key_file": target.pool()["opened_by"]["key_file"]});
+    let config = target.ok("save_config", Value::Null);
+    let is_refused = |target: &Target| {
+        let peer = Peer { pid: 1, uid: 61_002, gid: 61_002 };
+        let operator = target.control.session(peer).unwrap();
+        for (method, params) in [("cryptfold_pool_open", &open), ("bdev_lvol_create_lvstore", &create)] {
+            let e = operator.call(method, Some(params)).unwrap_err();
+            assert_eq!(e.code, -126, "{}", e.message);
+            assert!(e.message.contains("the role security unlocks it"), "{}", e.message);
+        }
+        let _ = operator.call("bdev_examine", Some(&json!({"name": "disk"})));
+        assert_eq!((target.pool()["state"].clone(), target.namespaces()), (json!("locked"), 0));
+        assert!(target.pool()["reason"].as_str().unwrap().contains("by request"));
+    };
+    target.ok("cryptfold_encryption_lock", json!({"name": "p"}));
+    is_refused(&target);
+    // The device comes again.
+    target.ok("bdev_uring_delete", json!({"name": "disk"}));
+    let file = dir.path().join("disk");
+    target.ok("bdev_uring_create", json!({"name": "disk", "filename": file, "block_size": 4096}));
+    is_refused(&target);
+    target.end();
+
+    let target = Target::new(dir.path());
+    Config::from_value("saved", &config).unwrap().load(&target.control).unwrap();
+    is_refused(&target);
+    // A key that does not fit changes nothing; the one that does, does.
+    target.refused(UNLOCK, unlock("another password"), -126, "no key slot");
+    is_refused(&target);
+    target.ok(UNLOCK, json!({"name": "p", "key_file": open["key_file"]}));
+    assert_eq!(target.namespaces(), 1);
+    target.end();
+
+    let target = Target::new(dir.path());
+    Config::from_value("saved", &config).unwrap().load(&target.control).unwrap();
+    assert_eq!((target.pool()["state"].clone(), target.namespaces()), (json!("unlocked"), 1));
     target.end();
 }
 
@@ -388,7 +438,7 @@ fn a_key_file_that_opens_another_pool_is_kept() {
         (Value::Null, Value::Null)
     );
     let mut names: Vec<_> = std::fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().file_name()).collect();
-    names.retain(|n| n.to_string_lossy().contains("key"));
+    names.retain(|n| n.to_string_lossy().ends_with(".key"));
     names.sort();
     assert_eq!(names, ["shared.key", "shared.old-1.key"]);
 

@@ -16,7 +16,7 @@ use crate::control::Control;
 use crate::jsonrpc::{RpcError, RpcResult};
 use crate::keys::{hex_line, random_key, read_key, read_password, write_key_file};
 use crate::params::{SecretText, choices, params};
-use crate::pools::{Locked, PoolKey, Pools, Try, make_key, salt, short};
+use crate::pools::{HELD, Locked, PoolKey, Pools, Try, make_key, salt, short};
 use crate::table::Method;
 
 choices! {
@@ -209,7 +209,9 @@ pub fn methods() -> Vec<Method> {
         ),
         Method::new(
             "cryptfold_encryption_lock",
-            "Closes a pool and forgets its keys: its volumes are gone, hosts lose their namespaces, until it is unlocked. Ours.",
+            "Closes a pool and forgets its keys: its volumes are gone, hosts lose their namespaces, until cryptfold_encryption_unlock opens \
+             it. Nothing else does, whatever key it is given, after a restart either (a file in the key directory, `locked/UUID`, says \
+             so). Ours.",
             |c, p: Name| lock_pool(c, &p.name),
         ),
         Method::new(
@@ -510,7 +512,7 @@ fn unlock(c: &Control, p: Unlock) -> RpcResult {
             return Err(RpcError::params("key_file: either this or a password can be given"));
         }
     };
-    let opened = pools.open(&locked.pool.base_bdev, key, locked.memory_budget);
+    let opened = pools.unlock(&locked.pool.base_bdev, key, locked.memory_budget);
     let info = match opened {
         Ok(Some(info)) => info,
         Ok(None) => return Err(RpcError::no_device(&locked.pool.base_bdev)),
@@ -521,6 +523,7 @@ fn unlock(c: &Control, p: Unlock) -> RpcResult {
         }
     };
     c.pool_opened(&info.name);
+    pools.release(info.uuid)?;
     Ok(json!(info.uuid.to_string()))
 }
 
@@ -538,17 +541,22 @@ fn lock_pool(c: &Control, name: &str) -> RpcResult {
     // Before anything is taken apart: nothing between that and the list of what waits may fail.
     let sealed =
         pools.manager().peek(&info.base_bdev)?.ok_or_else(|| RpcError::no_device(&info.base_bdev))?;
+    let held = pools.is_held(info.uuid);
+    pools.hold(info.uuid)?;
     let closed = pools.manager().close(&info.name);
     if let Err(e) = &closed
         && pools.manager().list().iter().any(|i| i.uuid == info.uuid)
     {
+        if !held {
+            pools.release(info.uuid)?;
+        }
         return Err(e.clone().into());
     }
     // Its slots may have been changed in between.
     let sealed = pools.manager().peek(&info.base_bdev).ok().flatten().unwrap_or(sealed);
     // Forgotten, so that a saved configuration starts it locked.
     pools.forget(info.uuid);
-    let (reason, memory_budget) = ("it was locked by request".into(), Some(info.memory_budget_bytes));
+    let (reason, memory_budget) = (HELD.into(), Some(info.memory_budget_bytes));
     pools.set_locked(Locked { pool: sealed, reason, waiting: false, memory_budget });
     let after = all(c)?;
     for (method, params) in before.into_iter().filter(|call| !after.contains(call)) {

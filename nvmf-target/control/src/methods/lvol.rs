@@ -8,6 +8,7 @@ use cryptfold_reduce::{
 use serde_json::{Value, json};
 
 use super::crypto::absolute;
+use crate::caller::Caller;
 use crate::control::Control;
 use crate::jsonrpc::{RpcError, RpcResult};
 use crate::keys::read_password;
@@ -467,10 +468,15 @@ fn create_store(c: &Control, p: CreateStore) -> RpcResult {
     let pools = c.pools()?;
     let key = new_key(&p)?;
     let budget = p.memory_budget_mib.map(|m| u64::from(m) << 20);
-    if p.exist_ok
-        && let Some(info) = existing(pools, &p.bdev_name, &p.lvs_name, &key, budget)?
-    {
-        return Ok(json!(info.uuid.to_string()));
+    if p.exist_ok {
+        let found = existing(pools, &p.bdev_name, &p.lvs_name, &key, budget);
+        let locked = pools.find_locked(&p.bdev_name).filter(|l| found.is_err() && may_stay_locked(pools, l));
+        if let Some(locked) = locked {
+            return Ok(json!(locked.pool.uuid.to_string()));
+        }
+        if let Some(info) = found? {
+            return Ok(json!(info.uuid.to_string()));
+        }
     }
     let segment_bytes = p.segment_size_mib.map(|m| m.checked_mul(1 << 20)).map(|b| {
         b.ok_or_else(|| RpcError::params("segment_size_mib: a power of two from 1 to 1024 is needed"))
@@ -695,15 +701,22 @@ fn open_pool(c: &Control, p: OpenPool) -> RpcResult {
             Ok(json!(info.uuid.to_string()))
         }
         Ok(None) => Err(none()),
-        // It is listed, and opened when its key server answers.
-        Err(e) => match pools.find_locked(&p.base_bdev_name).filter(|l| l.waiting) {
-            Some(locked) => {
-                c.retry_unlocks();
-                Ok(json!(locked.pool.uuid.to_string()))
+        // It is listed, and opened when its key server answers, or when who has locked it unlocks it.
+        Err(e) => {
+            match pools.find_locked(&p.base_bdev_name).filter(|l| l.waiting || may_stay_locked(pools, l)) {
+                Some(locked) => {
+                    c.retry_unlocks();
+                    Ok(json!(locked.pool.uuid.to_string()))
+                }
+                None => Err(e),
             }
-            None => Err(e),
-        },
+        }
     }
+}
+
+/// Whether the security role has locked a pool that a configuration opens: the rest of it is loaded all the same.
+fn may_stay_locked(pools: &Pools, locked: &Locked) -> bool {
+    Caller::current().is_configuration() && pools.is_held(locked.pool.uuid)
 }
 
 fn check(c: &Control, p: Check) -> RpcResult {
