@@ -218,6 +218,18 @@ fn slots_come_and_go_and_are_backed_up() {
     target.refused(method, passwd("not the password", "the other password"), -126, "opens no key slot");
     assert_eq!(target.ok(method, passwd("the first password", "the other password")), 1);
 
+    // A password's slot gets another salt: the slot that is named, and no other.
+    let third = json!({"name": "p", "kind": "password", "password": "the third password"});
+    assert_eq!(target.ok("cryptfold_encryption_add_slot", third), 3);
+    let rotate = |password: &str| json!({"name": "p", "slot": 3, "password": password});
+    let before = target.pool()["slots"].clone();
+    let method = "cryptfold_encryption_rotate_kek";
+    target.refused(method, rotate("the other password"), -32602, "opens key slot 1, not 3");
+    assert_eq!(target.pool()["slots"], before, "nothing was changed");
+    assert_eq!(target.ok(method, rotate("the third password"))["slot"], 3);
+    assert_ne!(target.pool()["slots"][3]["key_id"], before[3]["key_id"]);
+    target.ok("cryptfold_encryption_remove_slot", json!({"name": "p", "slot": 3}));
+
     // The key file gets another key; the old one opens nothing.
     assert_eq!(target.ok("cryptfold_encryption_rotate_kek", json!({"name": "p", "slot": 0}))["slot"], 0);
     assert_ne!(std::fs::read(&key_file).unwrap(), old_key);
