@@ -325,13 +325,23 @@ impl Control {
     pub(crate) fn examine(&self, name: &str) -> Result<(), RpcError> {
         let pools = self.pools()?;
         let bdev = self.registry.get(name)?;
-        if pools.is_candidate(&bdev)
-            && let Some(info) = pools.open(name, Try::All, None).inspect_err(|_| self.retry_unlocks())?
-        {
-            tracing::info!(bdev = name, pool = info.name, "pool opened");
-            self.watch.note("pool_open", &info.name);
+        if !pools.is_candidate(&bdev) {
+            return Ok(());
         }
-        Ok(())
+        match pools.open(name, Try::All, None) {
+            Ok(Some(info)) => {
+                tracing::info!(bdev = name, pool = info.name, "pool opened");
+                self.watch.note("pool_open", &info.name);
+                Ok(())
+            }
+            Ok(None) => Ok(()),
+            // It is listed, and was looked at.
+            Err(_) if pools.find_locked(bdev.name()).is_some_and(|l| pools.is_held(l.pool.uuid)) => Ok(()),
+            Err(e) => {
+                self.retry_unlocks();
+                Err(e)
+            }
+        }
     }
 
     /// A pool was opened: what had waited for its volumes is made now.

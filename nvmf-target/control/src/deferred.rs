@@ -8,7 +8,7 @@ use serde_json::Value;
 use crate::control::{Control, lock};
 use crate::jsonrpc::{Handler as _, RpcError};
 
-/// What may wait: calls that make or set something on a volume. Their parameters are in saved configurations, so nothing that is
+/// What may wait: calls that make a volume, or make or set something on one. Their parameters are in saved configurations, so nothing that is
 /// given a password or a key is among them.
 const MAY_WAIT: &[&str] = &[
     "bdev_crypto_create",
@@ -18,6 +18,7 @@ const MAY_WAIT: &[&str] = &[
     "bdev_examine",
     "bdev_hostcrypt_create",
     "bdev_luks_create",
+    "bdev_lvol_create",
     "bdev_passthru_create",
     "bdev_set_qos_limit",
     "bdev_split_create",
@@ -40,6 +41,20 @@ fn has_secret(params: &Value) -> bool {
     }
 }
 
+/// Whether a call was refused because a pool is locked, as far as can be seen.
+fn lacks_pool(c: &Control, method: &str, params: &Value, e: &RpcError) -> bool {
+    let Ok(pools) = c.pools() else { return false };
+    match (e.code, method) {
+        // It names its pool.
+        (_, "bdev_lvol_create") => {
+            let named = ["lvs_name", "uuid"].iter().find_map(|name| params.get(name)?.as_str());
+            e.code == RpcError::ENOKEY && named.is_some_and(|name| pools.find_locked(name).is_some())
+        }
+        (RpcError::ENODEV, _) => !pools.locked().is_empty(),
+        _ => false,
+    }
+}
+
 /// See the module.
 #[derive(Default)]
 pub struct Deferred(Mutex<Vec<(String, Value)>>);
@@ -51,8 +66,8 @@ impl Deferred {
         lock(&self.0).push((method.into(), params));
     }
 
-    /// Keeps a call that was refused because its device is not there while a pool is locked, if it is one of those that may
-    /// wait; else gives the refusal back.
+    /// Keeps a call that was refused because its device is not there while a pool is locked, or because its pool is locked, if it is
+    /// one of those that may wait; else gives the refusal back.
     ///
     /// # Errors
     /// The refusal.
@@ -63,10 +78,9 @@ impl Deferred {
         params: Option<&Value>,
         e: RpcError,
     ) -> Result<(), RpcError> {
-        let locked = || c.pools().is_ok_and(|p| !p.locked().is_empty());
-        match (e.code, params) {
-            (RpcError::ENODEV, Some(params))
-                if MAY_WAIT.contains(&method) && !has_secret(params) && locked() =>
+        match params {
+            Some(params)
+                if MAY_WAIT.contains(&method) && !has_secret(params) && lacks_pool(c, method, params, &e) =>
             {
                 self.add(method, params.clone());
                 Ok(())
@@ -92,7 +106,9 @@ impl Deferred {
         for (method, params) in calls {
             match c.call(&method, Some(&params)) {
                 Ok(_) => {}
-                Err(e) if e.code == RpcError::ENODEV => lock(&self.0).push((method, params)),
+                Err(e) if e.code == RpcError::ENODEV || lacks_pool(c, &method, &params, &e) => {
+                    lock(&self.0).push((method, params));
+                }
                 Err(e) => {
                     tracing::error!(method, error = e.message, "could not be made after a pool was unlocked")
                 }

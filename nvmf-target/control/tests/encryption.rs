@@ -192,6 +192,66 @@ fn what_the_security_role_has_locked_it_alone_unlocks() {
     target.end();
 }
 
+/// A configuration that makes volumes starts with its pool locked: what stands on the pool waits, what can not wait is passed over, and
+/// all the rest is there. A pool that nobody has locked is refused as before.
+#[test]
+fn a_pool_that_the_security_role_has_locked_stops_no_start() {
+    let dir = tempfile::tempdir().unwrap();
+    let disk = dir.path().join("disk");
+    std::fs::File::create(&disk).unwrap().set_len(64 << 20).unwrap();
+    let example = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../examples/single-disk.json");
+    let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
+    let text = std::fs::read_to_string(example)
+        .unwrap()
+        .replace("/dev/nvme1n1", disk.to_str().unwrap())
+        .replace("192.0.2.10", "127.0.0.1")
+        .replace("\"4420\"", &format!("\"{port}\""));
+    let start = || {
+        let target = Target::new(dir.path());
+        Config::parse("single-disk.json", &text).unwrap().load(&target.control).unwrap();
+        target
+    };
+    let state = |target: &Target| {
+        let all = target.ok("nvmf_get_subsystems", Value::Null);
+        let count = |s: &Value| s["namespaces"].as_array().map_or(0, Vec::len);
+        let namespaces: usize = all.as_array().unwrap().iter().map(count).sum();
+        (target.pool()["state"].as_str().unwrap().to_owned(), namespaces)
+    };
+    let target = start();
+    assert_eq!(state(&target), ("unlocked".into(), 2));
+    target.ok("cryptfold_encryption_lock", json!({"name": "pool"}));
+    target.end();
+
+    let target = start();
+    assert_eq!(state(&target), ("locked".into(), 0));
+    let create = "bdev_lvol_create";
+    let waiting = target.ok("cryptfold_encryption_status", Value::Null)["waiting_calls"].clone();
+    assert_eq!(waiting, json!([create, create, "nvmf_subsystem_add_ns", "nvmf_subsystem_add_ns"]));
+    let load = |method: &str, params: Value| {
+        let calls = json!([{"method": method, "params": params}]);
+        json!({"config": {"subsystems": [{"subsystem": "bdev", "config": calls}]}})
+    };
+    for (method, params) in [
+        ("bdev_examine", json!({"name": "disk"})),
+        ("cryptfold_pool_scrub", json!({"lvs_name": "pool", "action": "start"})),
+        ("bdev_lvol_snapshot", json!({"lvol_name": "pool/data", "snapshot_name": "s"})),
+    ] {
+        target.ok("load_config", load(method, params));
+    }
+    target.ok("bdev_examine", json!({"name": "disk"}));
+    let elsewhere = json!({"lvs_name": "none", "lvol_name": "v", "size_in_mib": 8});
+    target.refused("load_config", load(create, elsewhere), -19, "No such device");
+    let snapshot = json!({"lvol_name": "none/v", "snapshot_name": "s"});
+    target.refused("load_config", load("bdev_lvol_snapshot", snapshot), -19, "No such device");
+    target.ok(UNLOCK, json!({"name": "pool"}));
+    assert_eq!(state(&target), ("unlocked".into(), 2));
+    target.end();
+
+    let target = start();
+    assert_eq!(state(&target), ("unlocked".into(), 2));
+    target.end();
+}
+
 #[test]
 fn slots_come_and_go_and_are_backed_up() {
     let dir = tempfile::tempdir().unwrap();

@@ -292,12 +292,30 @@ impl Config {
 
     fn run(&self, control: &Control, c: &Call) -> Result<(), ConfigError> {
         let Err(e) = control.call(&c.method, c.params.as_ref()) else { return Ok(()) };
-        control.deferred.take(control, &c.method, c.params.as_ref(), e).map_err(|e| self.refused(c, e))
+        match control.deferred.take(control, &c.method, c.params.as_ref(), e) {
+            Err(e) if is_about_held(control, c, &e) => {
+                let (method, place, error) = (&c.method, &c.place, &e.message);
+                tracing::warn!(method, place, error, "skipped: its pool was locked by the role security");
+                Ok(())
+            }
+            taken => taken.map_err(|e| self.refused(c, e)),
+        }
     }
 
     fn refused(&self, c: &Call, error: RpcError) -> ConfigError {
         ConfigError::Call { origin: self.origin.clone(), place: format!("{} ({})", c.place, c.method), error }
     }
+}
+
+/// Whether a call was refused because the pool that it names, or the pool of the volume that it names, is locked by the security role:
+/// that stops no start.
+fn is_about_held(control: &Control, c: &Call, e: &RpcError) -> bool {
+    let Ok(pools) = control.pools() else { return false };
+    let params = c.params.as_ref().and_then(Value::as_object);
+    let names = || params.into_iter().flat_map(Map::values).filter_map(Value::as_str);
+    let pool = |name: &str| pools.find_locked(name.split_once('/').map_or(name, |(pool, _)| pool));
+    matches!(e.code, RpcError::ENODEV | RpcError::ENOKEY)
+        && names().filter_map(pool).any(|locked| pools.is_held(locked.pool.uuid))
 }
 
 fn only(o: &Map<String, Value>, known: &[&str]) -> Result<(), String> {

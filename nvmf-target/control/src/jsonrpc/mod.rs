@@ -40,6 +40,8 @@ impl RpcError {
     pub const EPERM: i64 = -1;
     /// No such file.
     pub const ENOENT: i64 = -2;
+    /// The key that is needed is not at hand.
+    pub const ENOKEY: i64 = -126;
     /// Busy.
     pub const EBUSY: i64 = -16;
     /// Exists already.
