@@ -74,7 +74,7 @@ pub fn check(what: &OfflineCheck) -> Result<Value, String> {
     let none = || format!("{device} carries no pool");
     let done = if what.repair {
         // Whoever runs this has the key.
-        let info = pools.unlock(base.name(), key(), None).map_err(|e| e.message)?.ok_or_else(none)?;
+        let info = pools.open_held(base.name(), key()).map_err(|e| e.message)?.ok_or_else(none)?;
         let report = pools.manager().repair(&info.name, what.data).map_err(|e| e.to_string());
         let closed = pools.manager().close(&info.name).map_err(|e| e.to_string());
         report.and_then(|report| closed.map(|()| describe_check(&info.name, &report, started)))

@@ -36,7 +36,7 @@ const KEK_BYTES: usize = 32;
 /// In the key directory: a file for each pool that the security role has locked.
 const LOCKED_DIRECTORY: &str = "locked";
 /// Why such a pool is not opened.
-pub const HELD: &str = "it was locked by request (cryptfold_encryption_lock)";
+const HELD: &str = "it was locked by request (cryptfold_encryption_lock)";
 /// Key files of the directory that are tried on a device.
 const MAX_TRIED: usize = 256;
 
@@ -128,6 +128,17 @@ pub struct Locked {
     pub memory_budget: Option<u64>,
 }
 
+/// For whom a pool is opened.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum For {
+    /// Not what the security role has locked.
+    Anybody,
+    /// The security role, which unlocks it.
+    Security,
+    /// Whoever has its key and the device to themselves; it stays as it is.
+    Owner,
+}
+
 /// Why a pool was not opened.
 struct Refusal {
     error: RpcError,
@@ -146,6 +157,9 @@ pub struct Pools {
     locked: Mutex<Vec<Locked>>,
     /// One search at a time: two of them would find each other's owner mark.
     searching: Mutex<()>,
+    /// One that opens, or locks for the security role, at a time. Taken after `searching`, and not while keys are fetched: a lock waits
+    /// for no key server.
+    opening: Mutex<()>,
 }
 
 fn kek_of_file(path: &Path) -> Result<Kek, RpcError> {
@@ -180,7 +194,8 @@ impl Pools {
         fips: FipsMode,
     ) -> Pools {
         let (keys, locked) = (Mutex::default(), Mutex::default());
-        Pools { manager, registry, kms, key_dir, fips, keys, locked, searching: Mutex::default() }
+        let (searching, opening) = (Mutex::default(), Mutex::default());
+        Pools { manager, registry, kms, key_dir, fips, keys, locked, searching, opening }
     }
 
     /// The engine.
@@ -244,7 +259,7 @@ impl Pools {
     ///
     /// # Errors
     /// That can not be made durable.
-    pub fn hold(&self, uuid: Uuid) -> Result<(), RpcError> {
+    fn hold(&self, uuid: Uuid) -> Result<(), RpcError> {
         if self.is_held(uuid) {
             return Ok(());
         }
@@ -255,7 +270,7 @@ impl Pools {
     ///
     /// # Errors
     /// It would be locked again after the next start.
-    pub fn release(&self, uuid: Uuid) -> Result<(), RpcError> {
+    fn release(&self, uuid: Uuid) -> Result<(), RpcError> {
         let path = self.mark(uuid);
         match std::fs::remove_file(&path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
@@ -381,10 +396,10 @@ impl Pools {
         key: Try<'_>,
         memory_budget: Option<u64>,
     ) -> Result<Option<PoolInfo>, RpcError> {
-        self.open_as(bdev, key, memory_budget, false)
+        self.open_as(bdev, key, memory_budget, For::Anybody)
     }
 
-    /// As [`Pools::open`], for the security role: also what that has locked.
+    /// As [`Pools::open`], for the security role: also what that has locked, which is locked no more then.
     ///
     /// # Errors
     /// As [`Pools::open`].
@@ -394,7 +409,60 @@ impl Pools {
         key: Try<'_>,
         memory_budget: Option<u64>,
     ) -> Result<Option<PoolInfo>, RpcError> {
-        self.open_as(bdev, key, memory_budget, true)
+        self.open_as(bdev, key, memory_budget, For::Security)
+    }
+
+    /// As [`Pools::open`], without a target that serves: also what the security role has locked, which stays so.
+    ///
+    /// # Errors
+    /// As [`Pools::open`].
+    pub fn open_held(&self, bdev: &str, key: Try<'_>) -> Result<Option<PoolInfo>, RpcError> {
+        self.open_as(bdev, key, None, For::Owner)
+    }
+
+    /// Locks an open pool for the security role: closes it, forgets its keys, lists it as locked.
+    ///
+    /// # Errors
+    /// It is open still, and not locked. Within: it is closed and locked, and its device failed at that.
+    pub fn shut(&self, info: &PoolInfo) -> Result<Result<(), PoolError>, RpcError> {
+        // Not while somebody opens it: either that is closed here, or it is refused.
+        let _one = lock(&self.opening);
+        // Before anything is taken apart: nothing after that may fail.
+        let sealed =
+            self.manager.peek(&info.base_bdev)?.ok_or_else(|| RpcError::no_device(&info.base_bdev))?;
+        let held = self.is_held(info.uuid);
+        self.hold(info.uuid)?;
+        let closed = self.manager.close(&info.name);
+        if let Err(e) = &closed
+            && self.manager.list().iter().any(|i| i.uuid == info.uuid)
+        {
+            if !held {
+                self.release(info.uuid)?;
+            }
+            return Err(e.clone().into());
+        }
+        // Its slots may have been changed in between.
+        let pool = self.manager.peek(&info.base_bdev).ok().flatten().unwrap_or(sealed);
+        // Forgotten, so that a saved configuration starts it locked.
+        self.forget(info.uuid);
+        let memory_budget = Some(info.memory_budget_bytes);
+        self.set_locked(Locked { pool, reason: HELD.into(), waiting: false, memory_budget });
+        Ok(closed)
+    }
+
+    /// Whether what was opened is what was looked at, and may be open; else it is closed.
+    fn keep(&self, seen: &SealedPool, opened: &PoolInfo, whom: For) -> Result<(), RpcError> {
+        let (name, base) = (&opened.name, &opened.base_bdev);
+        let why = if opened.uuid != seen.uuid {
+            format!("{base} had the pool {} at one look and {} at the next", seen.uuid, opened.uuid)
+        } else if whom == For::Anybody && self.is_held(opened.uuid) {
+            format!("pool \"{name}\" was locked while it was opened")
+        } else {
+            return Ok(());
+        };
+        tracing::warn!(target: AUDIT, event = "pool closed again", pool = name, bdev = base, reason = why);
+        self.manager.close(name)?;
+        Err(RpcError::busy(why))
     }
 
     /// Lists a pool as locked that only the security role opens.
@@ -416,7 +484,7 @@ impl Pools {
         bdev: &str,
         key: Try<'_>,
         memory_budget: Option<u64>,
-        security: bool,
+        whom: For,
     ) -> Result<Option<PoolInfo>, RpcError> {
         let _one = lock(&self.searching);
         let base = self.registry.get(bdev)?;
@@ -427,10 +495,15 @@ impl Pools {
         self.check_mode(&sealed)?;
         let memory_budget =
             memory_budget.or_else(|| self.find_locked(base.name()).and_then(|l| l.memory_budget));
-        if !security && self.is_held(sealed.uuid) {
+        if whom == For::Anybody && self.is_held(sealed.uuid) {
             return Err(self.refuse_held(sealed, memory_budget));
         }
         let found = self.find_key(&sealed, key);
+        let _opening = lock(&self.opening);
+        // That may have taken long.
+        if whom == For::Anybody && self.is_held(sealed.uuid) {
+            return Err(self.refuse_held(sealed, memory_budget));
+        }
         let (key, kek) = match found {
             Ok(found) => found,
             Err(refusal) => {
@@ -452,9 +525,13 @@ impl Pools {
             self.stop_waiting(base.name(), &reason);
         }
         let Some(info) = opened? else { return Ok(None) };
+        self.keep(&sealed, &info, whom)?;
         tracing::info!(target: AUDIT, event = "pool unlocked", pool = info.name, bdev = info.base_bdev, key = key.word(), file = key.file());
         lock(&self.keys).insert(info.uuid, key);
         lock(&self.locked).retain(|l| l.pool.base_bdev != info.base_bdev);
+        if whom == For::Security {
+            self.release(info.uuid)?;
+        }
         Ok(Some(info))
     }
 
@@ -674,3 +751,6 @@ pub fn make_key(path: &Path) -> Result<bool, RpcError> {
     write_key_file(path, hex_line(&random_key(KEK_BYTES)).as_bytes())?;
     Ok(true)
 }
+
+#[cfg(test)]
+mod tests;

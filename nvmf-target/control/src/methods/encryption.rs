@@ -17,7 +17,7 @@ use crate::control::Control;
 use crate::jsonrpc::{RpcError, RpcResult};
 use crate::keys::{read_password, write_key_file};
 use crate::params::{SecretText, choices, params};
-use crate::pools::{HELD, Locked, PoolKey, Pools, Try, salt};
+use crate::pools::{Locked, PoolKey, Pools, Try, salt};
 use crate::table::Method;
 use slots::{add_slot, also_opens, file_kek, kept, new_slot, passwd, remove_slot, rotate_kek};
 
@@ -525,7 +525,6 @@ fn unlock(c: &Control, p: Unlock) -> RpcResult {
         }
     };
     c.pool_opened(&info.name);
-    pools.release(info.uuid)?;
     Ok(json!(info.uuid.to_string()))
 }
 
@@ -540,26 +539,7 @@ fn lock_pool(c: &Control, name: &str) -> RpcResult {
     }
     let all = |c: &Control| Ok::<_, RpcError>([bdev_config(c)?, nvmf_config(c)].concat());
     let before = all(c)?;
-    // Before anything is taken apart: nothing between that and the list of what waits may fail.
-    let sealed =
-        pools.manager().peek(&info.base_bdev)?.ok_or_else(|| RpcError::no_device(&info.base_bdev))?;
-    let held = pools.is_held(info.uuid);
-    pools.hold(info.uuid)?;
-    let closed = pools.manager().close(&info.name);
-    if let Err(e) = &closed
-        && pools.manager().list().iter().any(|i| i.uuid == info.uuid)
-    {
-        if !held {
-            pools.release(info.uuid)?;
-        }
-        return Err(e.clone().into());
-    }
-    // Its slots may have been changed in between.
-    let sealed = pools.manager().peek(&info.base_bdev).ok().flatten().unwrap_or(sealed);
-    // Forgotten, so that a saved configuration starts it locked.
-    pools.forget(info.uuid);
-    let (reason, memory_budget) = (HELD.into(), Some(info.memory_budget_bytes));
-    pools.set_locked(Locked { pool: sealed, reason, waiting: false, memory_budget });
+    let closed = pools.shut(&info)?;
     let after = all(c)?;
     for (method, params) in before.into_iter().filter(|call| !after.contains(call)) {
         if method != "cryptfold_pool_open" {
