@@ -32,7 +32,7 @@ use crate::logging::LogControl;
 use crate::luks::Volumes;
 use crate::options::Options;
 use crate::pools::{Locked, Pools, Try};
-use crate::refusals::Refusals;
+use crate::refusals::{Lines, Refusals};
 use crate::table::{Role, Table};
 use crate::watch::Watch;
 
@@ -133,6 +133,8 @@ pub struct Control {
     pub(crate) watch: Arc<Watch>,
     /// Calls that were refused.
     pub(crate) refusals: Refusals,
+    /// Of calls that fail, in the log.
+    refused_lines: Lines,
     /// Kind of I/O that `bdev_get_histogram` shows, by device.
     pub(crate) histogram_opc: Mutex<HashMap<String, String>>,
     pub(crate) config: ControlConfig,
@@ -177,6 +179,7 @@ impl Control {
             log: config.log.clone(),
             watch: Arc::default(),
             refusals: Refusals::default(),
+            refused_lines: Lines::default(),
             histogram_opc: Mutex::default(),
             config,
             hub: Hub::default(),
@@ -461,7 +464,7 @@ impl Control {
         let ms = started.elapsed().as_millis() as u64;
         match &result {
             Ok(_) => tracing::debug!(method, ms, "rpc"),
-            Err(e) => tracing::info!(method, ms, code = e.code, error = e.message, "rpc refused"),
+            Err(e) => self.log_refused(method, params, ms, e),
         }
         if let Some(m) = self.table.get(method).filter(|m| m.role_of(params) != Role::Viewer) {
             let shown = m.shown(params).to_string();
@@ -474,6 +477,21 @@ impl Control {
             tracing::debug!(target: AUDIT, event = "configuration", method = m.name, by, roles, within, params = shown.as_str(), code, error);
         }
         result
+    }
+
+    /// Into the program's log; what anybody may call, or call in vain, so many times a minute.
+    fn log_refused(&self, method: &str, params: Option<&Value>, ms: u64, e: &RpcError) {
+        let anybodys = self.table.get(method).is_none_or(|m| m.role_of(params) == Role::Viewer);
+        let line = if anybodys { self.refused_lines.next(Instant::now()) } else { Some(0) };
+        // What others sent has an end.
+        let method = method.char_indices().nth(64).map_or(method, |(end, _)| &method[..end]);
+        match line {
+            Some(before) => {
+                let besides = (before > 0).then_some(before);
+                tracing::info!(method, ms, code = e.code, error = e.message, besides, "rpc refused");
+            }
+            None => tracing::debug!(method, ms, code = e.code, error = e.message, "rpc refused"),
+        }
     }
 
     /// The handler for one end of the control socket.
@@ -489,5 +507,35 @@ impl Control {
 impl Handler for Control {
     fn call(&self, method: &str, params: Option<&Value>) -> RpcResult {
         self.call_by(&Caller::current(), method, params)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tracing_subscriber::layer::{Context, Layer, SubscriberExt as _};
+
+    use super::*;
+
+    /// Whoever may call anything at all can call what is not there again and again.
+    #[test]
+    fn calls_in_vain_do_not_fill_the_log() {
+        struct Counts(Arc<Mutex<u64>>);
+        impl<S: tracing::Subscriber> Layer<S> for Counts {
+            fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
+                *lock(&self.0) += u64::from(*event.metadata().level() == tracing::Level::INFO);
+            }
+        }
+        let (control, lines, started) =
+            (Control::new(ControlConfig::default()), Arc::default(), Instant::now());
+        let subscriber = tracing_subscriber::registry().with(Counts(Arc::clone(&lines)));
+        tracing::subscriber::with_default(subscriber, || {
+            for n in 0..500 {
+                let what = if n % 2 == 0 { "no_such_method" } else { "bdev_get_bdevs" };
+                control.call(what, Some(&json!({"name": "none"}))).unwrap_err();
+            }
+        });
+        let minutes = 1 + started.elapsed().as_secs() / 60;
+        let lines = *lock(&lines);
+        assert!((1..=60 * minutes).contains(&lines), "{lines} lines in {minutes} minutes");
     }
 }
