@@ -339,7 +339,9 @@ impl Control {
             }
             Ok(None) => Ok(()),
             // It is listed, and was looked at.
-            Err(_) if pools.find_locked(bdev.name()).is_some_and(|l| pools.is_held(l.pool.uuid)) => Ok(()),
+            Err(_) if pools.find_locked(bdev.name()).is_some_and(|l| pools.held(l.pool.uuid).is_some()) => {
+                Ok(())
+            }
             Err(e) => {
                 self.retry_unlocks();
                 Err(e)

@@ -8,7 +8,8 @@
 //! A pool that the security role has locked has a file in the key directory (`locked/UUID`) that says so: until that role unlocks
 //! it, nothing else opens it, whatever key it names, after a restart either.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 
@@ -128,6 +129,14 @@ pub struct Locked {
     pub memory_budget: Option<u64>,
 }
 
+/// A pool that the security role has locked now.
+pub struct Shut {
+    /// What of that was not done.
+    pub warning: Option<String>,
+    /// Its device failed when it was closed, perhaps.
+    pub closed: Result<(), PoolError>,
+}
+
 /// For whom a pool is opened.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum For {
@@ -155,6 +164,8 @@ pub struct Pools {
     fips: FipsMode,
     keys: Mutex<HashMap<Uuid, PoolKey>>,
     locked: Mutex<Vec<Locked>>,
+    /// Those that the security role has locked, whatever the key directory can take.
+    held: Mutex<HashSet<Uuid>>,
     /// One search at a time: two of them would find each other's owner mark.
     searching: Mutex<()>,
     /// One that opens, or locks for the security role, at a time. Taken after `searching`, and not while keys are fetched: a lock waits
@@ -193,9 +204,9 @@ impl Pools {
         key_dir: PathBuf,
         fips: FipsMode,
     ) -> Pools {
-        let (keys, locked) = (Mutex::default(), Mutex::default());
+        let (keys, locked, held) = (Mutex::default(), Mutex::default(), Mutex::default());
         let (searching, opening) = (Mutex::default(), Mutex::default());
-        Pools { manager, registry, kms, key_dir, fips, keys, locked, searching, opening }
+        Pools { manager, registry, kms, key_dir, fips, keys, locked, held, searching, opening }
     }
 
     /// The engine.
@@ -249,38 +260,50 @@ impl Pools {
         self.key_dir.join(LOCKED_DIRECTORY).join(uuid.to_string())
     }
 
-    /// Whether the security role has locked the pool, and has not unlocked it since.
-    pub fn is_held(&self, uuid: Uuid) -> bool {
-        // What can not be looked at counts.
-        self.mark(uuid).try_exists().unwrap_or(true)
-    }
-
-    /// From now on only the security role opens the pool.
-    ///
-    /// # Errors
-    /// That can not be made durable.
-    fn hold(&self, uuid: Uuid) -> Result<(), RpcError> {
-        if self.is_held(uuid) {
-            return Ok(());
+    /// Why only the security role opens the pool, if that is so: it has locked it and has not unlocked it since.
+    pub fn held(&self, uuid: Uuid) -> Option<String> {
+        if lock(&self.held).contains(&uuid) {
+            return Some(HELD.into());
         }
-        Ok(write_key_file(&self.mark(uuid), b"locked\n")?)
+        let path = self.mark(uuid);
+        match path.try_exists() {
+            Ok(false) => None,
+            Ok(true) => Some(HELD.into()),
+            Err(e) => {
+                Some(format!("whether it was locked by request can not be seen: {}: {e}", path.display()))
+            }
+        }
     }
 
-    /// The security role has unlocked it.
-    ///
-    /// # Errors
-    /// It would be locked again after the next start.
-    fn release(&self, uuid: Uuid) -> Result<(), RpcError> {
+    /// From now on only the security role opens the pool. What of that was not done.
+    fn hold(&self, uuid: Uuid) -> Option<String> {
+        lock(&self.held).insert(uuid);
+        let path = self.mark(uuid);
+        if matches!(path.try_exists(), Ok(true)) {
+            return None;
+        }
+        // The directory of the marks may be new.
+        let key_dir = || File::open(&self.key_dir).and_then(|dir| dir.sync_all()).map_err(|e| e.to_string());
+        let written = write_key_file(&path, b"locked\n").map_err(|e| e.to_string()).and_then(|()| key_dir());
+        let error = written.err()?;
+        let what = format!(
+            "the pool is locked until the target ends, and may open at its next start, because that can not be written down: {error}"
+        );
+        tracing::warn!(target: AUDIT, event = "lock does not last", pool = %uuid, reason = what);
+        Some(what)
+    }
+
+    /// The security role has unlocked it. What can not be taken away locks it again at its next opening: that is told, and
+    /// keeps nobody from it now.
+    fn release(&self, uuid: Uuid) {
+        lock(&self.held).remove(&uuid);
         let path = self.mark(uuid);
         match std::fs::remove_file(&path) {
             Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                let what = format!(
-                    "the pool is unlocked, and will be locked after the next start: {}: {e}",
-                    path.display()
-                );
-                Err(RpcError::new(-i64::from(e.raw_os_error().unwrap_or(5)), what))
+                let reason = format!("{}: {e}", path.display());
+                tracing::warn!(target: AUDIT, event = "unlocking does not last", pool = %uuid, reason);
             }
-            _ => Ok(()),
+            _ => {}
         }
     }
 
@@ -305,7 +328,8 @@ impl Pools {
         }
         let Some(pool) = self.manager.peek(base.name())? else { return Ok(None) };
         let uuid = pool.uuid;
-        self.set_locked(Locked { pool, reason: "it starts locked".into(), waiting: false, memory_budget });
+        let reason = self.held(uuid).unwrap_or_else(|| "it starts locked".into());
+        self.set_locked(Locked { pool, reason, waiting: false, memory_budget });
         Ok(Some(uuid))
     }
 
@@ -423,31 +447,61 @@ impl Pools {
     /// Locks an open pool for the security role: closes it, forgets its keys, lists it as locked.
     ///
     /// # Errors
-    /// It is open still, and not locked. Within: it is closed and locked, and its device failed at that.
-    pub fn shut(&self, info: &PoolInfo) -> Result<Result<(), PoolError>, RpcError> {
+    /// It is open still, and not locked.
+    pub fn shut(&self, info: &PoolInfo) -> Result<Shut, RpcError> {
         // Not while somebody opens it: either that is closed here, or it is refused.
         let _one = lock(&self.opening);
-        // Before anything is taken apart: nothing after that may fail.
-        let sealed =
-            self.manager.peek(&info.base_bdev)?.ok_or_else(|| RpcError::no_device(&info.base_bdev))?;
-        let held = self.is_held(info.uuid);
-        self.hold(info.uuid)?;
+        // Before anything is taken apart: nothing after that may fail. A device that can not be read keeps no pool open.
+        let peek = || self.manager.peek(&info.base_bdev).ok().flatten();
+        let sealed = match peek() {
+            Some(sealed) => sealed,
+            None => SealedPool {
+                base_bdev: info.base_bdev.clone(),
+                name: info.name.clone(),
+                uuid: info.uuid,
+                created_ms: 0,
+                approved: info.approved,
+                keys: self.manager.key_block(&info.name)?,
+            },
+        };
+        let held = self.held(info.uuid).is_some();
+        let warning = self.hold(info.uuid);
         let closed = self.manager.close(&info.name);
         if let Err(e) = &closed
             && self.manager.list().iter().any(|i| i.uuid == info.uuid)
         {
             if !held {
-                self.release(info.uuid)?;
+                self.release(info.uuid);
             }
             return Err(e.clone().into());
         }
         // Its slots may have been changed in between.
-        let pool = self.manager.peek(&info.base_bdev).ok().flatten().unwrap_or(sealed);
+        let pool = peek().filter(|pool| pool.uuid == info.uuid).unwrap_or(sealed);
         // Forgotten, so that a saved configuration starts it locked.
         self.forget(info.uuid);
         let memory_budget = Some(info.memory_budget_bytes);
         self.set_locked(Locked { pool, reason: HELD.into(), waiting: false, memory_budget });
-        Ok(closed)
+        Ok(Shut { warning, closed })
+    }
+
+    /// As [`Pools::shut`], a pool that is not open: nothing but the security role opens it from now on. `None`: no such pool is known.
+    pub fn shut_closed(&self, name: &str) -> Option<Shut> {
+        let _one = lock(&self.opening);
+        let uuid = match self.find_locked(name) {
+            Some(locked) => {
+                let uuid = locked.pool.uuid;
+                self.set_locked(Locked { reason: HELD.into(), waiting: false, ..locked });
+                uuid
+            }
+            // One whose device is gone.
+            None => {
+                let uuid = Uuid::parse_str(name).ok();
+                let lost = self.manager.lost();
+                lost.into_iter().find(|l| l.name == name || Some(l.uuid) == uuid)?.uuid
+            }
+        };
+        self.forget(uuid);
+        Some(Shut { warning: self.hold(uuid), closed: Ok(()) })
     }
 
     /// Whether what was opened is what was looked at, and may be open; else it is closed.
@@ -455,7 +509,7 @@ impl Pools {
         let (name, base) = (&opened.name, &opened.base_bdev);
         let why = if opened.uuid != seen.uuid {
             format!("{base} had the pool {} at one look and {} at the next", seen.uuid, opened.uuid)
-        } else if whom == For::Anybody && self.is_held(opened.uuid) {
+        } else if whom == For::Anybody && self.held(opened.uuid).is_some() {
             format!("pool \"{name}\" was locked while it was opened")
         } else {
             return Ok(());
@@ -465,16 +519,17 @@ impl Pools {
         Err(RpcError::busy(why))
     }
 
-    /// Lists a pool as locked that only the security role opens.
-    fn refuse_held(&self, pool: SealedPool, memory_budget: Option<u64>) -> RpcError {
-        let (name, base) = (pool.name.clone(), pool.base_bdev.clone());
-        if self.find_locked(&base).is_none_or(|l| l.reason != HELD) {
-            self.set_locked(Locked { pool, reason: HELD.into(), waiting: false, memory_budget });
+    /// Lists a pool as locked that only the security role opens; why.
+    fn refuse_held(&self, pool: &SealedPool, why: String, memory_budget: Option<u64>) -> RpcError {
+        let (name, base) = (&pool.name, &pool.base_bdev);
+        if self.find_locked(base).is_none_or(|l| l.reason != why || l.pool.uuid != pool.uuid) {
+            let reason = why.clone();
+            self.set_locked(Locked { pool: pool.clone(), reason, waiting: false, memory_budget });
         }
         RpcError::new(
             -126,
             format!(
-                "pool \"{name}\" on {base}: {HELD}; the role security unlocks it (cryptfold_encryption_unlock)"
+                "pool \"{name}\" on {base}: {why}; the role security unlocks it (cryptfold_encryption_unlock)"
             ),
         )
     }
@@ -495,14 +550,15 @@ impl Pools {
         self.check_mode(&sealed)?;
         let memory_budget =
             memory_budget.or_else(|| self.find_locked(base.name()).and_then(|l| l.memory_budget));
-        if whom == For::Anybody && self.is_held(sealed.uuid) {
-            return Err(self.refuse_held(sealed, memory_budget));
+        let held = || self.held(sealed.uuid).filter(|_| whom == For::Anybody);
+        if let Some(why) = held() {
+            return Err(self.refuse_held(&sealed, why, memory_budget));
         }
         let found = self.find_key(&sealed, key);
         let _opening = lock(&self.opening);
         // That may have taken long.
-        if whom == For::Anybody && self.is_held(sealed.uuid) {
-            return Err(self.refuse_held(sealed, memory_budget));
+        if let Some(why) = held() {
+            return Err(self.refuse_held(&sealed, why, memory_budget));
         }
         let (key, kek) = match found {
             Ok(found) => found,
@@ -530,7 +586,7 @@ impl Pools {
         lock(&self.keys).insert(info.uuid, key);
         lock(&self.locked).retain(|l| l.pool.base_bdev != info.base_bdev);
         if whom == For::Security {
-            self.release(info.uuid)?;
+            self.release(info.uuid);
         }
         Ok(Some(info))
     }

@@ -55,6 +55,14 @@ impl Target {
         assert!(e.message.contains(words), "{}", e.message);
     }
 
+    /// An operator does not open the pool.
+    fn keeps_out(&self, open: &Value, words: &str) {
+        let operator = self.control.session(Peer { pid: 1, uid: 61_002, gid: 61_002 }).unwrap();
+        let e = operator.call("cryptfold_pool_open", Some(open)).unwrap_err();
+        assert_eq!(e.code, -126, "{}", e.message);
+        assert!(e.message.contains(words), "{}", e.message);
+    }
+
     fn pool(&self) -> Value {
         self.ok("cryptfold_encryption_status", Value::Null)["pools"][0].clone()
     }
@@ -249,6 +257,92 @@ fn a_pool_that_the_security_role_has_locked_stops_no_start() {
 
     let target = start();
     assert_eq!(state(&target), ("unlocked".into(), 2));
+    target.end();
+}
+
+/// A key directory that takes no file keeps no pool open: it is locked as long as the target runs, and whoever locks it is told that it
+/// lasts no longer.
+#[test]
+fn a_lock_that_can_not_be_written_down_locks_all_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = Target::with_disk(dir.path());
+    target.ok("bdev_lvol_create_lvstore", json!({"bdev_name": "disk", "lvs_name": "p"}));
+    let config = target.ok("save_config", Value::Null);
+    let open = json!({"base_bdev_name": "disk", "key_file": target.pool()["opened_by"]["key_file"]});
+    // It leads nowhere: there is no such file, and none can be made.
+    let marks = dir.path().join("keys/locked");
+    std::os::unix::fs::symlink("/nonexistent/locked", &marks).unwrap();
+    let reply = target.ok("cryptfold_encryption_lock", json!({"name": "p"}));
+    let warning = reply["warning"].as_str().unwrap();
+    assert!(warning.contains("next start") && warning.contains(marks.to_str().unwrap()), "{warning}");
+    assert_eq!(target.pool()["state"], "locked");
+    target.keeps_out(&open, "by request");
+    target.ok(UNLOCK, json!({"name": "p"}));
+    target.ok("cryptfold_encryption_lock", json!({"name": "p"}));
+    target.end();
+
+    let target = Target::new(dir.path());
+    Config::from_value("saved", &config).unwrap().load(&target.control).unwrap();
+    assert_eq!(target.pool()["state"], "unlocked");
+    std::fs::remove_file(&marks).unwrap();
+    assert_eq!(target.ok("cryptfold_encryption_lock", json!({"name": "p"})), true);
+    target.end();
+
+    let target = Target::new(dir.path());
+    Config::from_value("saved", &config).unwrap().load(&target.control).unwrap();
+    target.keeps_out(&open, "by request");
+    target.end();
+}
+
+/// Where it can not be seen whether a pool is locked, it is, with that as the reason; and unlocking it works.
+#[test]
+fn marks_that_can_not_be_looked_at_lock_and_say_why() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = Target::with_disk(dir.path());
+    target.ok("bdev_lvol_create_lvstore", json!({"bdev_name": "disk", "lvs_name": "p"}));
+    let config = target.ok("save_config", Value::Null);
+    target.end();
+    let marks = dir.path().join("keys/locked");
+    std::fs::write(&marks, "no directory").unwrap();
+
+    let target = Target::new(dir.path());
+    Config::from_value("saved", &config).unwrap().load(&target.control).unwrap();
+    let reason = target.pool()["reason"].as_str().unwrap().to_owned();
+    let path = marks.join(target.pool()["uuid"].as_str().unwrap());
+    assert!(reason.contains("can not be seen") && reason.contains(path.to_str().unwrap()), "{reason}");
+    target.keeps_out(&json!({"base_bdev_name": "disk"}), path.to_str().unwrap());
+    let uuid = target.pool()["uuid"].clone();
+    assert_eq!(target.ok(UNLOCK, json!({"name": "p"})), uuid);
+    assert_eq!(target.pool()["state"], "unlocked");
+    target.end();
+}
+
+/// Also a pool that nothing has opened yet, and one whose device is away.
+#[test]
+fn a_pool_that_is_not_open_is_locked() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = Target::with_disk(dir.path());
+    target.ok("bdev_lvol_create_lvstore", json!({"bdev_name": "disk", "lvs_name": "p"}));
+    let open = json!({"base_bdev_name": "disk", "key_file": target.pool()["opened_by"]["key_file"]});
+    let disk = json!({"name": "disk", "filename": dir.path().join("disk"), "block_size": 4096});
+    target.end();
+
+    let target = Target::new(dir.path());
+    let calls = json!([{"method": "bdev_uring_create", "params": disk},
+        {"method": "cryptfold_pool_open", "params": {"base_bdev_name": "disk", "startup": "locked"}}]);
+    target.ok("load_config", json!({"config": {"subsystems": [{"subsystem": "bdev", "config": calls}]}}));
+    assert_eq!(target.pool()["reason"], "it starts locked");
+    assert_eq!(target.ok("cryptfold_encryption_lock", json!({"name": "p"})), true);
+    assert!(target.pool()["reason"].as_str().unwrap().contains("by request"));
+    target.keeps_out(&open, "by request");
+    target.ok(UNLOCK, json!({"name": "p", "key_file": open["key_file"]}));
+
+    target.ok("bdev_uring_delete", json!({"name": "disk"}));
+    assert_eq!(target.ok("cryptfold_encryption_status", Value::Null)["pools"], json!([]));
+    target.ok("cryptfold_encryption_lock", json!({"name": "p"}));
+    target.refused("cryptfold_encryption_lock", json!({"name": "q"}), -19, "No such device");
+    target.ok("bdev_uring_create", disk);
+    target.keeps_out(&open, "by request");
     target.end();
 }
 

@@ -455,7 +455,11 @@ pub fn run(command: EncryptionCommand) -> Result<(), Failure> {
             print(&call(&mut client, "cryptfold_encryption_unlock", Some(params))?);
         }
         EncryptionCommand::Lock { pool, socket } => {
-            call(&mut connect(&socket)?, "cryptfold_encryption_lock", Some(json!({"name": pool})))?;
+            let locked =
+                call(&mut connect(&socket)?, "cryptfold_encryption_lock", Some(json!({"name": pool})))?;
+            if let Some(warning) = locked["warning"].as_str() {
+                eprintln!("warning: {warning}");
+            }
         }
         EncryptionCommand::Passwd { pool, password, new_password_file, socket } => {
             let mut client = connect(&socket)?;

@@ -315,7 +315,7 @@ fn is_about_held(control: &Control, c: &Call, e: &RpcError) -> bool {
     let names = || params.into_iter().flat_map(Map::values).filter_map(Value::as_str);
     let pool = |name: &str| pools.find_locked(name.split_once('/').map_or(name, |(pool, _)| pool));
     matches!(e.code, RpcError::ENODEV | RpcError::ENOKEY)
-        && names().filter_map(pool).any(|locked| pools.is_held(locked.pool.uuid))
+        && names().filter_map(pool).any(|locked| pools.held(locked.pool.uuid).is_some())
 }
 
 fn only(o: &Map<String, Value>, known: &[&str]) -> Result<(), String> {

@@ -213,7 +213,8 @@ pub fn methods() -> Vec<Method> {
             "cryptfold_encryption_lock",
             "Closes a pool and forgets its keys: its volumes are gone, hosts lose their namespaces, until cryptfold_encryption_unlock opens \
              it. Nothing else does, whatever key it is given, after a restart either (a file in the key directory, `locked/UUID`, says \
-             so). Ours.",
+             so). A pool that is not open is locked alike. Replies true, or an object with a `warning` when that file can not be written: then it \
+             is locked until the target ends. Ours.",
             |c, p: Name| lock_pool(c, &p.name),
         ),
         Method::new(
@@ -530,16 +531,27 @@ fn unlock(c: &Control, p: Unlock) -> RpcResult {
 
 fn lock_pool(c: &Control, name: &str) -> RpcResult {
     let pools = c.pools()?;
-    let info = pools.find(name)?;
+    let open_to_all = |name: &str| {
+        RpcError::params(format!("name: pool \"{name}\" is not encrypted: locking it would keep nobody out"))
+    };
+    let reply = |warning: Option<String>| warning.map_or(json!(true), |w| json!({"warning": w}));
+    if let Some(locked) = pools.find_locked(name).filter(|l| !is_encrypted(&l.pool.keys)) {
+        return Err(open_to_all(&locked.pool.name));
+    }
+    let info = match pools.find(name) {
+        Ok(info) => info,
+        Err(_) => match pools.shut_closed(name) {
+            Some(shut) => return Ok(reply(shut.warning)),
+            // Unknown, or opened just now.
+            None => pools.find(name)?,
+        },
+    };
     if pools.key_of(info.uuid) == Some(PoolKey::None) {
-        return Err(RpcError::params(format!(
-            "name: pool \"{}\" is not encrypted: locking it would keep nobody out",
-            info.name
-        )));
+        return Err(open_to_all(&info.name));
     }
     let all = |c: &Control| Ok::<_, RpcError>([bdev_config(c)?, nvmf_config(c)].concat());
     let before = all(c)?;
-    let closed = pools.shut(&info)?;
+    let shut = pools.shut(&info)?;
     let after = all(c)?;
     for (method, params) in before.into_iter().filter(|call| !after.contains(call)) {
         if method != "cryptfold_pool_open" {
@@ -547,8 +559,8 @@ fn lock_pool(c: &Control, name: &str) -> RpcResult {
         }
     }
     c.watch.note("pool_close", &info.name);
-    closed?;
-    Ok(json!(true))
+    shut.closed?;
+    Ok(reply(shut.warning))
 }
 
 fn now_ms() -> u64 {

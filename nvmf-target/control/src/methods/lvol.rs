@@ -716,7 +716,7 @@ fn open_pool(c: &Control, p: OpenPool) -> RpcResult {
 
 /// Whether the security role has locked a pool that a configuration opens: the rest of it is loaded all the same.
 fn may_stay_locked(pools: &Pools, locked: &Locked) -> bool {
-    Caller::current().is_configuration() && pools.is_held(locked.pool.uuid)
+    Caller::current().is_configuration() && pools.held(locked.pool.uuid).is_some()
 }
 
 fn check(c: &Control, p: Check) -> RpcResult {
