@@ -41,20 +41,6 @@ fn has_secret(params: &Value) -> bool {
     }
 }
 
-/// Whether a call was refused because a pool is locked, as far as can be seen.
-fn lacks_pool(c: &Control, method: &str, params: &Value, e: &RpcError) -> bool {
-    let Ok(pools) = c.pools() else { return false };
-    match (e.code, method) {
-        // It names its pool.
-        (_, "bdev_lvol_create") => {
-            let named = ["lvs_name", "uuid"].iter().find_map(|name| params.get(name)?.as_str());
-            e.code == RpcError::ENOKEY && named.is_some_and(|name| pools.find_locked(name).is_some())
-        }
-        (RpcError::ENODEV, _) => !pools.locked().is_empty(),
-        _ => false,
-    }
-}
-
 /// See the module.
 #[derive(Default)]
 pub struct Deferred(Mutex<Vec<(String, Value)>>);
@@ -66,8 +52,8 @@ impl Deferred {
         lock(&self.0).push((method.into(), params));
     }
 
-    /// Keeps a call that was refused because its device is not there while a pool is locked, or because its pool is locked, if it is
-    /// one of those that may wait; else gives the refusal back.
+    /// Keeps a call that was refused because its device is not there while a pool is locked, or because its pool is locked, or its
+    /// namespace waits for one, if it is one of those that may wait; else gives the refusal back.
     ///
     /// # Errors
     /// The refusal.
@@ -80,13 +66,44 @@ impl Deferred {
     ) -> Result<(), RpcError> {
         match params {
             Some(params)
-                if MAY_WAIT.contains(&method) && !has_secret(params) && lacks_pool(c, method, params, &e) =>
+                if MAY_WAIT.contains(&method)
+                    && !has_secret(params)
+                    && self.lacks_pool(c, method, params, &e) =>
             {
                 self.add(method, params.clone());
                 Ok(())
             }
             _ => Err(e),
         }
+    }
+
+    /// Whether a call was refused because a pool is locked, as far as can be seen.
+    fn lacks_pool(&self, c: &Control, method: &str, params: &Value, e: &RpcError) -> bool {
+        let Ok(pools) = c.pools() else { return false };
+        match (e.code, method) {
+            // It names its pool.
+            (_, "bdev_lvol_create") => {
+                let named = ["lvs_name", "uuid"].iter().find_map(|name| params.get(name)?.as_str());
+                e.code == RpcError::ENOKEY && named.is_some_and(|name| pools.find_locked(name).is_some())
+            }
+            (RpcError::ENODEV, _) => !pools.locked().is_empty(),
+            // A bad parameter, as SPDK's clients expect it: that says not which.
+            (RpcError::INVALID_PARAMS, "nvmf_ns_add_host" | "nvmf_subsystem_set_ns_ana_group") => {
+                self.has_namespace(params)
+            }
+            _ => false,
+        }
+    }
+
+    /// Whether the namespace that a call names is not there because it waits. One without a number may get any.
+    fn has_namespace(&self, params: &Value) -> bool {
+        let is = |(method, add): &(String, Value)| {
+            let nsid = add.pointer("/namespace/nsid").filter(|nsid| !nsid.is_null());
+            method == "nvmf_subsystem_add_ns"
+                && add["nqn"] == params["nqn"]
+                && nsid.is_none_or(|nsid| *nsid == params["nsid"])
+        };
+        lock(&self.0).iter().any(is)
     }
 
     /// The calls, in order.
@@ -106,7 +123,7 @@ impl Deferred {
         for (method, params) in calls {
             match c.call(&method, Some(&params)) {
                 Ok(_) => {}
-                Err(e) if e.code == RpcError::ENODEV || lacks_pool(c, &method, &params, &e) => {
+                Err(e) if e.code == RpcError::ENODEV || self.lacks_pool(c, &method, &params, &e) => {
                     lock(&self.0).push((method, params));
                 }
                 Err(e) => {

@@ -260,6 +260,62 @@ fn a_pool_that_the_security_role_has_locked_stops_no_start() {
     target.end();
 }
 
+/// A namespace that only named hosts see comes back with them; it, and its ANA group, wait with its volume. A namespace that nobody
+/// makes is refused as before.
+#[test]
+fn a_masked_namespace_waits_for_its_pool() {
+    let dir = tempfile::tempdir().unwrap();
+    let target = Target::with_disk(dir.path());
+    let (host, other) = ("nqn.2024-01.io.cryptfold:host", "nqn.2024-01.io.cryptfold:other");
+    let create = json!({"bdev_name": "disk", "lvs_name": "p", "password": "the first password"});
+    target.ok("bdev_lvol_create_lvstore", create);
+    target.ok("nvmf_create_transport", json!({"trtype": "TCP"}));
+    target.ok("nvmf_create_subsystem", json!({"nqn": NQN, "allow_any_host": true, "ana_reporting": true}));
+    target.ok("bdev_lvol_create", json!({"lvs_name": "p", "lvol_name": "w", "size_in_mib": 8}));
+    let masked = json!({"nsid": 5, "bdev_name": "p/w", "no_auto_visible": true});
+    target.ok("nvmf_subsystem_add_ns", json!({"nqn": NQN, "namespace": masked}));
+    let show = |nsid: u32, host: &str| json!({"nqn": NQN, "nsid": nsid, "host": host});
+    target.ok("nvmf_ns_add_host", show(5, host));
+    let mut config = target.ok("save_config", Value::Null);
+    target.end();
+    // As people write it.
+    let subsystems = config["subsystems"].as_array_mut().unwrap();
+    let nvmf = subsystems.iter_mut().find(|s| s["subsystem"] == "nvmf").unwrap();
+    let group = json!({"nqn": NQN, "nsid": 5, "anagrpid": 3});
+    nvmf["config"].as_array_mut().unwrap().extend([
+        json!({"method": "nvmf_ns_add_host", "params": show(5, other)}),
+        json!({"method": "nvmf_subsystem_set_ns_ana_group", "params": group}),
+    ]);
+
+    let target = Target::new(dir.path());
+    Config::from_value("saved", &config).unwrap().load(&target.control).unwrap();
+    assert_eq!((target.pool()["state"].clone(), target.namespaces()), (json!("locked"), 0));
+    let load = |params: Value| {
+        let calls = json!([{"method": "nvmf_ns_add_host", "params": params}]);
+        json!({"config": {"subsystems": [{"subsystem": "nvmf", "config": calls}]}})
+    };
+    target.refused("load_config", load(show(6, host)), -32602, "6");
+    target.refused("nvmf_ns_add_host", show(5, host), -32602, "5");
+    target.ok(UNLOCK, unlock("the first password"));
+    let back = |target: &Target| {
+        assert_eq!(target.namespaces(), 1);
+        let saved = target.ok("save_config", Value::Null);
+        let nvmf = saved["subsystems"].as_array().unwrap().iter().find(|s| s["subsystem"] == "nvmf").unwrap();
+        let calls = nvmf["config"].as_array().unwrap().clone();
+        for host in [host, other] {
+            let call = json!({"method": "nvmf_ns_add_host", "params": show(5, host)});
+            assert!(calls.contains(&call), "{calls:?}");
+        }
+        let add = calls.iter().find(|c| c["params"]["namespace"]["nsid"] == 5).unwrap();
+        assert_eq!(add["params"]["namespace"]["anagrpid"], 3, "{calls:?}");
+    };
+    back(&target);
+    target.ok("cryptfold_encryption_lock", json!({"name": "p"}));
+    target.ok(UNLOCK, unlock("the first password"));
+    back(&target);
+    target.end();
+}
+
 /// A key directory that takes no file keeps no pool open: it is locked as long as the target runs, and whoever locks it is told that it
 /// lasts no longer.
 #[test]
