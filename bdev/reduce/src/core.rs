@@ -23,6 +23,8 @@ use crate::read::{Decoder, FragmentCache};
 /// Pieces without any duplicate, one after the other, after which the next is sealed before the home is asked: that saves a
 /// message and a look-up. When it was wrong, what has been sealed of the piece is lost room in a segment.
 const NEW_RUN: u32 = 8;
+/// Pieces on their way that were sealed so, at most; one after a run that has just been long enough.
+const MOST_GUESSES: u32 = 8;
 
 /// See the module's head.
 pub(crate) struct Core {
@@ -33,8 +35,19 @@ pub(crate) struct Core {
     pub lanes: RefCell<FastMap<DomainId, Rc<LentLane>>>,
     /// The volume that was written last from here: how its chunks are sealed, and how many pieces were all new by now.
     new_run: Cell<Option<(VolumeId, SealAs, u32)>>,
+    /// Pieces on their way that were taken for new.
+    guesses: Cell<u32>,
     /// Keeps all this while there is something in `lanes`, whether or not a queue is open.
     keeper: RefCell<Option<Task<()>>>,
+}
+
+/// A piece that was taken for new.
+pub(crate) struct Guess(Rc<Core>);
+
+impl Drop for Guess {
+    fn drop(&mut self) {
+        self.0.guesses.set(self.0.guesses.get() - 1);
+    }
 }
 
 thread_local! {
@@ -51,6 +64,7 @@ impl Core {
             fragments: RefCell::default(),
             lanes: RefCell::default(),
             new_run: Cell::default(),
+            guesses: Cell::default(),
             keeper: RefCell::default(),
         })
     }
@@ -61,16 +75,27 @@ impl Core {
         CORES.with_borrow(|cores| cores.get(&key).and_then(Weak::upgrade))
     }
 
-    /// How to seal the next piece of a volume, if it is to be taken for new.
-    pub fn expects_new(&self, volume: VolumeId) -> Option<SealAs> {
-        self.new_run.get().filter(|run| run.0 == volume && run.2 >= NEW_RUN).map(|run| run.1)
+    /// How to seal the next piece of a volume, if it is to be taken for new; with a guard for as long as it is on its way, because
+    /// few may be wrong at once.
+    pub fn guess_new(self: &Rc<Self>, volume: VolumeId) -> Option<(SealAs, Guess)> {
+        let (_, seal, run) = self.new_run.get().filter(|run| run.0 == volume && run.2 >= NEW_RUN)?;
+        let under_way = self.guesses.get();
+        (under_way < MOST_GUESSES.min(run - NEW_RUN + 1)).then(|| {
+            self.guesses.set(under_way + 1);
+            (seal, Guess(self.clone()))
+        })
     }
 
-    /// A piece of a volume has been written.
+    /// A piece of a volume has been written, or could not be.
     pub fn was_new(&self, volume: VolumeId, seal: SealAs, all_new: bool) {
         let before = self.new_run.get().filter(|run| run.0 == volume).map_or(0, |run| run.2);
         let run = if all_new { before.saturating_add(1) } else { 0 };
         self.new_run.set(Some((volume, seal, run)));
+    }
+
+    /// A piece was refused.
+    pub fn end_run(&self) {
+        self.new_run.set(None);
     }
 
     /// Has this core's part outlive its queues, until [`Core::let_go`].

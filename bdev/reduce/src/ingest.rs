@@ -380,6 +380,11 @@ impl Pool {
             shard
                 .needs_of_fill(target.volume, lba, scratch.entries.len() as u64, &mut needs)
                 .map_err(gone)?;
+            // It may have been lent just when the keys changed, and be gone with them soon.
+            scratch.sealed.take_if(|sealed| {
+                let of = sealed.segment.filler.as_ref().map(|filler| filler.domain);
+                of != Some(target.domain) || shard.segments.is_old(sealed.segment.number(), target.generation)
+            });
             if let Some(sealed) = &scratch.sealed {
                 shard.needs_of_sealed(target.domain, sealed, &mut needs).map_err(gone)?;
             }
@@ -434,7 +439,7 @@ impl Pool {
         split_new(fingerprints, found, new, same);
         let added = |first: ChunkAddr, members: &[u16], appended: Appended| {
             let prints = prints_of(members, fingerprints);
-            self.record_fragment(target, first, &prints, &appended)?;
+            self.record_fragment(target, first, &prints, &prints, &appended)?;
             lane.filled(first.container(), first.slot() + members.len() as u16);
             assign(found, members, first);
             Ok(())
@@ -455,7 +460,15 @@ impl Pool {
         for SealedFragment { first, members, appended } in &sealed.fragments {
             // What has been found since needs no second copy; all of a fragment or nothing is recorded.
             if members.iter().any(|&at| found[usize::from(at)].is_none()) {
-                self.record_fragment(target, *first, &prints_of(members, fingerprints), appended)?;
+                let prints = prints_of(members, fingerprints);
+                let mut new = prints.clone();
+                for (print, &at) in new.iter_mut().zip(members) {
+                    // It is somewhere else, and nothing will refer to it here.
+                    if found[usize::from(at)].is_some() {
+                        *print = Fingerprint::NONE;
+                    }
+                }
+                self.record_fragment(target, *first, &prints, &new, appended)?;
                 self.recorded(sealed.loan);
                 assign(found, members, *first);
             }
@@ -463,12 +476,13 @@ impl Pool {
         Ok(())
     }
 
-    /// Records a fragment that is in a log now.
+    /// Records a fragment that is in a log now. `new`: the fingerprints under which its chunks are to be found.
     fn record_fragment(
         &self,
         target: &Target4k,
         first: ChunkAddr,
         prints: &[Fingerprint],
+        new: &[Fingerprint],
         appended: &Appended,
     ) -> Result<(), Status> {
         let chunks = prints.len() as u8;
@@ -486,7 +500,7 @@ impl Pool {
         shard
             .fragment_add(target.domain, target.generation, container, &fragment, prints)
             .map_err(|error| self.inconsistent(&error))?;
-        shard.index_fragment(target.domain, first, prints);
+        shard.index_fragment(target.domain, first, new);
         self.host_bytes.set(self.host_bytes.get() + u64::from(appended.unit_bytes));
         Ok(())
     }
@@ -854,7 +868,7 @@ impl Prepared {
             Ok(())
         };
         append_new(&lane.log, (compressor, setting), (piece, sources), new, || lane.container(), added)?;
-        *sealed = Some(Sealed { loan, _segment: segment, fragments });
+        *sealed = Some(Sealed { loan, segment, fragments });
         Ok(())
     }
 }
@@ -881,7 +895,7 @@ pub(crate) struct SealAs {
 pub(crate) struct Sealed {
     loan: LoanId,
     /// Not opened again before this is recorded.
-    _segment: Arc<Segment>,
+    segment: Arc<Segment>,
     fragments: Vec<SealedFragment>,
 }
 

@@ -859,7 +859,9 @@ impl Shard {
             d.recent.get_mut().add(first.container().get(), first.slot(), fingerprints);
         }
         for (n, fingerprint) in fingerprints.iter().enumerate() {
-            if let Some(addr) = first.plus(n as u16) {
+            if *fingerprint != Fingerprint::NONE
+                && let Some(addr) = first.plus(n as u16)
+            {
                 self.index.insert(Key::new(domain, fingerprint), addr);
             }
         }

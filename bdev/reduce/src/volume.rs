@@ -329,9 +329,11 @@ impl VolumeDevice {
             let (generation, hasher) = self.hasher.now();
             let mut prepared = Prepared::new(piece, key, &hasher);
             drop(hasher);
-            if let Some(seal) = core.expects_new(id)
-                && prepared.assume_new()
+            let mut guess = None;
+            if prepared.assume_new()
+                && let Some((seal, guessed)) = core.guess_new(id)
             {
+                guess = Some(guessed);
                 prepared = self.seal_away(core, prepared, seal).await?;
             }
             let mut next = Some(prepared);
@@ -344,7 +346,7 @@ impl VolumeDevice {
                     }
                     Ok(back)
                 });
-                let back = back.await?;
+                let back = back.await.inspect_err(|_| core.end_run())?;
                 next = match back.unsealed {
                     Some(unsealed) => Some(self.seal_away(core, unsealed, back.seal).await?),
                     None => {
@@ -353,6 +355,7 @@ impl VolumeDevice {
                     }
                 };
             }
+            drop(guess);
             lba += count as u64;
         }
         Ok(())

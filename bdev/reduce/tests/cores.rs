@@ -146,6 +146,10 @@ fn duplicates_after_a_run_of_new_data_are_found() {
         for n in 0..4 {
             write(&handles[1], &registry, 3000 + n * 32, mixed(n)).await.unwrap();
         }
+        // What was sealed once more for nothing is not where they are looked for.
+        let stored = pool.info().space.stored_bytes;
+        write(&handles[0], &registry, 5000, noise(20, 16 * 32)).await.unwrap();
+        assert_eq!(pool.info().space.stored_bytes, stored);
         assert!(read(&handles[2], &registry, 1000, 16 * 32).await == noise(20, 16 * 32));
         clean(&pool).await;
         open(&registry).flush().await.unwrap();
