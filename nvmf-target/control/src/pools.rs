@@ -166,6 +166,8 @@ pub struct Pools {
     locked: Mutex<Vec<Locked>>,
     /// Those that the security role has locked, whatever the key directory can take.
     held: Mutex<HashSet<Uuid>>,
+    /// How often each pool was locked by request: an unlocking that began before ends without effect.
+    locks: Mutex<HashMap<Uuid, u64>>,
     /// One search at a time: two of them would find each other's owner mark.
     searching: Mutex<()>,
     /// One that opens, or locks for the security role, at a time. Taken after `searching`, and not while keys are fetched: a lock waits
@@ -204,9 +206,9 @@ impl Pools {
         key_dir: PathBuf,
         fips: FipsMode,
     ) -> Pools {
-        let (keys, locked, held) = (Mutex::default(), Mutex::default(), Mutex::default());
-        let (searching, opening) = (Mutex::default(), Mutex::default());
-        Pools { manager, registry, kms, key_dir, fips, keys, locked, held, searching, opening }
+        let (keys, locked, held, locks) = Default::default();
+        let (searching, opening) = Default::default();
+        Pools { manager, registry, kms, key_dir, fips, keys, locked, held, locks, searching, opening }
     }
 
     /// The engine.
@@ -277,6 +279,7 @@ impl Pools {
 
     /// From now on only the security role opens the pool. What of that was not done.
     fn hold(&self, uuid: Uuid) -> Option<String> {
+        *lock(&self.locks).entry(uuid).or_default() += 1;
         lock(&self.held).insert(uuid);
         let path = self.mark(uuid);
         if matches!(path.try_exists(), Ok(true)) {
@@ -554,9 +557,17 @@ impl Pools {
         if let Some(why) = held() {
             return Err(self.refuse_held(&sealed, why, memory_budget));
         }
+        let locks = || lock(&self.locks).get(&sealed.uuid).copied();
+        let before = locks();
         let found = self.find_key(&sealed, key);
         let _opening = lock(&self.opening);
         // That may have taken long.
+        if locks() != before && self.held(sealed.uuid).is_some() {
+            return Err(RpcError::busy(format!(
+                "pool \"{}\" was locked while its key was looked for",
+                sealed.name
+            )));
+        }
         if let Some(why) = held() {
             return Err(self.refuse_held(&sealed, why, memory_budget));
         }

@@ -549,10 +549,16 @@ fn lock_pool(c: &Control, name: &str) -> RpcResult {
     if pools.key_of(info.uuid) == Some(PoolKey::None) {
         return Err(open_to_all(&info.name));
     }
-    let all = |c: &Control| Ok::<_, RpcError>([bdev_config(c)?, nvmf_config(c)].concat());
-    let before = all(c)?;
+    // What stands on it; a configuration that can not be told keeps no pool open.
+    let all = || {
+        let bdevs = bdev_config(c).inspect_err(|e| {
+            tracing::warn!(pool = info.name, error = e.message, "what stands on the pool can not be told");
+        });
+        [bdevs.unwrap_or_default(), nvmf_config(c)].concat()
+    };
+    let before = all();
     let shut = pools.shut(&info)?;
-    let after = all(c)?;
+    let after = all();
     for (method, params) in before.into_iter().filter(|call| !after.contains(call)) {
         if method != "cryptfold_pool_open" {
             c.deferred.add(&method, params);
