@@ -86,11 +86,10 @@ impl Core {
         })
     }
 
-    /// A piece of a volume has been written, or could not be.
+    /// A piece of a volume has been written.
     pub fn was_new(&self, volume: VolumeId, seal: SealAs, all_new: bool) {
         let before = self.new_run.get().filter(|run| run.0 == volume).map_or(0, |run| run.2);
-        let run = if all_new { before.saturating_add(1) } else { 0 };
-        self.new_run.set(Some((volume, seal, run)));
+        self.new_run.set(all_new.then(|| (volume, seal, before.saturating_add(1))));
     }
 
     /// A piece was refused.

@@ -104,7 +104,7 @@ pub(crate) struct Scratch {
     blind: bool,
     /// New chunks are not stored but reported: another core is to seal them.
     unsealed: bool,
-    /// The last look-up found none of the chunks.
+    /// There are chunks, and the last look-up found none of them.
     all_new: bool,
 }
 
@@ -249,7 +249,7 @@ impl Pool {
         };
         let Target4k { domain, compression, .. } = target;
         let seal = SealAs { domain, compression, segment_bytes: self.segment_bytes };
-        let all_new = prepared.scratch.all_new && !prepared.scratch.found.is_empty();
+        let all_new = prepared.scratch.all_new;
         match written {
             Written::Whole => Ok(Back { seal, all_new, unsealed: None }),
             Written::Unsealed => Ok(Back { seal, all_new, unsealed: Some(prepared) }),
@@ -403,7 +403,7 @@ impl Pool {
             }
         }
         let new = scratch.found.iter().filter(|found| found.is_none()).count();
-        scratch.all_new = new == scratch.found.len();
+        scratch.all_new = new > 0 && new == scratch.found.len();
         self.expects_new.set(2 * new > scratch.found.len());
         if new > 0 && scratch.unsealed {
             return Ok(Attempt::Seal);

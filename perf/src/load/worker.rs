@@ -68,7 +68,7 @@ pub struct Plan {
     pub runtime: Duration,
     /// Ends after this many I/Os instead, when given.
     pub io_limit: Option<u64>,
-    /// The next slot, when given: all jobs that share it do all slots once, each as many as it gets to.
+    /// The next slot, when given: all jobs that share it do all slots once, each as many as it gets to, within its time or limit.
     pub shared: Option<Arc<AtomicU64>>,
     /// Stamp and check.
     pub verify: bool,
@@ -168,7 +168,7 @@ pub async fn run_worker<S: Sink>(sink: S, plan: Plan) -> Result<WorkerReport, St
     let latency = Histogram::new_with_bounds(1, 100_000_000_000, 3).map_err(|e| e.to_string())?;
     let now = reactor::now().0;
     let start_ns = now + plan.ramp.as_nanos() as u64;
-    let counted = plan.io_limit.is_some() || plan.shared.is_some();
+    let counted = plan.io_limit.is_some();
     let end_ns = if counted { u64::MAX } else { start_ns + plan.runtime.as_nanos() as u64 };
     let state = State {
         pattern: Pattern::new(plan.seed, plan.random, plan.read_pct, 0, plan.slots),

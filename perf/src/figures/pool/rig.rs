@@ -78,7 +78,7 @@ impl Rig {
         ram_disk(&self.registry, name, bytes)?;
         let device = open(&self.registry, name)?;
         let all = large_writes((bytes / IO_BYTES as u64) as usize, DataSource::Repeat);
-        self.write_all(0, device, Plan { io_limit: Some(all.slots), ..all }).map(drop)
+        self.write_all(0, device, all).map(drop)
     }
 
     fn create(&self, disk: &str, pool: &str, protection: Protection) -> Result<(), String> {
@@ -121,10 +121,10 @@ impl Rig {
     }
 }
 
-/// Large writes of `data`, in order.
+/// So many large writes of `data`, in order.
 fn large_writes(ios: usize, data: DataSource) -> Plan {
     let base = plan((ios * IO_BYTES) as u64, IO_BYTES, 0, false, DEPTH, Duration::ZERO);
-    Plan { data, ..base }
+    Plan { io_limit: Some(base.slots), data, ..base }
 }
 
 /// The pool of large I/O, made anew whenever something is to be written that is there already.
@@ -264,7 +264,7 @@ impl<'a> Full<'a> {
             }
             let data = DataSource::Stamped(self.data.of(kind).clone());
             let plan = large_writes(step as usize, data);
-            let plan = Plan { first_slot: ios, io_limit: Some(step), ..plan };
+            let plan = Plan { first_slot: ios, ..plan };
             self.rig.write_all(0, device.clone(), plan)?;
             ios += step;
         }
