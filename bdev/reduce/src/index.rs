@@ -25,6 +25,8 @@ const ADDR_MASK: u64 = (1 << ADDR_BITS) - 1;
 /// Most bits of sampling: one in 256 fingerprints.
 const MAX_HOOK_BITS: u32 = 8;
 const MIN_BUCKETS: usize = 1 << TAG_AT;
+/// Below this (768 KiB) a table rather grows early than it loses an entry.
+const SMALL: usize = 1 << 13;
 
 #[derive(Clone, Copy)]
 #[repr(C, align(32))]
@@ -184,7 +186,7 @@ impl Index {
         let mut free = self.find_empty(key);
         if free.is_none()
             && self.buckets.len() < self.max_buckets
-            && self.used * 3 > self.buckets.len() * WAYS
+            && self.used * if self.buckets.len() < SMALL { 8 } else { 3 } > self.buckets.len() * WAYS
         {
             self.double();
             free = self.find_empty(key);
@@ -289,6 +291,22 @@ mod tests {
         assert!(found > 199_990, "found {found}");
         let false_hits: usize = (200_000..300_000).map(|n| index.candidates(key(n)).len()).sum();
         assert!(false_hits < 10, "{false_hits} false hits");
+    }
+
+    /// Each time other pairs fill up first.
+    #[test]
+    fn loses_nothing_while_it_is_small() {
+        for run in 0..50 {
+            let keys = run * 1_000_000..run * 1_000_000 + 12_000;
+            let mut index = Index::new(8 << 20);
+            for n in keys.clone() {
+                index.insert(key(n), addr(n));
+                assert_eq!(index.len() as u64, n - keys.start + 1, "run {run}");
+            }
+            for n in keys {
+                assert!(index.candidates(key(n)).contains(&addr(n)), "run {run}, {n}");
+            }
+        }
     }
 
     #[test]
