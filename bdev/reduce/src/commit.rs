@@ -152,6 +152,12 @@ impl Pool {
         Ok(())
     }
 
+    /// Asks for a commit.
+    pub(crate) fn want_commit(&self) {
+        self.commits.urgent.set(true);
+        self.commits.wake.notify_one();
+    }
+
     /// Asks for a checkpoint.
     pub(crate) fn want_checkpoint(&self) {
         self.commits.checkpoint_wanted.set(true);

@@ -7,8 +7,7 @@
 //! What lives is found by the plain headers in the segment and decided by the container tables and trees, never by the
 //! headers alone. Chunks of a fragment that are dead are left behind: what lives of it is sealed anew.
 //!
-//! Pace: between two looks at what hosts want, the collector moves as much as their writes since the last look need to be
-//! replaced by free space, and more the shorter space is; so they meet neither a long pause nor a full pool.
+//! How fast that goes is [`crate::pace`]'s.
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -36,6 +35,7 @@ use smallvec::{SmallVec, smallvec};
 use crate::base::{Base, Reading};
 use crate::load::Pins;
 use crate::log::{Appended, DataLog, NotAppended, bound};
+use crate::pace::Pace;
 use crate::pool::{Life, Pool};
 use crate::segments::{Purpose, Segment};
 
@@ -43,39 +43,12 @@ use crate::segments::{Purpose, Segment};
 const PART_BYTES: u32 = 256 << 10;
 /// Of these, so many are on their way.
 const PARTS_AHEAD: usize = 4;
-/// The collector works when fewer segments are free, beyond those that hosts can not take: one in so many.
-const BEGIN_SHARE: usize = 32;
-/// What is moved in one go when hosts want nothing.
-const QUANTUM_BYTES: f64 = 64e3;
 /// Of a fragment with fewer dead chunks than this share, all chunks are moved: one in so many.
 const TRIM_SHARE: usize = 8;
 const _: () = assert!((PART_BYTES as usize).is_multiple_of(BLOCK_BYTES));
 
 /// Segment handles kept in RAM (about 1 KiB each).
 const MOST_HANDLES: usize = 8192;
-
-/// How much the collector may move before it lets hosts go on. See the module's head.
-struct Pace {
-    /// Bytes; negative when more was moved.
-    left: f64,
-    /// [`Pool::host_bytes`] at the last look.
-    seen: u64,
-    /// Bytes to be moved for each byte that becomes free.
-    cost: f64,
-}
-
-impl Pace {
-    fn new(pool: &Pool, live: u32) -> Pace {
-        let dead = pool.segment_bytes.saturating_sub(live).max(pool.segment_bytes / 16);
-        Pace { left: QUANTUM_BYTES, seen: pool.host_bytes.get(), cost: f64::from(live) / f64::from(dead) }
-    }
-
-    fn renew(&mut self, pool: &Pool) {
-        let written = pool.host_bytes.get() - self.seen;
-        self.seen += written;
-        self.left = (written as f64 * self.cost * (1.0 + 3.0 * pool.shortage())).max(QUANTUM_BYTES);
-    }
-}
 
 /// Reads a segment front to back, ahead of what is asked for: a device answers in a later turn of the reactor at best, and a
 /// collector that waited for each part would fall behind the hosts, who write in every turn.
@@ -178,19 +151,6 @@ fn next_block(at: u32) -> u32 {
 }
 
 impl Pool {
-    /// Whether the collector should work.
-    pub(crate) fn is_short(&self) -> bool {
-        self.shortage() > 0.0
-    }
-
-    /// How short space is: 0 where the collector begins, 1 where hosts have to wait.
-    fn shortage(&self) -> f64 {
-        let shard = self.shard.borrow();
-        let (host, _) = shard.segments.reserve();
-        let begin = (shard.segments.usable() / BEGIN_SHARE).max(4) as f64;
-        (1.0 - (shard.segments.free_count() as f64 - host as f64) / begin).clamp(0.0, 1.0)
-    }
-
     /// The collector task.
     pub(crate) async fn run_collector(self: Rc<Self>) {
         while !matches!(self.life.get(), Life::Closed | Life::Failed) {
@@ -204,6 +164,7 @@ impl Pool {
                 continue;
             }
             let progress = self.collect_one().await;
+            self.rest(!matches!(progress, Ok(true)));
             drop(_busy);
             self.collections.set(self.collections.get() + 1);
             self.wake_waiters();
@@ -230,7 +191,7 @@ impl Pool {
 
     /// Empties one segment. False: there is none of which enough is dead.
     async fn collect_one(self: &Rc<Self>) -> Result<bool, Status> {
-        let gain = self.segment_bytes / 8;
+        let gain = self.worthwhile();
         let beside = self.emptying_metadata.get();
         let metadata = !beside && self.commits.checkpoints.get() >= self.metadata_after.get();
         let victim = self.shard.borrow().segments.emptiest(gain, metadata);
@@ -242,6 +203,7 @@ impl Pool {
             }
             return Ok(beside);
         };
+        self.rest(false);
         let Some(entry) = self.shard.borrow().segments.entry(number).copied() else { return Ok(false) };
         let segment = match self.segment(number).await {
             Ok(segment) => segment,
@@ -318,6 +280,8 @@ impl Pool {
             self.shard.borrow_mut().segments.spoil(number);
         } else {
             self.emptied.set(self.emptied.get() + 1);
+            self.see_shortage();
+            self.ready_segments();
         }
     }
 
@@ -352,16 +316,17 @@ impl Pool {
             let mut pins = self.pins();
             let container = header.first.container().get();
             self.load_leaf(node::Tree::Containers, entry.domain.0, container, &mut pins).await?;
+            let spent;
             if self.fragment_at(entry.domain, segment, at, header.first).is_some() {
                 let live = Live { at, header, sealed: scanner.unit(at, unit).await?, _pins: pins };
                 if let Some(before) = found.replace(live) {
                     self.move_live(entry.domain, segment, &before, &mut sealed).await?;
                 }
-                pace.left -= unit as f64;
+                spent = pace.moved(self, unit);
             } else {
-                pace.left -= unit.min(BLOCK_BYTES) as f64 / 8.0;
+                spent = pace.passed(unit.min(BLOCK_BYTES) / 8);
             }
-            if pace.left < 0.0 {
+            if spent {
                 self.throttle_background().await?;
                 pace.renew(self);
             }

@@ -191,6 +191,7 @@ impl Pool {
         }
         let mut at = lba;
         while !data.is_empty() {
+            self.admit().await;
             self.throttle().await?;
             let count = PIECE.min(data.len_bytes() / CHUNK_BYTES);
             let piece = whole_chunks(data.split_to(count * CHUNK_BYTES));
@@ -241,6 +242,7 @@ impl Pool {
         lba: u64,
         mut prepared: Prepared,
     ) -> Result<Back, Status> {
+        self.admit().await;
         self.throttle().await?;
         let mut target = self.target(volume)?;
         let written = match target.generation == generation {
@@ -317,7 +319,7 @@ impl Pool {
         write: &Small<'_>,
         scratch: &mut Scratch,
     ) -> Option<Result<(), Status>> {
-        if self.must_wait().ok()? {
+        if !self.try_admit() || self.must_wait().ok()? {
             return None;
         }
         let lane = self.lane(target.domain, Purpose::Host);
@@ -501,7 +503,8 @@ impl Pool {
             .fragment_add(target.domain, target.generation, container, &fragment, prints)
             .map_err(|error| self.inconsistent(&error))?;
         shard.index_fragment(target.domain, first, new);
-        self.host_bytes.set(self.host_bytes.get() + u64::from(appended.unit_bytes));
+        drop(shard);
+        self.charge(appended.unit_bytes);
         Ok(())
     }
 
@@ -629,6 +632,7 @@ impl Pool {
         )?;
         let segment = Segment::open(key, start, filler);
         self.shard.borrow_mut().segments.set_handle(segment.clone());
+        self.see_shortage();
         if self.is_short() {
             self.collect.notify_one();
         }

@@ -51,6 +51,7 @@ mod manager;
 mod meta;
 mod open;
 mod owner;
+mod pace;
 mod pool;
 mod read;
 mod recent;

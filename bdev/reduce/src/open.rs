@@ -457,6 +457,7 @@ fn assemble(
         host_bytes: Cell::new(0),
         moved_bytes: Cell::new(0),
         collections: Cell::new(0),
+        demand: crate::pace::Demand::new(),
         emptied: Cell::new(0),
         busy: Cell::new(0),
         idle: Notify::new(),

@@ -31,6 +31,7 @@ use crate::lend::Loan;
 use crate::load::LoadKey;
 use crate::log::DataLog;
 use crate::meta::Meta;
+use crate::pace::Demand;
 use crate::shard::{ApplyError, Shard};
 use crate::tree::LEAF_BYTES;
 use crate::volume::Gathered;
@@ -192,6 +193,8 @@ pub(crate) struct Pool {
     /// Wakes the collector.
     pub collect: Notify,
     pub collections: Cell<u64>,
+    /// What hosts and the collector know of each other.
+    pub demand: Demand,
     /// Segments that the collector has emptied.
     pub emptied: Cell<u64>,
     /// Changes under way; closing waits for them.
