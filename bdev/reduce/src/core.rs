@@ -14,6 +14,7 @@ use cryptfold_reactor::{self as reactor, ReactorId, Task};
 use cryptfold_reduce_format::codec::Compressor;
 use cryptfold_reduce_format::ids::{DomainId, VolumeId};
 
+use crate::ahead::Ahead;
 use crate::base::Base;
 use crate::hash::FastMap;
 use crate::ingest::SealAs;
@@ -32,6 +33,7 @@ pub(crate) struct Core {
     pub compressor: RefCell<Compressor>,
     pub decoder: RefCell<Decoder>,
     pub fragments: RefCell<FragmentCache>,
+    pub ahead: Ahead,
     pub lanes: RefCell<FastMap<DomainId, Rc<LentLane>>>,
     /// The volume that was written last from here: how its chunks are sealed, and how many pieces were all new by now.
     new_run: Cell<Option<(VolumeId, SealAs, u32)>>,
@@ -62,6 +64,7 @@ impl Core {
             compressor: RefCell::new(Compressor::new()),
             decoder: RefCell::default(),
             fragments: RefCell::default(),
+            ahead: Ahead::default(),
             lanes: RefCell::default(),
             new_run: Cell::default(),
             guesses: Cell::default(),

@@ -20,6 +20,7 @@
 
 mod admin;
 mod aged;
+mod ahead;
 mod anchors;
 mod base;
 mod check;

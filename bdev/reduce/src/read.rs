@@ -11,6 +11,7 @@ use std::sync::Arc;
 
 use cryptfold_bdev::trace::{self, Stage};
 use cryptfold_bdev::{BlockRange, BlockRanges, Status};
+use cryptfold_reactor as reactor;
 use cryptfold_reactor::memory::{Buf, SgList};
 use cryptfold_reduce_format::codec::{Codec, Decompressor};
 use cryptfold_reduce_format::container::FragmentEntry;
@@ -284,6 +285,25 @@ impl Core {
         let Some(bytes) = out.get_mut() else { return Err(Status::INTERNAL_ERROR.into()) };
         self.materialise(bytes, &resolved.extents, &resolved.units, &fetched)?;
         Ok(out.into())
+    }
+
+    /// Decodes what is not in the cache yet, for reads to come: whole fragments. Damage is found again, and told, by who wants them.
+    pub(crate) async fn bring(&self, resolved: &mut Resolved) -> Result<(), Status> {
+        for unit in &mut resolved.units {
+            unit.end = unit.entry.end_slot();
+        }
+        let fetched = self.fetch(&resolved.units).await?;
+        for (unit, fetched) in resolved.units.iter().zip(fetched) {
+            let Fetched::Sealed(sealed) = fetched else { continue };
+            let mut plain = Buf::alloc(unit.wanted_bytes());
+            let out = plain.get_mut().ok_or(Status::INTERNAL_ERROR)?;
+            if self.decode(unit, &sealed, out, out.len()).is_ok() {
+                self.fragments.borrow_mut().put(&unit.segment, unit.entry.place.offset, plain);
+            }
+            // Others first: each takes as long as several small reads.
+            reactor::yield_now().await;
+        }
+        Ok(())
     }
 
     /// Brings the units' bytes, sealed or (from the cache) plain.

@@ -237,13 +237,46 @@ impl VolumeQueue {
         io.fua || !self.device.info.write_cache
     }
 
+    fn core(&self) -> &Rc<Core> {
+        match &self.side {
+            Side::Home(pool) => &pool.core,
+            Side::Away(core) => core,
+        }
+    }
+
+    /// Has what comes behind a read brought, if it is one of several in order.
+    fn read_ahead(self: &Rc<Self>, per_chunk: u64, lba: u64, blocks: u64) {
+        let (id, read) = (self.device.id, lba / per_chunk..(lba + blocks).div_ceil(per_chunk));
+        let Some(wanted) = self.core().ahead.follow(id, read) else { return };
+        let queue = self.clone();
+        reactor::spawn_local(async move {
+            let (first, count) = (wanted.start, (wanted.end - wanted.start) as usize);
+            let resolved = match &queue.side {
+                Side::Home(pool) => pool.resolve_blocks(id, first, count).await,
+                Side::Away(_) => {
+                    let resolve =
+                        move |pool: Rc<Pool>| async move { pool.resolve_blocks(id, first, count).await };
+                    queue.device.on_home(resolve).await
+                }
+            };
+            if let Ok(mut resolved) = resolved {
+                // Who wants it asks again, and is told what is wrong.
+                let _ = queue.core().bring(&mut resolved).await;
+            }
+            queue.core().ahead.arrived(id, &wanted);
+        })
+        .detach();
+    }
+
     /// Does an I/O in a task of its own.
     fn start(self: Rc<Self>, mut io: Box<Io>) {
         let (id, block_bytes) = (self.device.id, self.device.info.block_size_bytes);
         let per_chunk = CHUNK_BYTES as u64 / u64::from(block_bytes);
         if io.op == Op::Read {
             // By itself, because a read's future is much smaller than a write's. Its own buffers stay on the I/O.
+            self.read_ahead(per_chunk, io.lba, io.blocks);
             return reactor::spawn_local(async move {
+                self.core().ahead.wait(id, io.lba / per_chunk).await;
                 let answer = match &self.side {
                     Side::Home(pool) => read(Reader::Home(pool), id, per_chunk, io.lba, io.blocks).await,
                     Side::Away(core) => {
