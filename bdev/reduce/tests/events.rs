@@ -95,13 +95,13 @@ impl Rig {
 
 impl Rig {
     /// Writes until less than so many percent are left and this is said, by which time the collector may have won some again.
-    fn fill_until(&self, mut at: u64, percent: u64, event: &PoolEvent) -> u64 {
+    fn fill_until(&self, mut at: u64, percent: u64, event: PoolEvent) -> u64 {
         let end = Instant::now() + LONG;
         loop {
             at = self.fill(at, percent);
             match self.events.recv_timeout(Duration::from_secs(3)) {
                 Ok(next) => {
-                    assert_eq!(next, ("pool".to_owned(), event.clone()));
+                    assert_eq!(next, ("pool".to_owned(), event));
                     return at;
                 }
                 Err(error) => assert!(Instant::now() < end, "{event:?}: {error}"),
@@ -113,8 +113,8 @@ impl Rig {
 #[test]
 fn room_and_capacity() {
     let rig = Rig::new();
-    let at = rig.fill_until(0, 9, &PoolEvent::Room(Room::Low));
-    rig.fill_until(at, 2, &PoolEvent::Room(Room::Critical));
+    let at = rig.fill_until(0, 9, PoolEvent::Room(Room::Low));
+    rig.fill_until(at, 2, PoolEvent::Room(Room::Critical));
     rig.registry.get("ram").unwrap().set_blocks(192 * MIB / 4096);
     rig.manager.grow("pool").unwrap();
     rig.expect(PoolEvent::Capacity);
