@@ -69,6 +69,9 @@ pub struct KeyView {
     pub access: &'static str,
 }
 
+/// What is said of an object that the server does not find, or not for us.
+const NOT_FOUND: &str = "not found";
+
 /// What the server says.
 pub enum Look {
     Active,
@@ -106,7 +109,7 @@ pub fn look(client: &Client, options: &KeyOptions) -> Look {
             },
             Err(e) => match e.refusal().map(|r| r.reason) {
                 Some(Reason::ITEM_NOT_FOUND | Reason::PERMISSION_DENIED) => {
-                    Look::Ended(policy.not_found, "not found".into())
+                    Look::Ended(policy.not_found, NOT_FOUND.into())
                 }
                 Some(Reason::OBJECT_ARCHIVED) => Look::Ended(policy.deactivated, "archived".into()),
                 // Anything else says more about the server than about the key.
@@ -149,6 +152,8 @@ struct Known {
     reason: Option<String>,
     /// SHA-256 of the key that devices have had.
     digest: Option<digest::Digest>,
+    /// The server did not find it when it was asked last, for the first time.
+    doubted: bool,
 }
 
 /// See the module.
@@ -175,7 +180,7 @@ impl Key {
         let key = Key::new(options)?;
         let state = State::Active.to_string();
         *lock(&key.known) =
-            Known { state, reason: None, digest: Some(digest::digest(&digest::SHA256, whole)) };
+            Known { state, digest: Some(digest::digest(&digest::SHA256, whole)), ..Known::default() };
         key.gate.set(Access::Open(Arc::new(xts)));
         Ok(key)
     }
@@ -213,7 +218,11 @@ impl Key {
             self.forget();
             return None;
         }
-        match look(client, &self.options) {
+        let look = look(client, &self.options);
+        if self.is_doubtful(&look) {
+            return Some(Ok(()));
+        }
+        match look {
             Look::Active => self.use_it(client),
             Look::NotYet(state) => {
                 self.say(&state, Some(format!("the key is {state}")));
@@ -231,6 +240,20 @@ impl Key {
             }
             Look::NoAnswer(e) => self.no_answer(e),
         }
+    }
+
+    /// Whether to ask again before devices lose the key: a server that has just been started may not find yet what it has.
+    fn is_doubtful(&self, look: &Look) -> bool {
+        let missing = matches!(look, Look::Ended(OnEnd::Fence, state) if state == NOT_FOUND);
+        let open = matches!(self.gate.access(), Access::Open(_));
+        let mut known = lock(&self.known);
+        known.doubted = missing && open && !known.doubted;
+        known.doubted
+    }
+
+    /// Whether the server is to be asked again soon.
+    pub fn is_doubted(&self) -> bool {
+        lock(&self.known).doubted
     }
 
     fn no_answer(&self, e: KmipError) -> Option<Result<(), KmipError>> {

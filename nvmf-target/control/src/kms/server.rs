@@ -12,6 +12,8 @@ use crate::control::lock;
 use crate::jsonrpc::RpcError;
 use crate::keys::read_key_file;
 
+/// A key that a server did not find is asked for again after this.
+const DOUBT: Duration = Duration::from_secs(1);
 /// Certificates are no larger, chains included.
 const MAX_CERTIFICATES_BYTES: u64 = 256 * 1024;
 
@@ -136,7 +138,11 @@ impl Server {
             rounds.done = asked;
             self.turn.notify_all();
             let idle = |r: &mut Rounds| !r.ended && r.asked == r.done;
-            let waited = self.turn.wait_timeout_while(rounds, self.options.poll_interval, idle);
+            let pause = match self.keys().iter().any(|key| key.is_doubted()) {
+                true => self.options.poll_interval.min(DOUBT),
+                false => self.options.poll_interval,
+            };
+            let waited = self.turn.wait_timeout_while(rounds, pause, idle);
             rounds = waited.unwrap_or_else(PoisonError::into_inner).0;
         }
     }

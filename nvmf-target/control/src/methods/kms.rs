@@ -32,7 +32,7 @@ params! {
         timeout_ms: u32 = 5000,
         /// How often all servers are tried before an operation fails.
         rounds: u32 = 2,
-        /// Time between two looks at the states of keys, in ms: a key that ends is fenced within it.
+        /// Time between two looks at the states of keys, in ms: a key that ends is fenced within it, one that is not found any more after a second look (at most 1 s later).
         poll_interval_ms: u32 = 10_000,
     }
     /// `keyring_kmip_remove_server`.
