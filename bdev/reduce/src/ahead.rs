@@ -22,7 +22,7 @@ const STREAMS: usize = 16;
 /// Reads of one volume, each behind the last.
 struct Stream {
     volume: VolumeId,
-    /// First block of the next read.
+    /// First block of the next read, in the volume's own blocks; all else is in 4 KiB.
     next: u64,
     /// Reads so far, and no more than count.
     reads: u32,
@@ -42,9 +42,10 @@ pub(crate) struct Ahead {
 }
 
 impl Ahead {
-    /// Takes note of a read of `blocks` of a volume: what is to be brought now, if anything. [`Ahead::arrived`] follows.
-    pub fn follow(&self, volume: VolumeId, blocks: Range<u64>) -> Option<Range<u64>> {
-        if blocks.end - blocks.start > MOST_READ {
+    /// Takes note of a read of `blocks` of a volume, of which 4 KiB have `per_chunk`: what is to be brought now, if anything
+    /// ([`Ahead::arrived`] follows), in 4 KiB.
+    pub fn follow(&self, volume: VolumeId, blocks: Range<u64>, per_chunk: u64) -> Option<Range<u64>> {
+        if blocks.end - blocks.start > MOST_READ * per_chunk {
             return None;
         }
         let mut streams = self.streams.borrow_mut();
@@ -64,10 +65,11 @@ impl Ahead {
         let stream = &mut streams[last];
         stream.next = blocks.end;
         stream.reads = (stream.reads + 1).min(NOTICED);
-        if stream.reads < NOTICED || stream.under_way || stream.brought.end >= blocks.end + WINDOW / 2 {
+        let end = blocks.end.div_ceil(per_chunk);
+        if stream.reads < NOTICED || stream.under_way || stream.brought.end >= end + WINDOW / 2 {
             return None;
         }
-        stream.brought = stream.brought.end.max(blocks.end)..blocks.end + WINDOW;
+        stream.brought = stream.brought.end.max(end)..end + WINDOW;
         stream.under_way = true;
         self.under_way.set(self.under_way.get() + 1);
         Some(stream.brought.clone())
@@ -83,6 +85,13 @@ impl Ahead {
         }
         drop(streams);
         self.arrived.notify_waiters();
+    }
+
+    /// Waits until nothing is on its way.
+    pub async fn ended(&self) {
+        while self.under_way.get() > 0 {
+            self.arrived.notified().await;
+        }
     }
 
     /// Waits while `block` is on its way.
@@ -103,31 +112,44 @@ mod tests {
     #[test]
     fn a_stream_is_seen_and_kept_ahead_of() {
         let ahead = Ahead::default();
-        assert_eq!(ahead.follow(V, 0..1), None);
-        assert_eq!(ahead.follow(V, 1..2), None);
-        assert_eq!(ahead.follow(VolumeId(2), 2..3), None, "another volume");
-        assert_eq!(ahead.follow(V, 2..3), Some(3..35));
-        assert_eq!(ahead.follow(V, 3..4), None, "it is on its way");
+        assert_eq!(ahead.follow(V, 0..1, 1), None);
+        assert_eq!(ahead.follow(V, 1..2, 1), None);
+        assert_eq!(ahead.follow(VolumeId(2), 2..3, 1), None, "another volume");
+        assert_eq!(ahead.follow(V, 2..3, 1), Some(3..35));
+        assert_eq!(ahead.follow(V, 3..4, 1), None, "it is on its way");
         ahead.arrived(V, &(3..35));
         for block in 4..18 {
-            assert_eq!(ahead.follow(V, block..block + 1), None, "enough is there");
+            assert_eq!(ahead.follow(V, block..block + 1, 1), None, "enough is there");
         }
-        assert_eq!(ahead.follow(V, 18..20), Some(35..52));
+        assert_eq!(ahead.follow(V, 18..20, 1), Some(35..52));
         ahead.arrived(V, &(35..52));
-        assert_eq!(ahead.follow(V, 20..100), None, "a large read");
-        assert_eq!(ahead.follow(V, 500..501), None, "elsewhere");
-        assert_eq!(ahead.follow(V, 20..28), None, "enough is there");
-        assert_eq!(ahead.follow(V, 28..40), Some(52..72), "the stream goes on");
+        assert_eq!(ahead.follow(V, 20..100, 1), None, "a large read");
+        assert_eq!(ahead.follow(V, 500..501, 1), None, "elsewhere");
+        assert_eq!(ahead.follow(V, 20..28, 1), None, "enough is there");
+        assert_eq!(ahead.follow(V, 28..40, 1), Some(52..72), "the stream goes on");
+    }
+
+    #[test]
+    fn sectors_make_one_stream() {
+        let ends = |range: Range<u64>| (range.start, range.end);
+        let ahead = Ahead::default();
+        let brought: Vec<_> =
+            (0..64).filter_map(|sector| ahead.follow(V, sector..sector + 1, 8)).map(ends).collect();
+        assert_eq!(brought, [(1, 33)]);
+        let odd = Ahead::default();
+        let brought: Vec<_> =
+            (0..8).filter_map(|n| odd.follow(V, 8 * n + 3..8 * n + 11, 8)).map(ends).collect();
+        assert_eq!(brought, [(4, 36)], "reads of 4 KiB that lie across two");
     }
 
     #[test]
     fn streams_are_bounded_and_one_that_waits_is_kept() {
         let ahead = Ahead::default();
         for block in 0..3 {
-            ahead.follow(V, block..block + 1);
+            ahead.follow(V, block..block + 1, 1);
         }
         for n in 0..100 {
-            ahead.follow(VolumeId(7), 1000 * n..1000 * n + 1);
+            ahead.follow(VolumeId(7), 1000 * n..1000 * n + 1, 1);
             assert!(ahead.streams.borrow().len() <= STREAMS);
         }
         assert!(ahead.streams.borrow().iter().any(|s| s.under_way && s.brought == (3..35)));

@@ -155,6 +155,7 @@ impl Pool {
     pub(crate) async fn run_collector(self: Rc<Self>) {
         while !matches!(self.life.get(), Life::Closed | Life::Failed) {
             if !self.is_short() {
+                self.see_shortage();
                 self.collect.notified().await;
                 continue;
             }
@@ -196,6 +197,8 @@ impl Pool {
         let metadata = !beside && self.commits.checkpoints.get() >= self.metadata_after.get();
         let victim = self.shard.borrow().segments.emptiest(gain, metadata);
         let Some(number) = victim else {
+            // Only a checkpoint makes room now: hosts do not wait for the collector.
+            self.rest(true);
             self.metadata_urgent.set(beside);
             while self.emptying_metadata.get() {
                 self.check_alive()?;
@@ -203,7 +206,6 @@ impl Pool {
             }
             return Ok(beside);
         };
-        self.rest(false);
         let Some(entry) = self.shard.borrow().segments.entry(number).copied() else { return Ok(false) };
         let segment = match self.segment(number).await {
             Ok(segment) => segment,
@@ -213,6 +215,7 @@ impl Pool {
                 return if status == Status::UNRECOVERED_READ { Ok(true) } else { Err(status) };
             }
         };
+        self.rest(entry.class == Some(Class::Metadata));
         if entry.class == Some(Class::Metadata) {
             self.collect_metadata(&segment, &entry).await?;
             drop(segment);

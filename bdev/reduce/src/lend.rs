@@ -20,7 +20,7 @@ use std::sync::Arc;
 use cryptfold_bdev::Status;
 use cryptfold_reactor as reactor;
 use cryptfold_reduce_format::block::Block;
-use cryptfold_reduce_format::ids::{ContainerId, DomainId, SLOTS};
+use cryptfold_reduce_format::ids::{ContainerId, DomainId, SLOTS, VolumeId};
 use reactor::memory::Buf;
 use reactor::sync::Mutex;
 use reactor::{Handle, Task};
@@ -105,6 +105,14 @@ impl Pool {
             loans.push(Loan { core, domain, containers: SmallVec::new(), recorded: false });
             loans.len() - 1
         }))
+    }
+
+    /// Remembers a core that uses the device for a volume, to have it let go of it at the end.
+    pub(crate) fn lends_to(&self, core: Handle, volume: VolumeId) {
+        let domain = self.shard.borrow().volumes.get(&volume.0).map(|v| v.record.domain);
+        if let Some(domain) = domain {
+            self.loan(core, domain);
+        }
     }
 
     fn take_back(&self, id: LoanId, returned: Returned) {
@@ -349,6 +357,7 @@ async fn give_back(pool: u64, domain: DomainId) -> Result<Returned, Status> {
 async fn forget(pool: u64) {
     if let Some(core) = Core::find(pool) {
         core.lanes.borrow_mut().clear();
+        core.ahead.ended().await;
         core.let_go().await;
     }
 }

@@ -690,6 +690,7 @@ impl Pool {
             self.life.set(Life::Closing);
         }
         self.wait_idle().await;
+        self.core.ahead.ended().await;
         let mut result = Ok(());
         if self.life.get() == Life::Closing {
             result = async {

@@ -15,6 +15,7 @@ use std::cell::Cell;
 use std::time::Duration;
 
 use cryptfold_reactor as reactor;
+use cryptfold_reduce_format::fragment::MAX_FRAGMENT_BYTES;
 use reactor::sync::{Mutex, Notify};
 
 use crate::pool::{Life, Pool};
@@ -95,7 +96,12 @@ impl Pool {
     /// Bytes that have to be dead in a segment for it to be collected. The longer it waits, the more are; so few are worth it only
     /// when hosts would have to wait.
     pub(crate) fn worthwhile(&self) -> u32 {
-        self.segment_bytes / if self.shortage() < NEED { WORTH } else { WORTH_IN_NEED }
+        let most = self.segment_bytes / WORTH;
+        if self.shortage() < NEED {
+            return most;
+        }
+        // More than what a segment may waste that has just been filled, or collection would never end.
+        (self.segment_bytes / WORTH_IN_NEED).max(2 * MAX_FRAGMENT_BYTES as u32).min(most)
     }
 
     /// Has what was freed made durable, if hardly a segment could be opened at once: who needs the next one does not wait for a commit.

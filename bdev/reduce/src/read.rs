@@ -32,6 +32,8 @@ use crate::tree::{Found, Leaf, Tree};
 const STEP: u64 = 256;
 /// Decoded fragments kept.
 const CACHED: usize = 32;
+/// Of them, those that one stream may fill at once.
+const MOST_BROUGHT: usize = CACHED / 3;
 /// Device reads of neighbouring fragments are joined across gaps up to this, up to the second.
 const JOIN_GAP_BYTES: u32 = 8 << 10;
 const JOIN_MOST_BYTES: u32 = 512 << 10;
@@ -289,6 +291,10 @@ impl Core {
 
     /// Decodes what is not in the cache yet, for reads to come: whole fragments. Damage is found again, and told, by who wants them.
     pub(crate) async fn bring(&self, resolved: &mut Resolved) -> Result<(), Status> {
+        if resolved.units.len() > MOST_BROUGHT {
+            // What lies scattered would push out what others have brought.
+            return Ok(());
+        }
         for unit in &mut resolved.units {
             unit.end = unit.entry.end_slot();
         }

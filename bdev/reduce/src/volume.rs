@@ -246,16 +246,20 @@ impl VolumeQueue {
 
     /// Has what comes behind a read brought, if it is one of several in order.
     fn read_ahead(self: &Rc<Self>, per_chunk: u64, lba: u64, blocks: u64) {
-        let (id, read) = (self.device.id, lba / per_chunk..(lba + blocks).div_ceil(per_chunk));
-        let Some(wanted) = self.core().ahead.follow(id, read) else { return };
+        let id = self.device.id;
+        let Some(wanted) = self.core().ahead.follow(id, lba..lba + blocks, per_chunk) else { return };
         let queue = self.clone();
         reactor::spawn_local(async move {
             let (first, count) = (wanted.start, (wanted.end - wanted.start) as usize);
             let resolved = match &queue.side {
                 Side::Home(pool) => pool.resolve_blocks(id, first, count).await,
                 Side::Away(_) => {
-                    let resolve =
-                        move |pool: Rc<Pool>| async move { pool.resolve_blocks(id, first, count).await };
+                    let reader = reactor::current();
+                    let resolve = move |pool: Rc<Pool>| async move {
+                        // A pool that is closed waits for this.
+                        pool.lends_to(reader, id);
+                        pool.resolve_blocks(id, first, count).await
+                    };
                     queue.device.on_home(resolve).await
                 }
             };
