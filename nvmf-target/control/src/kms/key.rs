@@ -1,6 +1,7 @@
 //! One key of a key server: what the server says about it, and what devices may do with it.
 
 use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use aws_lc_rs::{constant_time, digest};
 use cryptfold_bdev_crypto::engine::XtsKey;
@@ -69,6 +70,8 @@ pub struct KeyView {
     pub access: &'static str,
 }
 
+/// A key that devices have and the server does not find is asked for again after this.
+pub const DOUBT: Duration = Duration::from_secs(1);
 /// What is said of an object that the server does not find, or not for us.
 const NOT_FOUND: &str = "not found";
 
@@ -117,8 +120,8 @@ pub fn look(client: &Client, options: &KeyOptions) -> Look {
             },
         };
         worst = match (worst, look) {
-            (Look::Ended(OnEnd::Fence, state), _) => Look::Ended(OnEnd::Fence, state),
-            (_, ended @ Look::Ended(OnEnd::Fence, _)) => ended,
+            (Look::Ended(OnEnd::Fence, state), _) if state != NOT_FOUND => Look::Ended(OnEnd::Fence, state),
+            (_, ended @ Look::Ended(OnEnd::Fence, _)) | (ended @ Look::Ended(OnEnd::Fence, _), _) => ended,
             (Look::NoAnswer(e), _) | (_, Look::NoAnswer(e)) => Look::NoAnswer(e),
             (Look::NotYet(state), _) | (_, Look::NotYet(state)) => Look::NotYet(state),
             (Look::Active, other) | (other, Look::Active) => other,
@@ -152,8 +155,8 @@ struct Known {
     reason: Option<String>,
     /// SHA-256 of the key that devices have had.
     digest: Option<digest::Digest>,
-    /// The server did not find it when it was asked last, for the first time.
-    doubted: bool,
+    /// Since when the server does not find it, while devices have it still.
+    doubted: Option<Instant>,
 }
 
 /// See the module.
@@ -244,16 +247,22 @@ impl Key {
 
     /// Whether to ask again before devices lose the key: a server that has just been started may not find yet what it has.
     fn is_doubtful(&self, look: &Look) -> bool {
+        if matches!(look, Look::NoAnswer(_)) {
+            return false;
+        }
         let missing = matches!(look, Look::Ended(OnEnd::Fence, state) if state == NOT_FOUND);
         let open = matches!(self.gate.access(), Access::Open(_));
         let mut known = lock(&self.known);
-        known.doubted = missing && open && !known.doubted;
-        known.doubted
+        if !(missing && open) {
+            known.doubted = None;
+            return false;
+        }
+        known.doubted.get_or_insert_with(Instant::now).elapsed() < DOUBT
     }
 
     /// Whether the server is to be asked again soon.
     pub fn is_doubted(&self) -> bool {
-        lock(&self.known).doubted
+        lock(&self.known).doubted.is_some()
     }
 
     fn no_answer(&self, e: KmipError) -> Option<Result<(), KmipError>> {

@@ -7,13 +7,11 @@ use std::time::{Duration, Instant};
 use cryptfold_kmip::{Client, ClientConfig, Identity, KmipError, ServerAddress};
 use cryptfold_nvmf_target::audit::TARGET as AUDIT;
 
-use super::key::Key;
+use super::key::{DOUBT, Key};
 use crate::control::lock;
 use crate::jsonrpc::RpcError;
 use crate::keys::read_key_file;
 
-/// A key that a server did not find is asked for again after this.
-const DOUBT: Duration = Duration::from_secs(1);
 /// Certificates are no larger, chains included.
 const MAX_CERTIFICATES_BYTES: u64 = 256 * 1024;
 
