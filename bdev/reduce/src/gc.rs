@@ -215,7 +215,7 @@ impl Pool {
                 return if status == Status::UNRECOVERED_READ { Ok(true) } else { Err(status) };
             }
         };
-        self.rest(entry.class == Some(Class::Metadata));
+        self.rest(false);
         if entry.class == Some(Class::Metadata) {
             self.collect_metadata(&segment, &entry).await?;
             drop(segment);
@@ -487,6 +487,7 @@ impl Pool {
             entry.used_bytes.min(self.segment_bytes)
         };
         let mut scanner = Scanner::new(self, segment, end);
+        let mut pace = Pace::new(self, entry.live_bytes);
         let mut at = BLOCK_BYTES as u32;
         while at + (NODE_HEADER_BYTES as u32) < scanner.end {
             let head = scanner.head(at, NODE_HEADER_BYTES).await?;
@@ -496,6 +497,8 @@ impl Pool {
                 continue;
             };
             self.touch_node(segment, at, &header).await?;
+            // Hosts that wait go on meanwhile: the next checkpoint makes the room.
+            pace.moved(self, unit);
             if self.dirty_bytes() > self.dirty_limit() {
                 self.checkpoint().await?;
             }

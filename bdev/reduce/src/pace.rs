@@ -101,7 +101,7 @@ impl Pool {
             return most;
         }
         // More than what a segment may waste that has just been filled, or collection would never end.
-        (self.segment_bytes / WORTH_IN_NEED).max(2 * MAX_FRAGMENT_BYTES as u32).min(most)
+        (self.segment_bytes / WORTH_IN_NEED).max(MAX_FRAGMENT_BYTES as u32).min(most)
     }
 
     /// Has what was freed made durable, if hardly a segment could be opened at once: who needs the next one does not wait for a commit.
