@@ -15,9 +15,10 @@ use std::cell::Cell;
 use std::time::Duration;
 
 use cryptfold_reactor as reactor;
-use cryptfold_reduce_format::fragment::MAX_FRAGMENT_BYTES;
 use reactor::sync::{Mutex, Notify};
 
+use crate::ingest::GROUP;
+use crate::log::bound;
 use crate::pool::{Life, Pool};
 
 /// The collector works when fewer segments are free, beyond those that hosts can not take: one in so many.
@@ -101,7 +102,7 @@ impl Pool {
             return most;
         }
         // More than what a segment may waste that has just been filled, or collection would never end.
-        (self.segment_bytes / WORTH_IN_NEED).max(MAX_FRAGMENT_BYTES as u32).min(most)
+        (self.segment_bytes / WORTH_IN_NEED).max(2 * bound(GROUP) as u32).min(most)
     }
 
     /// Has what was freed made durable, if hardly a segment could be opened at once: who needs the next one does not wait for a commit.
