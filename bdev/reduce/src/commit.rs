@@ -92,8 +92,7 @@ impl Pool {
     async fn wait_for(&self, target: u64) -> Result<(), Status> {
         while self.commits.durable_records.get() < target {
             self.check_alive()?;
-            self.commits.urgent.set(true);
-            self.commits.wake.notify_one();
+            self.want_commit();
             self.commits.done.notified().await;
         }
         Ok(())
@@ -128,8 +127,7 @@ impl Pool {
                 self.wait_for_audit().await;
                 continue;
             }
-            self.commits.urgent.set(true);
-            self.commits.wake.notify_one();
+            self.want_commit();
             self.commits.done.notified().await;
         }
         Ok(())
@@ -171,8 +169,7 @@ impl Pool {
 
     /// Waits until a commit or a checkpoint ends.
     pub(crate) async fn wait_progress(&self) {
-        self.commits.urgent.set(true);
-        self.commits.wake.notify_one();
+        self.want_commit();
         self.commits.done.notified().await;
     }
 
