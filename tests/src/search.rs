@@ -18,6 +18,11 @@ impl Patterns {
 
     /// Which of them are in `bytes`, once for each place.
     pub fn found(&self, bytes: &[u8]) -> Vec<usize> {
+        self.places(bytes).into_iter().map(|(n, _)| n).collect()
+    }
+
+    /// Which of them are in `bytes`, and where.
+    pub fn places(&self, bytes: &[u8]) -> Vec<(usize, usize)> {
         // By their first two bytes, all in one pass.
         let start = |b: &[u8]| usize::from(u16::from_le_bytes([b[0], b[1]]));
         let mut by_start = vec![Vec::new(); 1 << 16];
@@ -25,7 +30,7 @@ impl Patterns {
         let mut found = Vec::new();
         for at in 0..bytes.len().saturating_sub(1) {
             let here = by_start[start(&bytes[at..])].iter();
-            found.extend(here.filter(|n| bytes[at..].starts_with(&self.0[**n])));
+            found.extend(here.filter(|n| bytes[at..].starts_with(&self.0[**n])).map(|n| (*n, at)));
         }
         found
     }

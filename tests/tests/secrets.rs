@@ -67,6 +67,17 @@ impl Wanted {
         self.0.push((name, bytes));
     }
 
+    /// As [`Wanted::found`], with where it is and what is around it: from that it is told whose memory it was.
+    fn around(&self, bytes: &[u8]) -> Vec<String> {
+        let patterns = Patterns::new(self.0.iter().map(|w| w.1.clone()));
+        let tell = |(n, at): (usize, usize)| {
+            let (from, to) = (at.saturating_sub(256), (at + 256).min(bytes.len()));
+            let lines = bytes[from..to].chunks(32).map(|line| format!("\n    {}", hex(line)));
+            format!("{} at {at:#x}, here from {from:#x} on:{}", self.0[n].0, lines.collect::<String>())
+        };
+        patterns.places(bytes).into_iter().map(tell).collect()
+    }
+
     fn found(&self, bytes: &[u8]) -> Vec<&str> {
         let patterns = Patterns::new(self.0.iter().map(|w| w.1.clone()));
         patterns.found(bytes).into_iter().map(|n| self.0[n].0.as_str()).collect()
@@ -296,7 +307,7 @@ fn no_key_is_in_a_core_image_or_in_a_file() {
     let image = target.image();
     let mut leaks = Vec::new();
     for (mapping, bytes) in &image {
-        leaks.extend(wanted.found(bytes).into_iter().map(|what| format!("{what}: {mapping}")));
+        leaks.extend(wanted.around(bytes).into_iter().map(|what| format!("{mapping}: {what}")));
     }
     let bytes: usize = image.iter().map(|m| m.1.len()).sum();
     assert!(image.iter().any(|m| !marker.found(&m.1).is_empty()), "nothing to be found in {bytes} bytes");

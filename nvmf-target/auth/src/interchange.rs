@@ -4,6 +4,7 @@
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use cryptfold_nvmf_spec::auth::HashId;
+use cryptfold_reactor::memory::on_wiped_stack;
 use zeroize::Zeroizing;
 
 /// Why a text is no key.
@@ -16,6 +17,10 @@ pub enum TextError {
 
 /// The hash that a text names, and its key.
 pub fn parse(prefix: &str, text: &str) -> Result<(Option<HashId>, Zeroizing<Vec<u8>>), TextError> {
+    on_wiped_stack(|| taken_apart(prefix, text))
+}
+
+fn taken_apart(prefix: &str, text: &str) -> Result<(Option<HashId>, Zeroizing<Vec<u8>>), TextError> {
     let rest = text.trim().strip_prefix(prefix).and_then(|rest| rest.strip_prefix(':'));
     let (code, rest) = rest.and_then(|rest| rest.split_once(':')).ok_or(TextError::Form)?;
     let encoded = rest.strip_suffix(':').filter(|_| code.len() == 2).ok_or(TextError::Form)?;

@@ -22,7 +22,7 @@ mod stream;
 pub use arena::{MAX_INDEXED_SLABS, slab_at, slab_count};
 pub use buf::{Buf, Place};
 pub use prefetch::{Prefetch, prefetch};
-pub use secret::{SecretBytes, forbid_core_dumps};
+pub use secret::{SecretBytes, forbid_core_dumps, on_wiped_stack};
 pub use sg::SgList;
 pub use stream::{fence_streams, stream};
 

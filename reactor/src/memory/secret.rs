@@ -32,6 +32,29 @@ pub fn forbid_core_dumps() -> std::io::Result<()> {
     }
 }
 
+/// Bytes of stack that [`on_wiped_stack`] overwrites: more than a hash, an HMAC or a base64 text of a key need.
+const WIPED_BYTES: usize = 16 << 10;
+
+/// Runs `f`, and overwrites the stack that it used (16 KiB of it): ciphers and hashes are moved around by value and leave copies of
+/// what they were given, which a later value that is not filled in everywhere may carry to the heap.
+///
+/// What `f` returns is moved like anything else: it should be a handle of the secret, not the secret.
+#[inline(never)]
+pub fn on_wiped_stack<R>(f: impl FnOnce() -> R) -> R {
+    #[inline(never)]
+    fn below<R>(f: impl FnOnce() -> R) -> R {
+        f()
+    }
+    #[inline(never)]
+    fn wipe() {
+        let mut stack = [0_u8; WIPED_BYTES];
+        std::hint::black_box(&mut stack);
+    }
+    let result = below(f);
+    wipe();
+    result
+}
+
 impl SecretBytes {
     /// `len` zero bytes. Aborts when the system has no memory; goes on with a warning when it may not be locked.
     pub fn zeroed(len: usize) -> SecretBytes {
