@@ -208,12 +208,12 @@ impl Pool {
         };
         let Some(entry) = self.shard.borrow().segments.entry(number).copied() else { return Ok(false) };
         let segment = match self.segment(number).await {
-            Ok(segment) => segment,
-            Err(status) => {
+            Err(Status::UNRECOVERED_READ) => {
                 // Its header is damaged: nothing in it can be moved.
                 self.shard.borrow_mut().segments.spoil(number);
-                return if status == Status::UNRECOVERED_READ { Ok(true) } else { Err(status) };
+                return Ok(true);
             }
+            segment => segment?,
         };
         self.rest(false);
         if entry.class == Some(Class::Metadata) {

@@ -262,7 +262,7 @@ impl Pool {
             if std::mem::take(&mut first) && !self.begin(&mut work) {
                 return Ok(());
             }
-            let Some(group) = self.next_group(&work).await? else {
+            let Some(group) = self.next_group(&mut work).await? else {
                 if let Some(prints) = work.prints.take() {
                     self.set_prints(domain, number, prints)?;
                 }
@@ -287,8 +287,8 @@ impl Pool {
     }
 
     /// The next live fragments that are to be read, as they are now; their segment is pinned. The container is in RAM.
-    async fn next_group(&self, work: &Work) -> Result<Option<Group>, Status> {
-        let look = || {
+    async fn next_group(&self, work: &mut Work) -> Result<Option<Group>, Status> {
+        let look = |work: &Work| {
             let shard = self.shard.borrow();
             let Some(d) = shard.domains.get(&work.domain.0) else { return SmallVec::new() };
             let Some(container) = d.containers.peek(work.number) else { return SmallVec::new() };
@@ -308,16 +308,24 @@ impl Pool {
             next
         };
         loop {
-            let group = look();
-            let Some(head) = group.first() else { return Ok(None) };
-            let segment = self.segment(head.place.segment.segment.0).await?;
+            let group = look(work);
+            let (Some(head), Some(last)) = (group.first(), group.last()) else { return Ok(None) };
+            let segment = match self.segment(head.place.segment.segment.0).await {
+                Err(Status::UNRECOVERED_READ) => {
+                    // Its header is damaged, so nothing in it opens.
+                    self.renewal.borrow_mut().damaged += group.len() as u64;
+                    work.next = last.end_slot();
+                    continue;
+                }
+                segment => segment?,
+            };
             let end = group.iter().map(|f| f.place.offset + f.unit_bytes).max().unwrap_or(0);
             if !segment.is_written(end) {
                 // Lent just when the keys changed.
                 self.flush().await?;
             }
             // The handle keeps the segment from being used for something else from here on.
-            if look() == group && segment.is_written(end) {
+            if look(work) == group && segment.is_written(end) {
                 return Ok(Some((segment, group)));
             }
         }
@@ -421,9 +429,11 @@ impl Pool {
                     old.and_then(|number| Some((number, *shard.segments.entry(number)?)))
                 };
                 let Some((number, entry)) = victim else { return Ok(()) };
-                let segment = self.segment(number).await?;
-                self.collect_data(&segment, &entry).await?;
-                drop(segment);
+                match self.segment(number).await {
+                    // Nothing in it can be moved.
+                    Err(Status::UNRECOVERED_READ) => {}
+                    segment => self.collect_data(&segment?, &entry).await?,
+                }
                 let mut shard = self.shard.borrow_mut();
                 if shard.segments.entry(number).is_some_and(|now| {
                     now.incarnation == entry.incarnation && now.live_bytes >= entry.live_bytes
