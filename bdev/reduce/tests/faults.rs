@@ -255,12 +255,7 @@ async fn verify_others(channel: &Channel, blocks: u64, bad: u64, stamp: u64) {
 fn a_place_that_can_not_be_read_does_not_stop_collection_and_is_damage() {
     Sim::new(6).run(|| async {
         let (registry, disk) = support::disk(40 * MIB, Image::zeroed());
-        let mut options = CreateOptions::new(key());
-        options.memory_budget = Some(16 * MIB);
-        options.segment_bytes = Some(MIB as u32);
-        let pool = LocalPool::create(&registry, "disk", "p", &options).await.unwrap();
-        let volume = VolumeOptions { name: "v".into(), size_bytes: 32 * MIB, ..VolumeOptions::default() };
-        pool.create_volume(&volume).await.unwrap();
+        let pool = small_segments(&registry).await;
         let channel = open(&registry);
         let bad = 77;
         channel.write(bad, Buf::from_slice(&noise(bad, 1)), false).await.unwrap();
@@ -288,12 +283,7 @@ fn a_place_that_can_not_be_read_does_not_stop_collection_and_is_damage() {
 fn a_place_that_can_not_be_read_does_not_stop_a_change_of_keys() {
     Sim::new(7).run(|| async {
         let (registry, disk) = support::disk(40 * MIB, Image::zeroed());
-        let mut options = CreateOptions::new(key());
-        options.memory_budget = Some(16 * MIB);
-        options.segment_bytes = Some(MIB as u32);
-        let pool = LocalPool::create(&registry, "disk", "p", &options).await.unwrap();
-        let volume = VolumeOptions { name: "v".into(), size_bytes: 32 * MIB, ..VolumeOptions::default() };
-        pool.create_volume(&volume).await.unwrap();
+        let pool = small_segments(&registry).await;
         let channel = open(&registry);
         let bad = 5;
         channel.write(bad, Buf::from_slice(&noise(bad, 1)), false).await.unwrap();
@@ -309,9 +299,7 @@ fn a_place_that_can_not_be_read_does_not_stop_a_change_of_keys() {
         channel.flush().await.unwrap();
         spoil(&pool, &disk, bad).await;
         pool.change_domain_keys("default", KeyChange::Rotate, 1 << 40).await.unwrap();
-        while pool.info().renewal.state == ScrubState::Running {
-            reactor::sleep(std::time::Duration::from_millis(1)).await;
-        }
+        renewed(&pool).await;
         let domain = &pool.domains()[0];
         assert!(domain.changing && domain.old_bytes > 0, "{domain:?}");
         assert!(domain.old_bytes < 2 * MIB, "all but what shares its segment is under new keys: {domain:?}");
@@ -319,9 +307,7 @@ fn a_place_that_can_not_be_read_does_not_stop_a_change_of_keys() {
         // The drive has come to itself: the change ends.
         disk.clear_faults();
         pool.start_renewal(1 << 40).unwrap();
-        while pool.info().renewal.state == ScrubState::Running {
-            reactor::sleep(std::time::Duration::from_millis(1)).await;
-        }
+        renewed(&pool).await;
         let domain = &pool.domains()[0];
         assert!(!domain.changing && domain.old_bytes == 0, "{domain:?} {:?}", pool.info().renewal);
         verify_others(&channel, blocks, u64::MAX, 1).await;
@@ -349,7 +335,7 @@ async fn segment_of(pool: &LocalPool, lba: u64) -> u64 {
 
 /// Of blocks 0 .. 200 all but each fourth die. The pool is closed and opened, `spoil` does something to their segment, and other
 /// blocks are overwritten: their segment is the one that is emptied first. Gives those that are still there.
-async fn left_behind(spoil: impl AsyncFnOnce(&LocalPool, &cryptfold_bdev_sim::SimDisk, u64)) -> Vec<u64> {
+async fn left_behind(spoil: impl FnOnce(&cryptfold_bdev_sim::SimDisk, u64)) -> Vec<u64> {
     let (registry, disk) = support::disk(40 * MIB, Image::zeroed());
     let pool = small_segments(&registry).await;
     let channel = open(&registry);
@@ -366,7 +352,7 @@ async fn left_behind(spoil: impl AsyncFnOnce(&LocalPool, &cryptfold_bdev_sim::Si
     pool.close().await.unwrap();
     let pool = reopen(&registry).await.unwrap();
     let channel = open(&registry);
-    spoil(&pool, &disk, segment).await;
+    spoil(&disk, segment);
     let mut rng = Rng::new(5);
     for n in 0..12_000u64 {
         let lba = if n < 4500 { 200 + n } else { 200 + rng.below(4500) };
@@ -391,7 +377,7 @@ async fn left_behind(spoil: impl AsyncFnOnce(&LocalPool, &cryptfold_bdev_sim::Si
 fn a_segment_that_can_not_be_read_for_a_moment_is_collected_later() {
     // Any error of its header's read kept it from being collected until the pool was opened again.
     let left = Sim::new(9).run(|| {
-        left_behind(async |_, disk, segment| {
+        left_behind(|disk, segment| {
             disk.inject(Fault {
                 when: When { hits: 1, ..When::always(Op::Read, segment..segment + 4096) },
                 effect: Effect::Fail(Status::NAMESPACE_NOT_READY),
