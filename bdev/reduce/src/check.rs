@@ -5,10 +5,14 @@
 //! - counters of volumes, domains and the pool;
 //! - fingerprint lists against containers, and with `data` every fragment against its fingerprints.
 //!
-//! Changes are held back meanwhile (reads go on): the audit sees one state. It changes nothing; [`crate::repair`] does. RAM:
-//! about 6 bytes per stored chunk.
+//! Hosts go on meanwhile, with everything else: what has been counted and changes is counted anew ([`crate::tally`]), so each comparison
+//! is between two sums of one moment. Only checkpoints wait, for the walk over the interior nodes. It changes nothing;
+//! [`crate::repair`] does, and holds changes back for that.
+//!
+//! RAM: a share of the cache, whatever the pool's size. References are counted for as many containers at a time as that has room for,
+//! with a walk over the domain's maps for each, live bytes for so many segments with a walk over the containers.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
 use std::rc::Rc;
 
 use cryptfold_bdev::Status;
@@ -17,15 +21,17 @@ use cryptfold_reduce_format::container::FragmentEntry;
 use cryptfold_reduce_format::fingerprint::{Chunk, Fingerprint};
 use cryptfold_reduce_format::fragment::CHUNK_BYTES;
 use cryptfold_reduce_format::ids::{ChunkAddr, ContainerId, DomainId, POOL_DOMAIN, SLOTS};
-use cryptfold_reduce_format::map::{MapEntry, Target};
+use cryptfold_reduce_format::map::{MAP_ENTRIES, MapEntry, Target};
 use cryptfold_reduce_format::node::{self, FANOUT, NodePtr};
 use cryptfold_reduce_format::record::TreeRoot;
 use cryptfold_reduce_format::segment::Class;
+use cryptfold_reduce_format::segtable::SegmentEntry;
 
+use crate::hash::FastMap;
 use crate::info::CheckReport;
 use crate::lend::from_filler;
 use crate::pool::Pool;
-use crate::shard::{Volume, live_bytes};
+use crate::tally::{COUNTED_BYTES, Maps, SPAN_BYTES, Tables, overlaps};
 use crate::tree::Found;
 
 /// Why a fragment is not usable.
@@ -42,22 +48,25 @@ impl From<Status> for FragmentError {
     }
 }
 
-type Counts = HashMap<u64, Box<[u32; SLOTS]>>;
-
-/// What the audit has added up.
+/// What the audit has found.
 #[derive(Default)]
 pub(crate) struct Sums {
     pub report: CheckReport,
-    /// References per domain and container.
-    counts: BTreeMap<u32, Counts>,
     /// References, chunks and stored bytes per domain.
     pub domains: BTreeMap<u32, (u64, u64, u64)>,
     /// Live bytes per segment.
     pub live: BTreeMap<u32, u64>,
     /// Containers whose data does not have its fingerprints.
     pub misprinted: BTreeSet<(DomainId, u64)>,
-    /// Live units per segment: offset and end.
-    spans: BTreeMap<u32, Vec<(u32, u32)>>,
+}
+
+/// An audit at work.
+#[derive(Default)]
+struct Audit {
+    sums: Sums,
+    /// The walk that is going on.
+    maps: Option<Maps>,
+    tables: Option<Tables>,
 }
 
 /// Keeps changes back; lets them go on again when dropped.
@@ -70,13 +79,36 @@ impl Drop for Paused<'_> {
     }
 }
 
+/// Has the trees keep what changes, and the audit's share of the cache free for it.
+struct Watch<'a> {
+    pool: &'a Pool,
+    room: usize,
+}
+
+impl<'a> Watch<'a> {
+    fn new(pool: &'a Pool) -> Watch<'a> {
+        let room = pool.audit_bytes.get();
+        let meter = pool.shard.borrow().meter.clone();
+        meter.bytes.set(meter.bytes.get() + room);
+        meter.watched.set(true);
+        pool.keep_budget();
+        Watch { pool, room }
+    }
+}
+
+impl Drop for Watch<'_> {
+    fn drop(&mut self) {
+        let meter = self.pool.shard.borrow().meter.clone();
+        meter.bytes.set(meter.bytes.get().saturating_sub(self.room));
+        meter.watched.set(false);
+        self.pool.catch_up(&mut Audit::default());
+    }
+}
+
 impl Pool {
     /// Audits the pool. With `data` every fragment is read and verified too.
     pub(crate) async fn check(self: &Rc<Self>, data: bool) -> Result<CheckReport, Status> {
-        if self.read_only {
-            return Ok(self.audit(data).await?.report);
-        }
-        let _paused = self.pause().await?;
+        let _turn = self.audits.lock().await;
         Ok(self.audit(data).await?.report)
     }
 
@@ -92,168 +124,247 @@ impl Pool {
         Ok(paused)
     }
 
-    /// Adds everything up. Nothing may change meanwhile.
+    /// Adds everything up. One at a time: the caller holds [`Pool::audits`].
     pub(crate) async fn audit(&self, data: bool) -> Result<Sums, Status> {
-        let meta = self.meta.lock().await;
-        let mut sums = Sums::default();
-        let volumes: Vec<u32> = self.shard.borrow().volumes.keys().copied().collect();
-        for id in volumes {
-            self.check_volume(id, &mut sums).await?;
+        let mut audit = Audit::default();
+        let watch = Watch::new(self);
+        let domains: Vec<u32> = self.shard.borrow().domains.keys().copied().collect();
+        for id in domains {
+            self.check_domain(DomainId(id), data, watch.room, &mut audit).await?;
         }
-        let domains: Vec<(u32, u64)> =
-            self.shard.borrow().domains.iter().map(|(id, d)| (*id, d.next_container)).collect();
-        for (id, end) in domains {
-            self.check_domain(DomainId(id), end, data, &mut sums).await?;
-        }
-        self.check_nodes(&meta, &mut sums).await?;
-        self.check_segments(&mut sums);
-        Ok(sums)
+        self.check_data_segments(watch.room, &mut audit).await?;
+        self.check_metadata(&mut audit.sums).await?;
+        Ok(audit.sums)
     }
 
-    async fn check_volume(&self, id: u32, sums: &mut Sums) -> Result<(), Status> {
-        sums.report.volumes += 1;
-        let (blocks, domain) = {
-            let shard = self.shard.borrow();
-            let Some(v) = shard.volumes.get(&id) else { return Ok(()) };
-            (v.record.blocks, v.record.domain.0)
+    /// An audit ends when the pool is closed.
+    fn check_going(&self) -> Result<(), Status> {
+        if self.read_only { Ok(()) } else { self.check_writable() }
+    }
+
+    /// Takes in what has changed since the last time. What follows without a wait in between sees one state.
+    fn catch_up(&self, audit: &mut Audit) {
+        let mut shard = self.shard.borrow_mut();
+        let shard = &mut *shard;
+        if !shard.meter.changed.replace(false) {
+            return;
+        }
+        for (id, v) in shard.volumes.iter_mut().chain(&mut shard.gone) {
+            for (index, before) in v.tree.take_changed() {
+                if let Some(maps) = audit.maps.as_mut().filter(|maps| maps.domain() == v.record.domain) {
+                    maps.changed(*id, index, &before, v.tree.peek(index));
+                }
+            }
+        }
+        for (id, d) in &mut shard.domains {
+            for (number, before) in d.containers.take_changed() {
+                if let Some(tables) = &mut audit.tables {
+                    tables.changed(*id, number, &before, d.containers.peek(number));
+                }
+            }
+        }
+    }
+
+    // ---- references
+
+    /// What a domain's maps have, and the references of all its containers.
+    async fn check_domain(
+        &self,
+        id: DomainId,
+        data: bool,
+        room: usize,
+        audit: &mut Audit,
+    ) -> Result<(), Status> {
+        // What is made from now on is not looked at.
+        let Some(end) = self.shard.borrow().domains.get(&id.0).map(|d| d.next_container) else {
+            return Ok(());
         };
-        let (mut chunks, mut special) = (0u64, 0u64);
-        let mut births: BTreeMap<u32, u64> = BTreeMap::new();
-        let before = {
-            let shard = self.shard.borrow();
-            shard.volumes.get(&id).and_then(|v| shard.before(v)).map(|v| v.record.id.0)
-        };
-        for index in 0..blocks.div_ceil(512) {
-            if index % 64 == 63 {
+        let at_once = (room / COUNTED_BYTES).max(1) as u64;
+        let mut first = 1u64;
+        loop {
+            let range = first..end.min(first.saturating_add(at_once));
+            audit.maps = Some(Maps::new(id, range.clone()));
+            self.count_maps(id, first == 1, audit).await?;
+            for number in range.clone() {
+                self.check_container(id, number, data, audit).await?;
+            }
+            audit.maps = None;
+            first = range.end;
+            if first >= end {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Walks over the maps of a domain's volumes. The first time it tells what it finds there.
+    async fn count_maps(&self, id: DomainId, tell: bool, audit: &mut Audit) -> Result<(), Status> {
+        let mut next = 0;
+        loop {
+            let volume = {
+                let shard = self.shard.borrow();
+                let mut rest = shard.volumes.range(next..).filter(|(_, v)| v.record.domain == id);
+                rest.next().map(|(volume, _)| *volume)
+            };
+            let Some(volume) = volume else { break };
+            self.count_map(volume, tell, audit).await?;
+            next = volume + 1;
+        }
+        self.catch_up(audit);
+        let Some(maps) = &mut audit.maps else { return Ok(()) };
+        maps.pass(u32::MAX, u64::MAX);
+        let shard = self.shard.borrow();
+        let Some(d) = shard.domains.get(&id.0).filter(|_| tell) else { return Ok(()) };
+        let report = &mut audit.sums.report;
+        let mut mapped = 0;
+        for (volume, v) in shard.volumes.iter().filter(|(_, v)| v.record.domain == id) {
+            let none = Default::default();
+            let found = maps.blocks(*volume).unwrap_or(&none);
+            mapped += found.chunks;
+            report.volumes += 1;
+            report.blocks += found.chunks + found.special;
+            if let Some(wrong) = shard.miscounted(v, &found.births) {
+                report.problem(format!("volume {volume}: births: {wrong}"));
+            }
+            if (v.chunks, v.special) != (found.chunks, found.special) {
+                report.problem(format!(
+                    "volume {volume}: counts {} chunks and {} zero or pattern blocks, its map has {} and {}",
+                    v.chunks, v.special, found.chunks, found.special
+                ));
+            }
+        }
+        if d.mapped != mapped {
+            report.problem(format!("domain {id}: counts {} references, its maps have {mapped}", d.mapped));
+        }
+        audit.sums.domains.entry(id.0).or_default().0 = mapped;
+        Ok(())
+    }
+
+    async fn count_map(&self, id: u32, tell: bool, audit: &mut Audit) -> Result<(), Status> {
+        let mut index = 0;
+        loop {
+            if index % 4 == 3 {
                 reactor::yield_now().await;
             }
-            let absent = |v: &Volume| matches!(v.tree.find(index), Found::Absent);
-            if self.shard.borrow().volumes.get(&id).is_none_or(absent) {
-                continue;
-            }
+            self.check_going()?;
+            let (absent, before) = {
+                let shard = self.shard.borrow();
+                let Some(v) = shard.volumes.get(&id) else { return Ok(()) };
+                if index >= v.record.blocks.div_ceil(MAP_ENTRIES as u64) {
+                    break;
+                }
+                (matches!(v.tree.find(index), Found::Absent), shard.before(v).map(|v| v.record.id.0))
+            };
             let mut pins = self.pins();
-            if let Err(status) = self.load_leaf(node::Tree::Map, id, index, &mut pins).await {
-                sums.report.problem(format!("volume {id}: map leaf {index} can not be read: {status}"));
-                continue;
+            if !absent {
+                if let Err(status) = self.load_leaf(node::Tree::Map, id, index, &mut pins).await {
+                    if tell {
+                        let text = format!("volume {id}: map leaf {index} can not be read: {status}");
+                        audit.sums.report.problem(text);
+                    }
+                } else if let Some(before) = before {
+                    // A leaf that can not be read is reported where it belongs.
+                    let _ = self.load_leaf(node::Tree::Map, before, index, &mut pins).await;
+                }
             }
-            if let Some(before) = before {
-                // A leaf that can not be read is reported where it belongs.
-                let _ = self.load_leaf(node::Tree::Map, before, index, &mut pins).await;
-            }
+            self.catch_up(audit);
+            let Some(maps) = &mut audit.maps else { return Ok(()) };
             let shard = self.shard.borrow();
-            let Some(v) = shard.volumes.get(&id) else { continue };
-            let Some(leaf) = v.tree.peek(index) else { continue };
-            let earlier = before.and_then(|id| shard.volumes.get(&id)?.tree.peek(index));
-            for (at, entry) in leaf.iter().enumerate() {
-                let earlier = earlier.map_or_else(MapEntry::default, |leaf| leaf.get(at));
-                if let Some(wrong) = shard.misplaced(v, &entry, &earlier) {
-                    sums.report.problem(format!("volume {id}: block {} {wrong}", index * 512 + at as u64));
+            if let Some(leaf) = shard.volumes.get(&id).and_then(|v| v.tree.peek(index)) {
+                if tell {
+                    self.look_at_leaf(id, index, before, &mut audit.sums.report);
                 }
-                if entry.chunk().is_some() {
-                    *births.entry(entry.birth.0).or_default() += 1;
-                }
-                match entry.target {
-                    Target::Unmapped => continue,
-                    Target::Uncorrectable => {
-                        sums.report.uncorrectable += 1;
-                        continue;
-                    }
-                    Target::Zero | Target::Pattern(_) => special += 1,
-                    Target::Chunk(addr) => {
-                        chunks += 1;
-                        let counts = sums.counts.entry(domain).or_default();
-                        let slots =
-                            counts.entry(addr.container().get()).or_insert_with(|| Box::new([0; SLOTS]));
-                        slots[usize::from(addr.slot())] += 1;
-                    }
-                }
-                if index * 512 + at as u64 >= blocks {
-                    sums.report
-                        .problem(format!("volume {id}: block {} is beyond its end", index * 512 + at as u64));
-                }
+                maps.count(id, index, leaf);
+            } else {
+                maps.pass(id, index + 1);
             }
+            index += 1;
         }
-        sums.report.blocks += chunks + special;
-        let shard = self.shard.borrow();
-        if let Some(wrong) = shard.volumes.get(&id).and_then(|v| shard.miscounted(v, &births)) {
-            sums.report.problem(format!("volume {id}: births: {wrong}"));
-        }
-        if let Some(v) = shard.volumes.get(&id)
-            && (v.chunks, v.special) != (chunks, special)
-        {
-            sums.report.problem(format!(
-                "volume {id}: counts {} chunks and {} zero or pattern blocks, its map has {chunks} and {special}",
-                v.chunks, v.special
-            ));
+        self.catch_up(audit);
+        if let Some(maps) = &mut audit.maps {
+            maps.pass(id, u64::MAX);
         }
         Ok(())
     }
 
-    async fn check_domain(&self, id: DomainId, end: u64, data: bool, sums: &mut Sums) -> Result<(), Status> {
-        let mut counts = sums.counts.remove(&id.0).unwrap_or_default();
-        let mapped: u64 = counts.values().flat_map(|slots| slots.iter()).map(|&n| u64::from(n)).sum();
-        let (mut unique, mut stored) = (0u64, 0u64);
-        for number in 1..end {
-            if number % 64 == 63 {
-                reactor::yield_now().await;
-            }
-            let expected = counts.remove(&number);
-            let mut readable = true;
-            let mut pins = self.pins();
-            for tree in [node::Tree::Containers, node::Tree::Fingerprints] {
-                if let Err(status) = self.load_leaf(tree, id.0, number, &mut pins).await {
-                    sums.report
-                        .problem(format!("domain {id}: {tree:?} leaf {number} can not be read: {status}"));
-                    readable = false;
-                }
-            }
-            if !readable {
-                continue;
-            }
-            let fragments =
-                self.check_container(id, number, expected.as_deref(), &mut unique, &mut stored, sums);
-            if data {
-                for fragment in fragments {
-                    self.verify_fragment(id, number, &fragment, sums).await?;
-                }
-            }
-        }
-        for (number, slots) in counts {
-            let refs: u64 = slots.iter().map(|&n| u64::from(n)).sum();
-            sums.report.problem(format!(
-                "domain {id}: {refs} map entries point to container {number}, which was never made"
-            ));
-        }
-        sums.domains.insert(id.0, (mapped, unique, stored));
+    /// What is wrong with the entries of a leaf, each for itself. `before`: the member of the family before this one, a while ago.
+    fn look_at_leaf(&self, id: u32, index: u64, before: Option<u32>, report: &mut CheckReport) {
         let shard = self.shard.borrow();
-        if let Some(d) = shard.domains.get(&id.0)
-            && (d.mapped, d.unique, d.stored_bytes) != (mapped, unique, stored)
-        {
-            sums.report.problem(format!(
-                "domain {id}: counts {} references to {} chunks in {} bytes, there are {mapped} to {unique} in {stored}",
-                d.mapped, d.unique, d.stored_bytes
-            ));
+        let Some(v) = shard.volumes.get(&id) else { return };
+        let Some((d, leaf)) = shard.domains.get(&v.record.domain.0).zip(v.tree.peek(index)) else { return };
+        let same = shard.before(v).map(|v| v.record.id.0) == before;
+        let earlier = before.and_then(|id| shard.volumes.get(&id)?.tree.peek(index));
+        for (at, entry) in leaf.iter().enumerate() {
+            let block = index * MAP_ENTRIES as u64 + at as u64;
+            let earlier = earlier.map_or_else(MapEntry::default, |leaf| leaf.get(at));
+            if let Some(wrong) = shard.misplaced(v, &entry, &earlier).filter(|_| same) {
+                report.problem(format!("volume {id}: block {block} {wrong}"));
+            }
+            match entry.target {
+                Target::Unmapped => continue,
+                Target::Uncorrectable => {
+                    report.uncorrectable += 1;
+                    continue;
+                }
+                Target::Zero | Target::Pattern(_) => {}
+                Target::Chunk(addr) if addr.container().get() >= d.next_container => {
+                    report.problem(format!(
+                        "volume {id}: block {block} points to container {}, which was never made",
+                        addr.container()
+                    ));
+                }
+                Target::Chunk(_) => {}
+            }
+            if block >= v.record.blocks {
+                report.problem(format!("volume {id}: block {block} is beyond its end"));
+            }
+        }
+    }
+
+    /// Compares a container's references with what was counted, and has its fragments verified.
+    async fn check_container(
+        &self,
+        id: DomainId,
+        number: u64,
+        data: bool,
+        audit: &mut Audit,
+    ) -> Result<(), Status> {
+        if number % 4 == 3 {
+            reactor::yield_now().await;
+        }
+        self.check_going()?;
+        let mut pins = self.pins();
+        for tree in [node::Tree::Containers, node::Tree::Fingerprints] {
+            if let Err(status) = self.load_leaf(tree, id.0, number, &mut pins).await {
+                let text = format!("domain {id}: {tree:?} leaf {number} can not be read: {status}");
+                audit.sums.report.problem(text);
+                return Ok(());
+            }
+        }
+        self.catch_up(audit);
+        let Some(maps) = &audit.maps else { return Ok(()) };
+        for fragment in self.compare_container(id, number, maps, &mut audit.sums.report) {
+            if data {
+                self.verify_fragment(id, number, &fragment, &mut audit.sums).await?;
+            }
         }
         Ok(())
     }
 
     /// Gives the container's live fragments.
-    fn check_container(
+    fn compare_container(
         &self,
         id: DomainId,
         number: u64,
-        expected: Option<&[u32; SLOTS]>,
-        unique: &mut u64,
-        stored: &mut u64,
-        sums: &mut Sums,
+        maps: &Maps,
+        report: &mut CheckReport,
     ) -> Vec<FragmentEntry> {
         let mut live_fragments = Vec::new();
         let shard = self.shard.borrow();
         let Some(d) = shard.domains.get(&id.0) else { return live_fragments };
-        let report = &mut sums.report;
+        let slots = 0..SLOTS as u16;
         let Some(container) = d.containers.peek(number).filter(|c| c.used() > 0) else {
-            let refs: u64 = expected.iter().flat_map(|slots| slots.iter()).map(|&n| u64::from(n)).sum();
-            if refs > 0 {
+            let refs: i64 = slots.map(|slot| maps.references(number, slot)).sum();
+            if refs != 0 {
                 report.problem(format!(
                     "domain {id}: {refs} map entries point to container {number}, which is not there"
                 ));
@@ -261,14 +372,13 @@ impl Pool {
             return live_fragments;
         };
         report.containers += 1;
-        for slot in 0..SLOTS as u16 {
-            let (have, want) = (container.refs(slot), expected.map_or(0, |slots| slots[usize::from(slot)]));
-            if have != want {
+        for slot in slots {
+            let (have, want) = (container.refs(slot), maps.references(number, slot));
+            if i64::from(have) != want {
                 report.problem(format!(
                     "domain {id}: chunk {number}:{slot} has {have} references, {want} map entries point to it"
                 ));
             }
-            *unique += u64::from(have > 0);
         }
         let prints = d.fingerprints.peek(number);
         if prints.is_none_or(|prints| prints.slots.len() < usize::from(container.used())) {
@@ -283,12 +393,6 @@ impl Pool {
                 report.orphans += 1;
                 continue;
             }
-            let segment = fragment.place.segment.segment.0;
-            let span = (fragment.place.offset, fragment.place.offset + fragment.unit_bytes);
-            let live = u64::from(live_bytes(container, &fragment));
-            *stored += live;
-            *sums.live.entry(segment).or_default() += live;
-            sums.spans.entry(segment).or_default().push(span);
             if !shard.holds(id, &fragment) {
                 report.problem(format!(
                     "domain {id}: fragment {number}:{} lies at {:?}, which is no data of this domain",
@@ -298,6 +402,149 @@ impl Pool {
             live_fragments.push(fragment);
         }
         live_fragments
+    }
+
+    // ---- live bytes
+
+    /// What lives in the segments that hold data, so many of them at a time.
+    async fn check_data_segments(&self, room: usize, audit: &mut Audit) -> Result<(), Status> {
+        // A fragment is at least a chunk.
+        let (all, most) = {
+            let shard = self.shard.borrow();
+            let chunks: u64 = shard.domains.values().map(|d| d.unique).sum();
+            (shard.segments.len(), chunks as usize * SPAN_BYTES)
+        };
+        let at_once = (u64::from(all) / (most / room.max(1) + 1) as u64).max(1) as u32;
+        let mut first = 0;
+        while first < all {
+            // The device may grow.
+            let end = if all - first <= at_once { u32::MAX } else { first + at_once };
+            audit.tables = Some(Tables::new(first..end));
+            self.count_tables(audit).await?;
+            self.catch_up(audit);
+            if let Some(tables) = audit.tables.take() {
+                self.compare_segments(tables, first..end, &mut audit.sums);
+            }
+            first = end;
+        }
+        Ok(())
+    }
+
+    /// Walks over all containers.
+    async fn count_tables(&self, audit: &mut Audit) -> Result<(), Status> {
+        let (mut domain, mut number) = (0, 1);
+        loop {
+            if number % 4 == 3 {
+                reactor::yield_now().await;
+            }
+            self.check_going()?;
+            let next = {
+                let shard = self.shard.borrow();
+                let first = shard.domains.range(domain..).next();
+                first.map(|(id, d)| (*id, d.next_container))
+            };
+            let Some((id, end)) = next else { break };
+            if id != domain {
+                (domain, number) = (id, 1);
+            }
+            let mut pins = self.pins();
+            if number < end {
+                // What can not be read has been reported.
+                let _ = self.load_leaf(node::Tree::Containers, id, number, &mut pins).await;
+            }
+            self.catch_up(audit);
+            let Some(tables) = &mut audit.tables else { return Ok(()) };
+            let shard = self.shard.borrow();
+            let Some(d) = shard.domains.get(&id) else { continue };
+            if number >= d.next_container {
+                tables.pass(id, u64::MAX);
+                (domain, number) = (id + 1, 1);
+            } else if let Some(container) = d.containers.peek(number) {
+                tables.count(id, number, container);
+                number += 1;
+            } else {
+                tables.pass(id, number + 1);
+                number += 1;
+            }
+        }
+        self.catch_up(audit);
+        if let Some(tables) = &mut audit.tables {
+            tables.pass(u32::MAX, u64::MAX);
+        }
+        Ok(())
+    }
+
+    fn compare_segments(&self, mut tables: Tables, range: std::ops::Range<u32>, sums: &mut Sums) {
+        let shard = self.shard.borrow();
+        for (number, entry) in (0..).zip(shard.segments.entries()) {
+            if !range.contains(&number) || entry.class == Some(Class::Metadata) {
+                continue;
+            }
+            let live = tables.live(number, entry.domain.0);
+            sums.live.insert(number, live);
+            compare_live(number, entry, live, &mut sums.report);
+        }
+        for number in tables.live_from(shard.segments.len()) {
+            sums.report.problem(format!("fragments in segment {number}, which the device does not have"));
+        }
+        for (number, overlaps) in tables.overlaps() {
+            sums.report.problem(format!("segment {number}: {overlaps} fragments overlap"));
+        }
+        if range.start > 0 {
+            return;
+        }
+        for (id, d) in &shard.domains {
+            let (unique, stored) = tables.of_domain(*id);
+            if (d.unique, d.stored_bytes) != (unique, stored) {
+                sums.report.problem(format!(
+                    "domain {id}: counts {} chunks in {} bytes, there are {unique} in {stored}",
+                    d.unique, d.stored_bytes
+                ));
+            }
+            let found = sums.domains.entry(*id).or_default();
+            (found.1, found.2) = (unique, stored);
+        }
+    }
+
+    /// What lives in the segments that hold metadata, and the pool's own counters.
+    async fn check_metadata(&self, sums: &mut Sums) -> Result<(), Status> {
+        // No checkpoint meanwhile: interior nodes, and so where nodes lie, are those of the last one.
+        let meta = self.meta.lock().await;
+        let mut nodes = Nodes::default();
+        self.count_nodes(&meta, &mut nodes, &mut sums.report).await?;
+        let shard = self.shard.borrow();
+        let (mut data, mut metadata) = (0, 0);
+        for (number, entry) in (0..).zip(shard.segments.entries()) {
+            let live = nodes.live.remove(&number).unwrap_or(0);
+            if entry.class == Some(Class::Metadata) {
+                metadata += u64::from(entry.live_bytes);
+                sums.live.insert(number, live);
+                compare_live(number, entry, live, &mut sums.report);
+            } else {
+                data += u64::from(entry.live_bytes);
+                if live > 0 {
+                    let text = format!("segment {number} ({}): nodes lie in it", kind(entry));
+                    sums.report.problem(text);
+                }
+            }
+        }
+        for number in nodes.live.keys() {
+            sums.report.problem(format!("nodes in segment {number}, which the device does not have"));
+        }
+        for (number, spans) in &mut nodes.spans {
+            let overlaps = overlaps(spans);
+            if overlaps > 0 {
+                sums.report.problem(format!("segment {number}: {overlaps} nodes overlap"));
+            }
+        }
+        let counted = (shard.segments.live_data_bytes, shard.segments.live_meta_bytes);
+        if counted != (data, metadata) {
+            sums.report.problem(format!(
+                "the pool counts {} bytes of data and {} of metadata, its segments {data} and {metadata}",
+                counted.0, counted.1
+            ));
+        }
+        Ok(())
     }
 
     /// Reads a fragment and compares each chunk with its fingerprint.
@@ -315,6 +562,8 @@ impl Pool {
         let plain = match self.read_fragment(entry, first).await {
             Ok(plain) => plain,
             Err(FragmentError::Io(status)) => return Err(status),
+            // It may have moved meanwhile; who moved it has verified it.
+            Err(FragmentError::Damaged(_)) if !self.is_live(id, number, entry) => return Ok(()),
             Err(FragmentError::Damaged(error)) => {
                 let chunks = entry.chunks;
                 sums.report.damaged += 1;
@@ -326,6 +575,9 @@ impl Pool {
                 return Ok(());
             }
         };
+        if !self.is_live(id, number, entry) {
+            return Ok(());
+        }
         let found = self.fingerprints_of(id, &plain);
         sums.report.verified += 1;
         let shard = self.shard.borrow();
@@ -338,6 +590,13 @@ impl Pool {
             sums.misprinted.insert((id, number));
         }
         Ok(())
+    }
+
+    /// Whether a container, which the caller keeps in RAM, has this fragment, with references.
+    fn is_live(&self, id: DomainId, number: u64, entry: &FragmentEntry) -> bool {
+        let shard = self.shard.borrow();
+        let container = shard.domains.get(&id.0).and_then(|d| d.containers.peek(number));
+        container.is_some_and(|c| c.fragment_of(entry.first_slot) == Some(*entry) && c.live_in(entry) > 0)
     }
 
     /// The current fingerprints of whole chunks.
@@ -390,7 +649,12 @@ impl Pool {
         Ok(plain)
     }
 
-    async fn check_nodes(&self, meta: &crate::meta::Meta, sums: &mut Sums) -> Result<(), Status> {
+    async fn count_nodes(
+        &self,
+        meta: &crate::meta::Meta,
+        nodes_found: &mut Nodes,
+        report: &mut CheckReport,
+    ) -> Result<(), Status> {
         let roots: Vec<(node::Tree, u32, TreeRoot)> = {
             let shard = self.shard.borrow();
             // Those that are gone give their nodes back with the next checkpoint.
@@ -406,16 +670,17 @@ impl Pool {
         };
         for (tree, owner, root) in roots {
             let Some(ptr) = root.ptr else { continue };
-            count_node(sums, &ptr);
+            nodes_found.count(&ptr, report);
             let mut level = root.level;
             let mut nodes = vec![0u64];
             while level > 0 {
                 let mut below = Vec::new();
                 for index in nodes {
+                    self.check_going()?;
                     match self.load_inner(tree, owner, level, index).await {
                         Ok(Some(inner)) => {
                             for (child, ptr) in inner.iter() {
-                                count_node(sums, &ptr);
+                                nodes_found.count(&ptr, report);
                                 below.push(index * FANOUT as u64 + child as u64);
                             }
                         }
@@ -424,7 +689,7 @@ impl Pool {
                             let text = format!(
                                 "{tree:?} tree of {owner}: node {index} of level {level} can not be read: {status}"
                             );
-                            sums.report.problem(text);
+                            report.problem(text);
                         }
                     }
                 }
@@ -433,56 +698,46 @@ impl Pool {
             }
         }
         for ptr in meta.catalogue_pointers() {
-            count_node(sums, &ptr);
+            nodes_found.count(&ptr, report);
         }
         Ok(())
     }
+}
 
-    fn check_segments(&self, sums: &mut Sums) {
-        let shard = self.shard.borrow();
-        let (mut data, mut metadata) = (0u64, 0u64);
-        for (number, entry) in shard.segments.entries().enumerate() {
-            let live = sums.live.get(&(number as u32)).copied().unwrap_or(0);
-            match entry.class {
-                Some(Class::Metadata) => metadata += live,
-                _ => data += live,
-            }
-            if u64::from(entry.live_bytes) != live {
-                sums.report.problem(format!(
-                    "segment {number} ({:?}, {}): counts {} live bytes, {live} are referred to",
-                    entry.state,
-                    match entry.class {
-                        Some(Class::Metadata) if entry.domain == POOL_DOMAIN => "catalogue",
-                        Some(Class::Metadata) => "metadata",
-                        Some(Class::Data) => "data",
-                        None => "empty",
-                    },
-                    entry.live_bytes
-                ));
-            }
-        }
-        for number in sums.live.range(shard.segments.len()..).map(|(number, _)| number) {
-            sums.report.problem(format!("units in segment {number}, which the device does not have"));
-        }
-        for (number, spans) in &mut sums.spans {
-            spans.sort_unstable();
-            let overlaps = spans.windows(2).filter(|pair| pair[0].1 > pair[1].0).count();
-            if overlaps > 0 {
-                sums.report.problem(format!("segment {number}: {overlaps} units overlap"));
-            }
-        }
-        if (shard.segments.live_data_bytes, shard.segments.live_meta_bytes) != (data, metadata) {
-            sums.report.problem(format!(
-                "the pool counts {} bytes of data and {} of metadata, there are {data} and {metadata}",
-                shard.segments.live_data_bytes, shard.segments.live_meta_bytes
-            ));
-        }
+/// Where nodes lie.
+#[derive(Default)]
+struct Nodes {
+    /// Bytes per segment.
+    live: BTreeMap<u32, u64>,
+    /// Offset and end, per segment.
+    spans: FastMap<u32, Vec<(u32, u32)>>,
+}
+
+impl Nodes {
+    fn count(&mut self, ptr: &NodePtr, report: &mut CheckReport) {
+        report.nodes += 1;
+        let segment = ptr.place.segment.segment.0;
+        *self.live.entry(segment).or_default() += u64::from(ptr.unit_bytes);
+        self.spans.entry(segment).or_default().push((ptr.place.offset, ptr.place.offset + ptr.unit_bytes));
     }
 }
 
-fn count_node(sums: &mut Sums, ptr: &NodePtr) {
-    sums.report.nodes += 1;
-    let segment = ptr.place.segment.segment.0;
-    *sums.live.entry(segment).or_default() += u64::from(ptr.unit_bytes);
-    sums.spans.entry(segment).or_default().push((ptr.place.offset, ptr.place.offset + ptr.unit_bytes));
+fn kind(entry: &SegmentEntry) -> String {
+    let what = match entry.class {
+        Some(Class::Metadata) if entry.domain == POOL_DOMAIN => "catalogue",
+        Some(Class::Metadata) => "metadata",
+        Some(Class::Data) => "data",
+        None => "empty",
+    };
+    format!("{:?}, {what}", entry.state)
+}
+
+fn compare_live(number: u32, entry: &SegmentEntry, live: u64, report: &mut CheckReport) {
+    if u64::from(entry.live_bytes) != live {
+        report.problem(format!(
+            "segment {number} ({}): counts {} live bytes, {live} are referred to",
+            kind(entry),
+            entry.live_bytes
+        ));
+    }
 }

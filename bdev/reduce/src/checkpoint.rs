@@ -67,7 +67,9 @@ impl Pool {
             .values_mut()
             .map(|d| (d.to_record(), d.containers.freeze(), d.fingerprints.freeze()))
             .collect();
-        let gone = shard.gone.values().map(|v| (v.record.id, v.record.domain, v.tree.root())).collect();
+        // What an audit has not seen yet stays for the next one.
+        let gone = shard.gone.values().filter(|v| !v.tree.has_changed());
+        let gone = gone.map(|v| (v.record.id, v.record.domain, v.tree.root())).collect();
         let mut pool = shard.pool.clone();
         pool.counters = PoolCounters {
             logical_bytes: shard.volumes.values().map(|v| (v.chunks + v.special) * 4096).sum(),

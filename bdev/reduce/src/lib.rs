@@ -63,6 +63,7 @@ mod scrub;
 mod segments;
 mod shard;
 mod snapshots;
+mod tally;
 mod touch;
 mod tree;
 mod volume;

@@ -448,6 +448,12 @@ impl LocalPool {
         }
     }
 
+    /// For tests: audits have so much RAM.
+    #[doc(hidden)]
+    pub fn limit_audits(&self, bytes: usize) {
+        self.pool.audit_bytes.set(bytes);
+    }
+
     /// For tests: the wrapped keys of a domain.
     #[doc(hidden)]
     pub fn wrapped_keys(&self, domain: &str) -> Vec<[u8; WRAPPED_BYTES]> {

@@ -467,6 +467,8 @@ fn assemble(
         deletion_failed: Cell::new(false),
         recovered: Cell::new(false),
         auditing: Cell::new(false),
+        audits: Mutex::new(()),
+        audit_bytes: Cell::new(cache_bytes / 8),
         read_only: opening.read_only,
         heart_stopped: Cell::new(false),
         room: Cell::default(),
@@ -690,6 +692,8 @@ impl Pool {
             self.life.set(Life::Closing);
         }
         self.wait_idle().await;
+        // An audit ends at its next step.
+        drop(self.audits.lock().await);
         self.core.ahead.ended().await;
         let mut result = Ok(());
         if self.life.get() == Life::Closing {

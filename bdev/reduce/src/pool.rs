@@ -210,8 +210,12 @@ pub(crate) struct Pool {
     pub deletion_failed: Cell<bool>,
     /// The journal that was replayed is not covered by a checkpoint yet.
     pub recovered: Cell<bool>,
-    /// Changes are held back while the pool is audited.
+    /// Changes are held back while the pool is repaired, or its keys change.
     pub auditing: Cell<bool>,
+    /// One audit at a time, ...
+    pub audits: AsyncMutex<()>,
+    /// ... with so many bytes of RAM.
+    pub audit_bytes: Cell<usize>,
     /// Opened to be audited only: nothing is written.
     pub read_only: bool,
     /// The heartbeat task has ended.

@@ -41,6 +41,7 @@ struct Seen {
 impl Pool {
     /// Audits, repairs and audits again; see the module's head.
     pub(crate) async fn repair(self: &Rc<Self>, data: bool) -> Result<CheckReport, Status> {
+        let _turn = self.audits.lock().await;
         let _paused = self.pause().await?;
         let before = self.audit(data).await?;
         if before.report.is_clean() {

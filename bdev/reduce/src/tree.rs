@@ -9,6 +9,8 @@
 //! - A leaf that is dirty, frozen or pinned is not evicted; so what the interior nodes point to may be older than a cached
 //!   leaf, never newer.
 //! - A frozen leaf is shared with the checkpoint that writes it; changing it clones it first.
+//! - While an audit watches, a leaf that changes is kept as it was before ([`Tree::take_changed`]), and is not evicted until that was
+//!   taken.
 
 use std::cell::Cell;
 use std::collections::VecDeque;
@@ -34,6 +36,8 @@ const INTERIOR_BYTES: usize = FANOUT * node::PTR_BYTES + 64;
 pub(crate) trait Leaf: Clone + 'static {
     /// The tree on the device.
     const TREE: node::Tree;
+    /// Whether an audit watches it.
+    const WATCHED: bool = false;
     /// A leaf that is not there.
     fn empty() -> Self;
     /// Whether it need not be there.
@@ -52,6 +56,7 @@ pub(crate) trait Leaf: Clone + 'static {
 
 impl Leaf for MapLeaf {
     const TREE: node::Tree = node::Tree::Map;
+    const WATCHED: bool = true;
     fn empty() -> Self {
         MapLeaf::default()
     }
@@ -71,6 +76,7 @@ impl Leaf for MapLeaf {
 
 impl Leaf for Container {
     const TREE: node::Tree = node::Tree::Containers;
+    const WATCHED: bool = true;
     fn empty() -> Self {
         Container::default()
     }
@@ -155,6 +161,10 @@ pub(crate) struct Meters {
     pub bytes: Cell<usize>,
     /// What a checkpoint of the leaves that changed since the last freeze needs, at most.
     pub dirty_bytes: Cell<usize>,
+    /// An audit watches what changes, ...
+    pub watched: Cell<bool>,
+    /// ... and something has changed.
+    pub changed: Cell<bool>,
 }
 
 /// Shared by the trees of a pool.
@@ -190,6 +200,8 @@ pub(crate) struct Tree<L> {
     /// The clock: (level, index) of everything cached.
     ring: VecDeque<(u8, u64)>,
     dirty: Vec<u64>,
+    /// Leaves as they were when the audit last looked, and the bytes that they are counted as.
+    before: FastMap<u64, (Rc<L>, usize)>,
     meter: Meter,
 }
 
@@ -228,6 +240,7 @@ impl<L: Leaf> Tree<L> {
             inner: FastMap::default(),
             ring: VecDeque::new(),
             dirty: Vec::new(),
+            before: FastMap::default(),
             meter,
         }
     }
@@ -354,6 +367,9 @@ impl<L: Leaf> Tree<L> {
             debug_assert!(self.locate(index).is_none(), "changed a leaf that is on the device only");
             self.insert(index, L::empty());
         }
+        if L::WATCHED && self.meter.watched.get() {
+            self.remember(index);
+        }
         let slot = self.leaves.get_mut(&index).expect("inserted above");
         if !slot.dirty {
             slot.set_dirty(&self.meter);
@@ -361,6 +377,32 @@ impl<L: Leaf> Tree<L> {
         }
         slot.hot.set(true);
         Rc::make_mut(&mut slot.leaf)
+    }
+
+    #[cold]
+    fn remember(&mut self, index: u64) {
+        let Some(slot) = self.leaves.get(&index).filter(|_| !self.before.contains_key(&index)) else {
+            return;
+        };
+        let (leaf, bytes) = (slot.leaf.clone(), slot.leaf.memory_bytes());
+        self.before.insert(index, (leaf, bytes));
+        self.meter(bytes, 0);
+        self.meter.changed.set(true);
+    }
+
+    /// Leaves that have changed since they were last taken, as they were then. They are in RAM now, or absent.
+    pub fn take_changed(&mut self) -> Vec<(u64, Rc<L>)> {
+        if self.before.is_empty() {
+            return Vec::new();
+        }
+        let before = std::mem::take(&mut self.before);
+        self.meter(0, before.values().map(|(_, bytes)| bytes).sum());
+        before.into_iter().map(|(index, (leaf, _))| (index, leaf)).collect()
+    }
+
+    /// Whether [`Tree::take_changed`] would give something.
+    pub fn has_changed(&self) -> bool {
+        !self.before.is_empty()
     }
 
     /// Counts a changed leaf anew among the dirty ones: it may have become larger than was to be expected.
@@ -419,7 +461,10 @@ impl<L: Leaf> Tree<L> {
             let Some((level, index)) = self.ring.pop_front() else { break };
             let (keep, bytes) = if level == 0 {
                 match self.leaves.get(&index) {
-                    Some(s) => (s.dirty || s.frozen || s.pins > 0 || s.hot.replace(false), s.bytes),
+                    Some(s) => {
+                        let needed = s.dirty || s.frozen || s.pins > 0;
+                        (needed || s.hot.replace(false), s.bytes)
+                    }
                     None => continue,
                 }
             } else {
@@ -504,8 +549,9 @@ impl<L: Leaf> Tree<L> {
 impl<L> Drop for Tree<L> {
     fn drop(&mut self) {
         let leaves: usize = self.leaves.values().map(|slot| slot.bytes).sum();
+        let before: usize = self.before.values().map(|(_, bytes)| bytes).sum();
         let bytes = &self.meter.bytes;
-        bytes.set(bytes.get().saturating_sub(leaves + self.inner.len() * INTERIOR_BYTES));
+        bytes.set(bytes.get().saturating_sub(leaves + before + self.inner.len() * INTERIOR_BYTES));
         for index in &self.dirty {
             if let Some(slot) = self.leaves.get_mut(index) {
                 slot.set_clean(&self.meter);

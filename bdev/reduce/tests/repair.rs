@@ -2,6 +2,8 @@
 
 mod support;
 
+use std::cell::Cell;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use cryptfold_bdev::{Access, Channel, Registry};
@@ -314,4 +316,99 @@ fn an_audit_lets_writers_go_on_when_it_is_over() {
         clean(&pool.check(true).await.unwrap());
         pool
     });
+}
+
+/// What hosts and the operator do beside audits.
+struct Beside {
+    registry: Arc<Registry>,
+    pool: LocalPool,
+    /// The audit that goes on.
+    audit: Rc<Cell<u64>>,
+    /// Writes that began and ended while it did.
+    within: Rc<Cell<u64>>,
+}
+
+impl Beside {
+    async fn write(&self, channel: &Channel, lba: u64, blocks: impl Iterator<Item = u64>) {
+        let data: Vec<u8> = blocks.flat_map(block).collect();
+        let audit = self.audit.get();
+        channel.write(lba, Buf::from_slice(&data), false).await.unwrap();
+        self.within.set(self.within.get() + u64::from(self.audit.get() == audit));
+    }
+
+    /// Overwrites, duplicates, discards, snapshots, clones and their deletion.
+    async fn work(self, seed: u64, steps: u64) {
+        let mut rng = Rng::new(seed);
+        let channel = open(&self.registry);
+        for step in 0..steps {
+            let (lba, count) = (rng.below(1900), 1 + rng.below(100));
+            match rng.below(8) {
+                0 => channel.unmap(lba, count).await.unwrap(),
+                1 => channel.flush().await.unwrap(),
+                2 => self.pool.checkpoint().await.unwrap(),
+                3 => {
+                    let (snapshot, clone) = (format!("s{seed}-{step}"), format!("c{seed}-{step}"));
+                    self.pool.snapshot_volume("v", &snapshot).await.unwrap();
+                    self.pool.clone_volume(&snapshot, &clone).await.unwrap();
+                    let copy = self.registry.open(&format!("p/{clone}"), Access::ReadWrite, |_| ()).unwrap();
+                    self.write(&copy.channel().unwrap(), lba, (0..64).map(|n| n * 7 + step)).await;
+                    drop(copy);
+                    self.pool.delete_volume(&clone).await.unwrap();
+                    self.pool.delete_volume(&snapshot).await.unwrap();
+                }
+                _ => {
+                    let first = rng.below(3000);
+                    self.write(&channel, lba, first..first + count).await;
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn audits_beside_hosts_see_one_state_at_every_step_and_hosts_do_not_wait() {
+    for seed in 0..9 {
+        println!("seed {seed}");
+        on(Image::zeroed(), move |registry, _| async move {
+            let pool = filled(&registry).await;
+            // In several walks, in one, and with nothing in the cache that need not be there.
+            pool.limit_audits([600, 1 << 20, 1 << 30][seed as usize % 3]);
+            let (audit, within) = (Rc::new(Cell::new(0)), Rc::new(Cell::new(0)));
+            let workers: Vec<_> = (0..3)
+                .map(|n| {
+                    let (registry, pool) = (registry.clone(), pool.clone());
+                    let beside = Beside { registry, pool, audit: audit.clone(), within: within.clone() };
+                    reactor::spawn_local(beside.work(10 * seed + n, 60))
+                })
+                .collect();
+            while !workers.iter().all(|worker| worker.is_finished()) {
+                clean(&pool.check(audit.get() % 2 == 1).await.unwrap());
+                audit.set(audit.get() + 1);
+            }
+            for worker in workers {
+                worker.await;
+            }
+            assert!(within.get() > 10, "{} writes within {} audits", within.get(), audit.get());
+            clean(&pool.check(true).await.unwrap());
+            pool
+        });
+    }
+}
+
+#[test]
+fn an_audit_finds_what_is_wrong_while_hosts_go_on() {
+    for what in [Falsify::References(3), Falsify::LiveBytes(1000), Falsify::Counters] {
+        on(Image::zeroed(), move |registry, _| async move {
+            let pool = filled(&registry).await;
+            pool.falsify("v", 77, what).await.unwrap();
+            let (audit, within) = (Rc::new(Cell::new(0)), Rc::new(Cell::new(0)));
+            let beside = Beside { registry, pool: pool.clone(), audit, within };
+            let worker = reactor::spawn_local(beside.work(3, 40));
+            assert!(!pool.check(false).await.unwrap().is_clean(), "{what:?} was not found");
+            assert!(!worker.is_finished());
+            worker.await;
+            clean(&pool.repair(true).await.unwrap());
+            pool
+        });
+    }
 }
