@@ -462,7 +462,7 @@ impl<L: Leaf> Tree<L> {
             let (keep, bytes) = if level == 0 {
                 match self.leaves.get(&index) {
                     Some(s) => {
-                        let needed = s.dirty || s.frozen || s.pins > 0;
+                        let needed = s.dirty || s.frozen || s.pins > 0 || self.before.contains_key(&index);
                         (needed || s.hot.replace(false), s.bytes)
                     }
                     None => continue,
